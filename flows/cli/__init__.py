@@ -1,0 +1,117 @@
+"""Command line `lmq`: parse, dispatch, and turn expected errors into one message and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+Command = Callable[[argparse.Namespace], int]
+
+_QUIET_LIBRARIES = {
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "DO_NOT_TRACK": "1",
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
+    "PREFECT_CLI_PROMPT": "false",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+"""Settings for a readable terminal; what the user's environment says wins."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns 0, 1 (the work failed) or 2 (what was given cannot be used)."""
+    for name, value in _QUIET_LIBRARIES.items():
+        os.environ.setdefault(name, value)
+    arguments = _parser().parse_args(argv)
+    from lmq.errors import LmqError
+    from lmq_storage import StoreError
+
+    try:
+        return arguments.command(arguments)
+    except (LmqError, StoreError) as error:
+        print(f"lmq: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("lmq: interrupted; finished work is kept, run again to go on", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"lmq: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lmq", description="Make language models smaller with the least loss, under a byte budget."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_config(commands, "run", "run_command", "measure, allocate, quantize, evaluate and report")
+    _add_config(commands, "plan", "plan_command", "say what a run would do, what is cached, and why")
+    inspect = _add(commands, "inspect", "inspect_command", "show what a model is made of and what it weighs")
+    inspect.add_argument("model", metavar="MODEL", help="hub id, directory, .gguf file or package:NAME/FILE")
+    inspect.add_argument("--store", default="store", help="where a converted model is kept (default: %(default)s)")
+    evaluate = _add(commands, "evaluate", "evaluate_command", "perplexity of a checkpoint on a text")
+    evaluate.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint of lmq or a plain model")
+    evaluate.add_argument("--text", default="pydoc-topics", help="text file or data set (default: %(default)s)")
+    evaluate.add_argument("--column", default="text", help="field of jsonl, parquet, data sets (default: %(default)s)")
+    evaluate.add_argument("--tokens", type=int, default=8192, help="tokens to use (default: %(default)s)")
+    evaluate.add_argument("--window", type=int, default=1024, help="tokens seen at once (default: %(default)s)")
+    evaluate.add_argument("--stride", type=int, default=512, help="tokens scored per window (default: %(default)s)")
+    report = _add(commands, "report", "report_command", "print a run's table and where its report is")
+    report.add_argument("run", type=Path, metavar="RUN", help="run directory (runs/demo) or its name")
+    report.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+    _add(commands, "strategies", "strategies_command", "list the strategies with their source")
+    _add_store(commands)
+    return parser
+
+
+def _add(commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, function: str, text: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    parser.set_defaults(command=_lazy(function))
+    return parser
+
+
+def _add_config(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, function: str, text: str
+) -> None:
+    parser = _add(commands, name, function, text)
+    parser.add_argument("config", metavar="CONFIG", help="run configuration (YAML), or the name of a preset")
+    parser.add_argument(
+        "--set", action="append", default=[], dest="overrides", metavar="A.B=VALUE", help="override a key; repeatable"
+    )
+    if name == "plan":
+        parser.add_argument("--layers", action="store_true", help="one line per layer instead of per stage")
+
+
+def _add_store(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    text = "look after the artifact store"
+    actions = commands.add_parser("store", help=text, description=text).add_subparsers(required=True, metavar="ACTION")
+    ls = _add(actions, "ls", "store_ls_command", "what is there, by stage and size")
+    verify = _add(actions, "verify", "store_verify_command", "read every byte and name what is damaged")
+    gc = _add(actions, "gc", "store_gc_command", "remove what the newest runs do not need")
+    gc.add_argument("--keep-runs", type=int, default=3, metavar="N", help="runs to keep (default: %(default)s)")
+    gc.add_argument(
+        "--keep-hours", type=float, default=24.0, metavar="H", help="keep what is newer (default: %(default)s)"
+    )
+    gc.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    for parser in (ls, verify, gc):
+        parser.add_argument("--store", default="store", help="directory or URL (default: %(default)s)")
+
+
+def _lazy(function: str) -> Command:
+    """Import what a command needs only when it is used: `lmq --help` is immediate."""
+
+    def call(arguments: argparse.Namespace) -> int:
+        from lmq_flows.cli import commands
+
+        return getattr(commands, function)(arguments)
+
+    return call
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,227 @@
+"""What each command of `lmq` does."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections import defaultdict
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from lmq.errors import InputError
+from lmq.results import markdown_table, read_results, results_table
+from lmq_flows.plan import PlannedNode, plan_graph
+from lmq_flows.run_config import ModelConfig, RunConfig, load_run_config, parse_run_config, preset_names, preset_path
+from lmq_storage import ArtifactStore
+
+console = Console()
+
+
+def run_command(arguments: argparse.Namespace) -> int:
+    """Run a configuration to the end and print its table."""
+    from lmq_flows.prepare import identify_models, identify_texts, resolve_device
+    from lmq_flows.quantize import run
+
+    config = _load(arguments)
+    resolve_device(config.runner.device)
+    identify_texts(config)
+    identify_models(config)
+    console.print(f"run [bold]{config.name}[/bold]: starting Prefect, then the stages", highlight=False)
+    started = time.monotonic()
+    state = run(config)
+    if not (config.run_dir / "results.json").is_file() or (state.is_failed() and "report:" not in (state.message or "")):
+        return _explain_failure(state)
+    _print_table(config.run_dir)
+    console.print(f"{time.monotonic() - started:.0f} s")
+    console.print(str(config.run_dir / "report.html"), highlight=False, soft_wrap=True)
+    return 0 if state.is_completed() else 1
+
+
+def _explain_failure(state) -> int:  # type: ignore[no-untyped-def]
+    """Raise what stopped the flow, so that it ends as one message and an exit code."""
+    result = state.result(raise_on_failure=False)
+    if isinstance(result, BaseException):
+        raise result
+    console.print(f"lmq: {state.message}", highlight=False)
+    return 1
+
+
+def plan_command(arguments: argparse.Namespace) -> int:
+    """Print what a run would do."""
+    from lmq_flows.planning import plan_run
+
+    planned, unknown = plan_run(_load(arguments))
+    _print_plan(planned, by_layer=arguments.layers)
+    for name in unknown:
+        console.print(f"{name} is converted first; what follows is planned once that is done", highlight=False)
+    return 0
+
+
+def inspect_command(arguments: argparse.Namespace) -> int:
+    """Print a model's modules and the size of every uniform configuration."""
+    from lmq_flows.planning import inspect_model
+
+    model = ModelConfig(name="model", source=arguments.model)
+    structure = inspect_model(model, arguments.store)
+    console.print(
+        f"{structure.architecture}: {structure.layers} layers, hidden size {structure.hidden_size}, "
+        f"vocabulary {structure.vocabulary_size:,}, {structure.dtype}, "
+        f"{'tied' if structure.tied_embeddings else 'untied'} embeddings",
+        highlight=False,
+    )
+    table = Table("Kind", "Part", "Shape", "Modules", "Weights")
+    for kind in structure.kinds:
+        infos = [info for info in structure.modules if info.id.kind == kind]
+        shapes = sorted({f"{info.out_features} × {info.in_features}" for info in infos})
+        weights = sum(info.parameters for info in infos)
+        table.add_row(kind, infos[0].part, ", ".join(shapes), str(len(infos)), f"{weights:,}")
+    console.print(table)
+    console.print(_uniform_sizes(structure))
+    console.print(
+        f"not quantized (embeddings, head, norms, biases): {structure.other_parameters:,} weights, "
+        f"{structure.other_bytes / 1e6:,.1f} MB",
+        highlight=False,
+    )
+    return 0
+
+
+def _uniform_sizes(structure) -> Table:  # type: ignore[no-untyped-def]
+    from lmq.quant_spec import STOPS
+
+    table = Table("Uniform", "Bits/weight", "Quantized modules", "Whole checkpoint")
+    for spec in STOPS:
+        try:
+            size = sum(spec.size_bytes(info.parameters) for info in structure.modules)
+        except InputError:
+            table.add_row(spec.name, "–", "does not fit every module", "–")
+            continue
+        bits = 8 * size / structure.parameters
+        whole = (size + structure.other_bytes) / 1e6
+        table.add_row(spec.name, f"{bits:.3f}", f"{size / 1e6:,.1f} MB", f"{whole:,.1f} MB")
+    return table
+
+
+def evaluate_command(arguments: argparse.Namespace) -> int:
+    """Print the perplexity of a checkpoint."""
+    from lmq.evaluation import evaluate_checkpoint
+
+    evaluation = evaluate_checkpoint(
+        arguments.checkpoint,
+        text=arguments.text,
+        column=arguments.column,
+        tokens=arguments.tokens,
+        window=arguments.window,
+        stride=arguments.stride,
+    )
+    stderr = evaluation.perplexity.stderr
+    console.print(
+        f"perplexity {evaluation.perplexity.value:.4f}"
+        + (f" ± {stderr:.4f}" if stderr is not None else "")
+        + f" (strided {arguments.window}/{arguments.stride}, {evaluation.scored_tokens:,} tokens scored)",
+        highlight=False,
+    )
+    return 0
+
+
+def report_command(arguments: argparse.Namespace) -> int:
+    """Print the table of a finished run and the path of its report."""
+    run_dir = arguments.run if (arguments.run / "results.json").is_file() else Path("runs") / arguments.run
+    if arguments.markdown:
+        console.print(markdown_table(read_results(run_dir / "results.json")), markup=False, highlight=False)
+    else:
+        _print_table(run_dir)
+    console.print(str(run_dir / "report.html"), highlight=False, soft_wrap=True)
+    return 0
+
+
+def strategies_command(arguments: argparse.Namespace) -> int:
+    """List the strategies."""
+    from lmq.strategies import STRATEGIES, strategy
+
+    table = Table("Strategy", "What it does", "Source", "Measures")
+    for name in STRATEGIES:
+        item = strategy(name)
+        table.add_row(name, item.summary, item.source, ", ".join(sorted(item.needs)) or "nothing")
+    console.print(table)
+    return 0
+
+
+def store_ls_command(arguments: argparse.Namespace) -> int:
+    """List what the store holds by stage."""
+    count: dict[str, int] = defaultdict(int)
+    size: dict[str, int] = defaultdict(int)
+    for manifest in _store(arguments).manifests():
+        count[manifest.stage] += 1
+        size[manifest.stage] += manifest.size_bytes
+    table = Table("Stage", "Artifacts", "Size")
+    for stage in sorted(count):
+        table.add_row(stage, str(count[stage]), f"{size[stage] / 1e6:,.1f} MB")
+    console.print(table)
+    return 0
+
+
+def store_verify_command(arguments: argparse.Namespace) -> int:
+    """Read every byte of the store."""
+    damages = _store(arguments).verify()
+    for damage in damages:
+        console.print(damage, highlight=False)
+    console.print(f"{len(damages)} damaged" if damages else "every artifact is sound")
+    return 1 if damages else 0
+
+
+def store_gc_command(arguments: argparse.Namespace) -> int:
+    """Remove what the newest runs do not need."""
+    store = _store(arguments)
+    keep = {uri for _, text in store.run_texts()[: arguments.keep_runs] for uri in text.split()}
+    older_than = time.time() - 3600 * arguments.keep_hours
+    removed, freed = store.remove_unused(keep, older_than, dry_run=arguments.dry_run)
+    verb = "would remove" if arguments.dry_run else "removed"
+    console.print(f"{verb} {len(removed)} artifacts, {freed / 1e6:,.1f} MB", highlight=False)
+    return 0
+
+
+def _store(arguments: argparse.Namespace) -> ArtifactStore:
+    if "://" not in arguments.store and not Path(arguments.store).is_dir():
+        raise InputError(f"there is no store {arguments.store}; pass --store DIRECTORY or URL")
+    return ArtifactStore(arguments.store)
+
+
+def _load(arguments: argparse.Namespace) -> RunConfig:
+    path = Path(arguments.config)
+    if not path.exists() and arguments.config in preset_names():
+        path = preset_path(arguments.config)
+    return load_run_config(path, tuple(arguments.overrides))
+
+
+def _print_table(run_dir: Path) -> None:
+    headers, rows = results_table(read_results(run_dir / "results.json"))
+    shown = [index for index in range(len(headers)) if any(row[index] for row in rows)]
+    table = Table()
+    for index in shown:
+        table.add_column(headers[index], justify="right" if 3 <= index <= 7 else "left")
+    for row in rows:
+        table.add_row(*(row[index] for index in shown))
+    console.print(table)
+
+
+def _print_plan(planned: list[PlannedNode], by_layer: bool) -> None:
+    table = Table("Stage", "For", "To run", "Cached", "Keeps", "Why")
+    groups: dict[tuple[str, str, str], list[PlannedNode]] = defaultdict(list)
+    for item in planned:
+        what = item.node.label if by_layer else item.node.label.partition(" layer ")[0]
+        groups[item.node.stage.name, what, _stage_reason(item, by_layer)].append(item)
+    for (stage, what, reason), items in groups.items():
+        cached = sum(item.cached for item in items)
+        sizes = [item.size_bytes for item in items if item.size_bytes is not None]
+        size = f"{sum(sizes) / 1e6:,.1f} MB" if sizes else "–"
+        table.add_row(stage, what, str(len(items) - cached), str(cached), size, reason)
+    console.print(table)
+
+
+def _stage_reason(item: PlannedNode, by_layer: bool) -> str:
+    return item.reason if by_layer else item.reason.partition(" layer ")[0].removesuffix(" will be made")
+
+
+__all__ = [name for name in dir() if name.endswith("_command")] + ["parse_run_config"]

@@ -1,0 +1,129 @@
+"""Walk a graph with Prefect: submit every node when its inputs are there, the longest chain first.
+
+Prefect runs, caches, retries and shows the tasks; what is decided here is only the order of submission.
+Handing Prefect all tasks at once would leave the serial capture chain waiting behind hundreds of short
+independent measurements, and one core idle at the end.
+"""
+
+from __future__ import annotations
+
+import heapq
+import queue
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from prefect.futures import PrefectFuture
+from prefect.states import State
+
+from lmq_flows.graph import Graph, Node, resolve_inputs
+from lmq_storage import ArtifactRef
+from lmq_tasks.engine import DAMAGED_INPUT, stage_task
+from lmq_tasks.stage import open_store, stage_key
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a node: `state` is "cached", "ran", "failed" or "not run" (an input failed)."""
+
+    state: str
+    ref: ArtifactRef | None = None
+    error: str | None = None
+
+
+class DamagedInput(Exception):
+    """An artifact was found damaged in mid run; walking the graph again makes it anew."""
+
+
+Watcher = Callable[[Node, Outcome | None], None]
+"""Called with a node and None when it starts, with its outcome when it ends."""
+
+
+def execute(graph: Graph, *, in_flight: int, watch: Watcher) -> dict[Node, Outcome]:
+    """Run all nodes inside the current flow run; returns the outcome of each.
+
+    `in_flight` nodes are with the task runner at a time. A failed node leaves what does not need it alone.
+    Raises DamagedInput when an artifact that a node relied on turned out to be damaged.
+    """
+    walk = _Walk(graph, watch)
+    while walk.unfinished:
+        while walk.ready and len(walk.running) < in_flight:
+            walk.submit_next()
+        walk.take_one_result()
+    return walk.outcomes
+
+
+class _Walk:
+    """State of one walk over a graph; used by the flow's thread alone, except for the queue of results."""
+
+    def __init__(self, graph: Graph, watch: Watcher):
+        self.outcomes: dict[Node, Outcome] = {}
+        self.running: dict[Node, PrefectFuture[Any]] = {}
+        self.ready: list[tuple[int, int, Node]] = []
+        self._watch = watch
+        self._children = graph.children()
+        self._depth = graph.depth_below()
+        self._order = {node: number for number, node in enumerate(graph)}
+        self._waiting_for = {node: len(node.parents) for node in graph}
+        self._finished: dict[Node, PrefectFuture[Any]] = {}
+        self._was_there: set[Node] = set()
+        self._results: queue.SimpleQueue[Node] = queue.SimpleQueue()
+        for node in graph:
+            if not node.parents:
+                self._make_ready(node)
+
+    @property
+    def unfinished(self) -> bool:
+        return len(self.outcomes) < len(self._order)
+
+    def _make_ready(self, node: Node) -> None:
+        heapq.heappush(self.ready, (-self._depth[node], self._order[node], node))
+
+    def submit_next(self) -> None:
+        _, _, node = heapq.heappop(self.ready)
+        refs = {parent: ref.to_json() for parent in node.parents if (ref := self.outcomes[parent].ref) is not None}
+        store = open_store(node.site.store_url)
+        key = stage_key(store, node.stage, node.config, resolve_inputs(node, refs))
+        if store.find(node.stage.name, key) is not None:
+            self._was_there.add(node)
+        task = stage_task(node.stage.name).with_options(refresh_cache=node not in self._was_there)
+        self._watch(node, None)
+        future = task.submit(
+            label=f"{node.stage.name} {node.label}",
+            key=key,
+            site=node.site.to_json(),
+            config=node.config,
+            inputs=resolve_inputs(node, dict(self._finished.items())),
+        )
+        self.running[node] = future
+        future.add_done_callback(lambda _: self._results.put(node))
+
+    def take_one_result(self) -> None:
+        node = self._results.get()
+        future = self.running.pop(node)
+        self._finished[node] = future
+        self._settle(node, _outcome(future, node in self._was_there))
+
+    def _settle(self, node: Node, outcome: Outcome) -> None:
+        self.outcomes[node] = outcome
+        self._watch(node, outcome)
+        for child in self._children[node]:
+            if child in self.outcomes:
+                continue
+            if outcome.ref is None:
+                self._settle(child, Outcome("not run", error=outcome.error))
+                continue
+            self._waiting_for[child] -= 1
+            if self._waiting_for[child] == 0:
+                self._make_ready(child)
+
+
+def _outcome(future: PrefectFuture[Any], was_there: bool) -> Outcome:
+    future.wait()
+    state: State[Any] = future.state
+    if state.is_completed():
+        ref = ArtifactRef.from_json(state.result())
+        return Outcome("cached" if was_there else "ran", ref)
+    if state.name == DAMAGED_INPUT:
+        raise DamagedInput(state.message)
+    return Outcome("failed", error=state.message or "failed without a message")

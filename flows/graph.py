@@ -1,0 +1,106 @@
+"""The stages of a run as a graph: what feeds what. Built once, walked by the flow and by the planner."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from lmq_storage import ArtifactRef
+from lmq_tasks.stage import Site, Stage
+
+
+@dataclass(eq=False)
+class Node:
+    """One stage applied to one thing: a layer, a variant, a model.
+
+    `inputs` are nodes, files of nodes, finished artifacts, or lists of them. `expected_bytes` is what the
+    artifact is expected to keep on disk, None when that is not known beforehand.
+    """
+
+    stage: Stage
+    label: str
+    config: dict[str, Any]
+    inputs: dict[str, Input | list[Input]]
+    site: Site
+    expected_bytes: int | None = None
+    variant: str | None = None
+    parents: list[Node] = field(init=False)
+
+    def __post_init__(self) -> None:
+        items = [item for value in self.inputs.values() for item in (value if isinstance(value, list) else [value])]
+        sources = [item.node if isinstance(item, FileOf) else item for item in items]
+        self.parents = list(dict.fromkeys(source for source in sources if isinstance(source, Node)))
+
+    def __repr__(self) -> str:
+        return f"Node({self.stage.name}, {self.label!r})"
+
+
+@dataclass(frozen=True)
+class FileOf:
+    """One file of a node's artifact: only its bytes decide whether what follows runs again."""
+
+    node: Node
+    file: str
+
+
+Input = Node | FileOf | ArtifactRef
+
+
+class Graph:
+    """Nodes in an order in which every node comes after its inputs."""
+
+    def __init__(self) -> None:
+        self.nodes: list[Node] = []
+
+    def add(
+        self,
+        stage: Stage,
+        label: str,
+        site: Site,
+        *,
+        config: dict[str, Any] | None = None,
+        inputs: dict[str, Input | list[Input]] | None = None,
+        expected_bytes: int | None = None,
+        variant: str | None = None,
+    ) -> Node:
+        """Append a node and return it."""
+        node = Node(stage, label, config or {}, inputs or {}, site, expected_bytes, variant)
+        self.nodes.append(node)
+        return node
+
+    def __iter__(self) -> Iterator[Node]:
+        return iter(self.nodes)
+
+    def __len__(self) -> int:
+        return len(self.nodes)
+
+    def children(self) -> dict[Node, list[Node]]:
+        """For every node, the nodes that take it as input."""
+        found: dict[Node, list[Node]] = {node: [] for node in self.nodes}
+        for node in self.nodes:
+            for parent in node.parents:
+                found[parent].append(node)
+        return found
+
+    def depth_below(self) -> dict[Node, int]:
+        """For every node, the number of nodes on the longest chain that waits for it."""
+        children = self.children()
+        depth: dict[Node, int] = {}
+        for node in reversed(self.nodes):
+            depth[node] = 1 + max((depth[child] for child in children[node]), default=0)
+        return depth
+
+
+def resolve_inputs(node: Node, refs: dict[Node, Any]) -> dict[str, Any]:
+    """The node's inputs in the form tasks take, with `refs` standing for the nodes' artifacts."""
+
+    def resolve(item: Input) -> dict[str, Any]:
+        if isinstance(item, FileOf):
+            return {"artifact": refs[item.node], "file": item.file}
+        return {"artifact": item.to_json() if isinstance(item, ArtifactRef) else refs[item], "file": None}
+
+    return {
+        name: [resolve(item) for item in value] if isinstance(value, list) else resolve(value)
+        for name, value in node.inputs.items()
+    }

@@ -1,0 +1,10 @@
+"""Names made from labels: what a person reads in the UI, and what a file system takes."""
+
+from __future__ import annotations
+
+import re
+
+
+def slug(text: str) -> str:
+    """Lower-case letters, digits and dashes, fit for a file name: `sensi-boost-uniform-b4g64`."""
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")

@@ -1,0 +1,243 @@
+"""Which stage feeds which: the graph of a run, from models, strategies and budgets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from lmq.budget import Budget, check_feasible
+from lmq.quant_spec import QuantSpec
+from lmq.strategies import strategy
+from lmq.structure import ModelStructure
+from lmq_flows.graph import FileOf, Graph, Input, Node
+from lmq_flows.run_config import ModelConfig, RunConfig, StrategyConfig, TextConfig
+from lmq_storage import ArtifactRef
+from lmq_tasks import STAGES
+from lmq_tasks.stage import Site
+
+FLOAT32_BYTES = 4
+FULL_PRECISION = "full-precision"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextIdentity:
+    """A text: what identifies its content, and where it lies on this machine."""
+
+    identity: str
+    location: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedModel:
+    """A model that was identified: its structure, the artifact that holds it, and where its files lie."""
+
+    config: ModelConfig
+    structure: ModelStructure
+    structure_ref: ArtifactRef
+    site: Site
+    menu: tuple[QuantSpec, ...]
+
+
+@dataclass(kw_only=True)
+class Variant:
+    """A model × strategy × budget with the nodes that make it; full precision has no allocation."""
+
+    model: PreparedModel
+    strategy: StrategyConfig | None
+    budget: str | None
+    budget_bytes: int | None
+    allocation: Node | None = None
+    checkpoint: Node | None = None
+    evaluation: Node | None = None
+    quantized: list[Node] = field(default_factory=list)
+
+    @property
+    def label(self) -> str:
+        """`smollm2 loss-aware @ uniform b4g64`."""
+        if self.strategy is None:
+            return f"{self.model.config.name} {FULL_PRECISION}"
+        return f"{self.model.config.name} {self.strategy.label} @ {self.budget}"
+
+
+@dataclass(kw_only=True)
+class Measurements:
+    """Nodes that measure one model; a list has one node per layer, None was not asked for."""
+
+    frobenius: list[Node]
+    kurtosis: list[Node]
+    sensitivity: list[Node]
+    fisher: list[Node]
+    outliers: Node | None
+
+
+def resolve_budgets(config: RunConfig, model: PreparedModel) -> dict[str, int]:
+    """Bytes of every budget for a model. Raises InfeasibleBudget or InputError before anything is measured."""
+    budgets = {text: Budget.parse(text).resolve(model.structure) for text in config.budgets}
+    for budget_bytes in budgets.values():
+        check_feasible(budget_bytes, model.structure, model.menu)
+    return budgets
+
+
+def build_graph(
+    config: RunConfig, models: list[PreparedModel], texts: dict[str, TextIdentity]
+) -> tuple[Graph, list[Variant], dict[str, Measurements]]:
+    """The graph of a whole run; measurements are made once per model and shared by its variants."""
+    graph = Graph()
+    variants: list[Variant] = []
+    measured: dict[str, Measurements] = {}
+    for model in models:
+        builder = _ModelGraph(graph, config, model, texts)
+        measured[model.config.name] = builder.measurements
+        variants += builder.variants()
+    return graph, variants, measured
+
+
+class _ModelGraph:
+    """Adds the nodes of one model to a graph."""
+
+    def __init__(self, graph: Graph, config: RunConfig, model: PreparedModel, texts: dict[str, TextIdentity]):
+        self._graph = graph
+        self._config = config
+        self._model = model
+        self._texts = texts
+        self._needs = {need for item in config.strategies for need in strategy(item.name, **item.options).needs}
+        self.measurements = self._measure()
+
+    def _add(self, stage: str, what: str, config: dict[str, Any], inputs: dict[str, Any], **options: Any) -> Node:
+        label = f"{self._model.config.name} {what}".strip()
+        site = options.pop("site", self._model.site)
+        inputs = {"structure": self._model.structure_ref, **inputs}
+        return self._graph.add(STAGES[stage], label, site, config=config, inputs=inputs, **options)
+
+    def _per_layer(self, stage: str, config: dict[str, Any], expected_bytes: int | None = None, **inputs: Any) -> list[Node]:
+        return [
+            self._add(
+                stage,
+                f"layer {layer}",
+                {"layer": layer, **config},
+                {name: nodes[layer] for name, nodes in inputs.items()},
+                expected_bytes=expected_bytes,
+            )
+            for layer in range(self._model.structure.layers)
+        ]
+
+    def _tokens(self, stage: str, text: TextConfig, sizes: dict[str, int]) -> Node:
+        identity = self._texts[text.source]
+        config = {"text": identity.identity, "column": text.column, "part": text.part, "seed": text.seed, **sizes}
+        site = replace(self._model.site, text=identity.location)
+        return self._add(stage, "", config, {}, site=site, expected_bytes=12 * sizes["tokens"])
+
+    def _measure(self) -> Measurements:
+        measure = self._config.measure
+        specs = sorted({*self._model.menu, QuantSpec.parse(measure.sensitivity_spec)}, key=lambda s: s.bits_per_weight)
+        quantizer = {"name": measure.quantizer, "axis": measure.axis}
+        menu = [spec.name for spec in specs]
+        frobenius = self._per_layer("frobenius", {"menu": menu, "quantizer": quantizer}, self._grid_bytes(specs))
+        kurtosis = self._per_layer("kurtosis", {}) if "kurtosis" in self._needs else []
+        sensitivity: list[Node] = []
+        fisher: list[Node] = []
+        if self._needs & {"sensitivity", "fisher"}:
+            hidden, last, tokens = self._capture_forward()
+            if "sensitivity" in self._needs:
+                spec = {"spec": measure.sensitivity_spec}
+                sensitivity = self._per_layer("sensitivity", spec, frobenius=frobenius, hidden=hidden)
+            if "fisher" in self._needs:
+                gradients = self._capture_backward(hidden, last, tokens)
+                menu = [spec.name for spec in self._model.menu]
+                fisher = self._per_layer(
+                    "fisher", {"menu": menu}, frobenius=frobenius, hidden=hidden, gradient=gradients
+                )
+        outliers = None
+        if kurtosis or sensitivity:
+            outliers = self._add("outliers", "", {}, {"kurtosis": kurtosis, "sensitivity": sensitivity})
+        return Measurements(
+            frobenius=frobenius, kurtosis=kurtosis, sensitivity=sensitivity, fisher=fisher, outliers=outliers
+        )
+
+    def _capture_forward(self) -> tuple[list[Node], Node, Node]:
+        """States entering every block, states leaving the last one, and the calibration tokens."""
+        calibration = self._config.calibration
+        sizes = {
+            "tokens": calibration.sequences * calibration.sequence_length,
+            "sequences": calibration.sequences,
+            "sequence_length": calibration.sequence_length,
+        }
+        tokens = self._tokens("calibration", calibration, sizes)
+        keep = sizes["tokens"] * self._model.structure.hidden_size * FLOAT32_BYTES
+        hidden = [self._add("embed", "", {}, {"tokens": tokens}, expected_bytes=keep)]
+        for layer in range(self._model.structure.layers):
+            inputs = {"hidden": hidden[-1]}
+            node = self._add("forward", f"layer {layer}", {"layer": layer}, inputs, expected_bytes=keep)
+            hidden.append(node)
+        return hidden[:-1], hidden[-1], tokens
+
+    def _capture_backward(self, hidden: list[Node], last: Node, tokens: Node) -> list[Node]:
+        """Gradient of the calibration loss at every block's output."""
+        keep = last.expected_bytes
+        gradient = self._add("loss-gradient", "", {}, {"hidden": last, "tokens": tokens}, expected_bytes=keep)
+        gradients = [gradient]
+        for layer in range(self._model.structure.layers - 1, 0, -1):
+            inputs = {"hidden": hidden[layer], "gradient": gradients[-1]}
+            node = self._add("backward", f"layer {layer}", {"layer": layer}, inputs, expected_bytes=keep)
+            gradients.append(node)
+        return gradients[::-1]
+
+    def variants(self) -> list[Variant]:
+        """Full precision, then every strategy at every budget."""
+        evaluation = self._config.evaluation
+        tokens = self._tokens("evaluation-tokens", evaluation, {"tokens": evaluation.tokens})
+        windows = {"window": evaluation.window, "stride": evaluation.stride}
+        seen = (1 + max(0, evaluation.tokens - evaluation.window) // evaluation.stride) * evaluation.window
+        keep = seen * self._model.structure.hidden_size * FLOAT32_BYTES
+        reference = self._add("reference", FULL_PRECISION, windows, {"tokens": tokens}, expected_bytes=keep)
+        found = [Variant(model=self._model, strategy=None, budget=None, budget_bytes=None, evaluation=reference)]
+        for text, budget_bytes in resolve_budgets(self._config, self._model).items():
+            for item in self._config.strategies:
+                variant = Variant(model=self._model, strategy=item, budget=text, budget_bytes=budget_bytes)
+                self._add_variant(variant, tokens, reference, windows)
+                found.append(variant)
+        return found
+
+    def _add_variant(self, variant: Variant, tokens: Node, reference: Node, windows: dict[str, int]) -> None:
+        assert variant.strategy is not None
+        what = f"{variant.strategy.label} @ {variant.budget}"
+        label = variant.label
+        needs = strategy(variant.strategy.name, **variant.strategy.options).needs
+        config = {
+            "strategy": variant.strategy.name,
+            "options": variant.strategy.options,
+            "budget_bytes": variant.budget_bytes,
+            "menu": [spec.name for spec in self._model.menu],
+        }
+        signals: dict[str, Input | list[Input]] = {need: list(getattr(self.measurements, need)) for need in sorted(needs)}
+        variant.allocation = self._add("allocate", what, config, signals, variant=label)
+        for layer, frobenius in enumerate(self.measurements.frobenius):
+            choice = FileOf(variant.allocation, layer_choice_file(layer))
+            inputs = {"choice": choice, "frobenius": frobenius}
+            expected = (variant.budget_bytes or 0) // self._model.structure.layers
+            node = self._add(
+                "quantize", f"{what} layer {layer}", {"layer": layer}, inputs, expected_bytes=expected, variant=label
+            )
+            variant.quantized.append(node)
+        choice = FileOf(variant.allocation, "choice.json")
+        variant.checkpoint = self._add(
+            "checkpoint",
+            what,
+            {"quantizer": {"name": self._config.measure.quantizer, "axis": self._config.measure.axis}},
+            {"choice": choice, "quantized": list(variant.quantized)},
+            expected_bytes=self._model.structure.other_bytes,
+            variant=label,
+        )
+        inputs = {"tokens": tokens, "reference": reference, "checkpoint": variant.checkpoint}
+        variant.evaluation = self._add("evaluate", what, windows, inputs, variant=label)
+
+    def _grid_bytes(self, specs: list[QuantSpec]) -> int:
+        """Bytes of the grids of one layer: all that a stored matrix has but its codes."""
+        modules = self._model.structure.in_layer(0)
+        sizes = [spec.size_bytes(m.parameters) - m.parameters * spec.bits // 8 for spec in specs for m in modules]
+        return sum(sizes)
+
+
+def layer_choice_file(layer: int) -> str:
+    """File of an allocation that holds one layer's choice."""
+    return f"layer-{layer:03d}.json"

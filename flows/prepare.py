@@ -1,0 +1,123 @@
+"""What a run starts from: models identified by content, texts by digest, places made absolute."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lmq.calibration import text_identity
+from lmq.errors import InputError
+from lmq.model_source import LocatedModel, ModelSource, locate, needs_conversion, source_digest
+from lmq.quant_spec import QuantSpec
+from lmq.structure import ModelStructure
+from lmq_flows.graph import Graph, Input, Node
+from lmq_flows.pipeline import PreparedModel, TextIdentity
+from lmq_flows.run_config import ModelConfig, RunConfig
+from lmq_storage import ArtifactRef, ArtifactStore
+from lmq_tasks import STAGES
+from lmq_tasks.stage import ModelLocation, Site, open_store, stage_key
+
+
+def resolve_device(name: str) -> str:
+    """`auto` becomes cuda where there is a GPU, else cpu. Raises InputError for a device that is not there."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"runner.device = {name!r} is not a device; allowed: auto, cpu, cuda, cuda:0, ...") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"runner.device = {name!r}, but there is no usable GPU; set runner.device=cpu")
+    return name
+
+
+def absolute_store_url(url: str) -> str:
+    """A directory becomes absolute, so that tasks may run in any working directory; a URL stays."""
+    return url if "://" in url else str(Path(url).absolute())
+
+
+def identify_texts(config: RunConfig) -> dict[str, TextIdentity]:
+    """Identity and place of every text of a run. Raises InputError for a file that is missing."""
+    texts = {}
+    for text in (config.calibration, config.evaluation):
+        if re.search(r"\.(txt|jsonl|parquet)$", text.source):
+            location = str(Path(text.source).expanduser().absolute())
+        else:
+            location = text.source
+        texts[text.source] = TextIdentity(identity=text_identity(location), location=location)
+    return texts
+
+
+@dataclass(frozen=True, kw_only=True)
+class IdentifiedModel:
+    """A model that was found, with the digest of its files; nothing was read of its weights yet."""
+
+    config: ModelConfig
+    located: LocatedModel
+    sha256: str
+
+
+def identify_models(config: RunConfig) -> list[IdentifiedModel]:
+    """Find every model of a run. Raises InputError for one that is missing or not what was expected."""
+    store = open_store(absolute_store_url(config.store))
+    found = []
+    for model in config.models:
+        located = locate(ModelSource.parse(model.source, model.sha256))
+        sha256 = source_digest(located, store.local_dir / "digests.json")
+        found.append(IdentifiedModel(config=model, located=located, sha256=sha256))
+    return found
+
+
+def preparation_graph(config: RunConfig, models: list[IdentifiedModel]) -> tuple[Graph, dict[str, Node]]:
+    """The graph that converts and inspects models, and the node of each model's structure by name."""
+    graph = Graph()
+    store_url = absolute_store_url(config.store)
+    threads = config.runner.threads_per_worker
+    structures = {}
+    for model in models:
+        name = model.config.name
+        site = Site(store_url=store_url, model=_source_location(model), threads_per_worker=threads)
+        inputs: dict[str, Input | list[Input]] = {}
+        discover_config = {"weights_sha256": model.sha256}
+        if needs_conversion(model.located):
+            convert_config = {"source_sha256": model.sha256}
+            convert = graph.add(STAGES["convert"], name, site, config=convert_config)
+            inputs, discover_config = {"model": convert}, {}
+            site = Site(store_url=store_url, model=_converted_location(open_store(store_url), convert))
+        structures[name] = graph.add(STAGES["discover"], name, site, config=discover_config, inputs=inputs)
+    return graph, structures
+
+
+def _source_location(model: IdentifiedModel) -> ModelLocation:
+    if model.located.kind == "hub":
+        return ModelLocation(kind="hub", place=f"{model.config.source.partition('@')[0]}@{model.located.revision}")
+    return ModelLocation(kind="directory", place=str(model.located.path.absolute()))
+
+
+def _converted_location(store: ArtifactStore, convert: Node) -> ModelLocation:
+    key = stage_key(store, convert.stage, convert.config, {})
+    return ModelLocation(kind="artifact", place=f"{convert.stage.name}/{key}")
+
+
+def prepared_model(
+    config: RunConfig, model: ModelConfig, node: Node, structure_ref: ArtifactRef, device: str
+) -> PreparedModel:
+    """A model whose structure artifact is there, ready for the graph of the run."""
+    store = open_store(node.site.store_url)
+    structure = ModelStructure.from_json(json.loads(store.path(structure_ref, "structure.json").read_text()))
+    site = Site(
+        store_url=node.site.store_url,
+        model=node.site.model,
+        device=device,
+        threads_per_worker=config.runner.threads_per_worker,
+    )
+    menu = tuple(
+        sorted((QuantSpec.parse(name) for name in model.menu or config.measure.menu), key=lambda s: s.bits_per_weight)
+    )
+    return PreparedModel(config=model, structure=structure, structure_ref=structure_ref, site=site, menu=menu)
+
+

@@ -1,0 +1,160 @@
+"""Progress of a run: which stage, how far, how long still; on the terminal and as Prefect progress artifacts."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Protocol
+from uuid import UUID
+
+from lmq_flows.execute import Outcome
+from lmq_flows.graph import Graph, Node
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+_LINE_EVERY_SECONDS = 15.0
+
+
+class Reporter(Protocol):
+    """Shows the progress of stages somewhere."""
+
+    def show(self, stage: str, progress: StageProgress) -> None:
+        """One node of `stage` started or ended."""
+        ...
+
+
+@dataclass
+class StageProgress:
+    """How far one stage is."""
+
+    total: int
+    ran: int = 0
+    cached: int = 0
+    failed: int = 0
+    started_s: float | None = None
+    ended_s: float | None = None
+
+    @property
+    def done(self) -> int:
+        """Nodes that will not run any more."""
+        return self.ran + self.cached + self.failed
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds from the first start to the last end (or now)."""
+        if self.started_s is None:
+            return 0.0
+        return (self.ended_s or time.monotonic()) - self.started_s
+
+    @property
+    def remaining_s(self) -> float | None:
+        """Seconds still to go at the pace of the nodes that ran; None before the first has."""
+        return self.elapsed_s / self.ran * (self.total - self.done) if self.ran else None
+
+
+@dataclass
+class RunProgress:
+    """Counts what happens to the nodes of a graph, stage by stage, and tells the reporters."""
+
+    reporters: list[Reporter]
+    stages: dict[str, StageProgress] = field(default_factory=dict)
+
+    def expect(self, graph: Graph) -> None:
+        """Add the nodes of a graph to what is to be done."""
+        for name, total in Counter(node.stage.name for node in graph).items():
+            self.stages.setdefault(name, StageProgress(0)).total += total
+
+    def watch(self, node: Node, outcome: Outcome | None) -> None:
+        """Take note of a node that starts (outcome None) or ends."""
+        stage = self.stages[node.stage.name]
+        if stage.started_s is None:
+            stage.started_s = time.monotonic()
+        if outcome is not None:
+            stage.ran += outcome.state == "ran"
+            stage.cached += outcome.state == "cached"
+            stage.failed += outcome.state in ("failed", "not run")
+            if stage.done == stage.total:
+                stage.ended_s = time.monotonic()
+        for reporter in self.reporters:
+            reporter.show(node.stage.name, stage)
+
+
+class TerminalReporter:
+    """Bars on a terminal; elsewhere a line when a stage starts and ends, and every 15 seconds between."""
+
+    def __init__(self, console: Console):
+        self._console = console
+        self._bars: dict[str, TaskID] = {}
+        self._last_line: dict[str, float] = {}
+        self._progress = Progress(
+            TextColumn("{task.description:<18}"),
+            BarColumn(bar_width=28),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("[dim]left"),
+            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+
+    def __enter__(self) -> TerminalReporter:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def show(self, stage: str, progress: StageProgress) -> None:
+        """Update the stage's bar, or print a line."""
+        if not self._console.is_terminal:
+            self._print_line(stage, progress)
+            return
+        if stage not in self._bars:
+            self._bars[stage] = self._progress.add_task(stage, total=progress.total, note="")
+        self._progress.update(self._bars[stage], completed=progress.done, total=progress.total, note=_note(progress))
+
+    def _print_line(self, stage: str, progress: StageProgress) -> None:
+        now = time.monotonic()
+        finished = progress.done == progress.total
+        if not finished and now - self._last_line.get(stage, -1e9) < _LINE_EVERY_SECONDS:
+            return
+        self._last_line[stage] = now
+        left = "" if finished or progress.remaining_s is None else f", about {progress.remaining_s:.0f} s left"
+        took = f" in {progress.elapsed_s:.0f} s" if finished else ""
+        note = f" ({_note(progress)})" if _note(progress) else ""
+        self._console.print(f"{stage:<18} {progress.done}/{progress.total}{took}{left}{note}", highlight=False)
+
+
+class ArtifactReporter:
+    """A Prefect progress artifact per stage, so that the UI shows how far a run is."""
+
+    def __init__(self) -> None:
+        self._artifacts: dict[str, UUID] = {}
+        self._shown: dict[str, int] = {}
+
+    def show(self, stage: str, progress: StageProgress) -> None:
+        """Create or move the stage's bar; every tenth of the way, to spare the server."""
+        percent = 100 * progress.done // max(progress.total, 1)
+        if stage not in self._artifacts:
+            made = create_progress_artifact(progress=percent, description=f"{stage}: {progress.total} to do")
+            assert isinstance(made, UUID)
+            self._artifacts[stage] = made
+        elif percent == 100 or percent >= self._shown[stage] + 10:
+            update_progress_artifact(self._artifacts[stage], progress=percent)
+        else:
+            return
+        self._shown[stage] = percent
+
+
+def _note(progress: StageProgress) -> str:
+    notes = [f"{progress.cached} cached"] if progress.cached else []
+    return ", ".join([*notes, f"{progress.failed} failed"] if progress.failed else notes)
+
+

@@ -1,0 +1,234 @@
+"""The configuration of a run: which models, strategies and budgets, measured and judged on what text."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from lmq.budget import Budget
+from lmq.errors import InputError
+from lmq.quant_spec import STOPS, QuantSpec
+from lmq.strategies import strategy
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def _spec_name(text: str) -> str:
+    return QuantSpec.parse(text).name
+
+
+SpecName = Annotated[str, AfterValidator(_spec_name)]
+
+
+class ModelConfig(_Section):
+    """A model to quantize."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Short name used in tables and paths")
+    source: str = Field(description="Hub id, directory, .gguf file, or package:NAME/FILE")
+    sha256: str | None = Field(None, description="Expected sha256 of a single-file source")
+    menu: tuple[SpecName, ...] | None = Field(None, description="Menu of this model; default: measure.menu")
+
+
+class TextConfig(_Section):
+    """Text to draw tokens from."""
+
+    source: str = Field(
+        "pydoc-topics", description="pydoc-topics, a .txt/.jsonl/.parquet file, or dataset:NAME[/CONFIG][:SPLIT]"
+    )
+    column: str = Field("text", description="Field of jsonl, parquet and hub data sets")
+    part: Literal["all", "first", "second"] = Field(
+        "all", description="Which documents: a split by seed that never overlaps"
+    )
+    seed: int = Field(42, description="Seed of the split and the shuffle")
+
+
+class CalibrationConfig(TextConfig):
+    """Tokens that activations and gradients are measured on."""
+
+    part: Literal["all", "first", "second"] = "first"
+    sequences: int = Field(16, ge=1)
+    sequence_length: int = Field(512, ge=8)
+
+
+class EvaluationConfig(TextConfig):
+    """Held-out tokens that every variant is judged on."""
+
+    part: Literal["all", "first", "second"] = "second"
+    tokens: int = Field(8192, ge=16)
+    window: int = Field(1024, ge=8, description="Tokens the model sees at once")
+    stride: int = Field(512, ge=1, description="Tokens scored per window; the others are context")
+
+    @model_validator(mode="after")
+    def _stride_fits(self) -> EvaluationConfig:
+        if self.stride > self.window:
+            raise ValueError(f"stride = {self.stride} is larger than window = {self.window}; tokens would go unscored")
+        return self
+
+
+class MeasureConfig(_Section):
+    """What is measured of every module."""
+
+    menu: tuple[SpecName, ...] = Field(tuple(spec.name for spec in STOPS), min_length=1, description="Configurations")
+    quantizer: Literal["hqq", "rtn", "hqq-package"] = "hqq"
+    axis: Literal[0, 1] = Field(1, description="1: groups along in_features; 0: along out_features, as in the papers")
+    sensitivity_spec: SpecName = Field("b4g64", description="Configuration that activation sensitivity is measured at")
+
+
+class StrategyConfig(_Section):
+    """How allocations are chosen."""
+
+    name: str
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _is_known(self) -> StrategyConfig:
+        strategy(self.name, **self.options)
+        return self
+
+    @property
+    def label(self) -> str:
+        """Name with the options that were set: `sensi-boost top_m=1`."""
+        return " ".join([self.name, *(f"{key}={value}" for key, value in sorted(self.options.items()))])
+
+
+class RunnerConfig(_Section):
+    """How work is spread. Changes no result's key."""
+
+    workers: int = Field(2, ge=1, description="Stages worked on at once")
+    threads_per_worker: int = Field(1, ge=1, description="Threads of one stage's tensor work")
+    device: str = Field("auto", description="auto (CUDA when there is one), cpu, or cuda[:n]")
+
+
+class RunConfig(_Section):
+    """One run: models × strategies × budgets."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Results go to runs_dir/NAME")
+    models: tuple[ModelConfig, ...] = Field(min_length=1)
+    strategies: tuple[StrategyConfig, ...] = Field(min_length=1)
+    budgets: tuple[str, ...] = Field(
+        min_length=1, description='"4.25" (bits per weight), "80 MB", "uniform b4g64 + 2%"'
+    )
+    calibration: CalibrationConfig = CalibrationConfig()
+    measure: MeasureConfig = MeasureConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    runner: RunnerConfig = RunnerConfig()
+    store: str = Field("store", description="Where artifacts are kept: a directory or any fsspec URL")
+    runs_dir: str = Field("runs", description="Where results are written")
+
+    @field_validator("budgets", mode="before")
+    @classmethod
+    def _budgets_are_text(cls, value: Any) -> Any:
+        return tuple(str(item) for item in value) if isinstance(value, list | tuple) else value
+
+    @field_validator("strategies", mode="before")
+    @classmethod
+    def _strategies_by_name(cls, value: Any) -> Any:
+        if not isinstance(value, list | tuple):
+            return value
+        return tuple({"name": item} if isinstance(item, str) else item for item in value)
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> RunConfig:
+        for budget in self.budgets:
+            Budget.parse(budget)
+        for what, names in (("model", [m.name for m in self.models]), ("strategy", [s.label for s in self.strategies])):
+            repeated = {name for name in names if names.count(name) > 1}
+            if repeated:
+                raise ValueError(f"{what} {sorted(repeated)[0]!r} is listed twice")
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        """Where this run's results are written."""
+        return Path(self.runs_dir) / self.name
+
+
+def load_run_config(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
+    """Read a YAML run configuration, with `a.b=value` overrides. Raises InputError naming what is wrong."""
+    try:
+        data = yaml.safe_load(path.read_text())
+    except FileNotFoundError as error:
+        raise InputError(f"there is no configuration file {path}; presets: {', '.join(preset_names())}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise InputError(f"{path} is not a YAML file: {error}") from error
+    if not isinstance(data, dict):
+        raise InputError(f"{path} holds {type(data).__name__}, not the keys of a run configuration")
+    for override in overrides:
+        _apply_override(data, override)
+    return parse_run_config(data)
+
+
+def parse_run_config(data: dict[str, Any]) -> RunConfig:
+    """Check a configuration given as plain values. Raises InputError naming every problem."""
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        problems = [_problem_text(item) for item in error.errors()]
+        raise InputError("; ".join(problems)) from error
+
+
+def preset_path(name: str) -> Path:
+    """Path of a preset that comes with lmq (`demo`)."""
+    return _presets_dir() / f"{name}.yaml"
+
+
+def preset_names() -> list[str]:
+    """Names of the presets that come with lmq."""
+    return sorted(path.stem for path in _presets_dir().glob("*.yaml"))
+
+
+def _presets_dir() -> Path:
+    checkout = Path(__file__).parent.parent / "deployments" / "presets"
+    return checkout if checkout.is_dir() else Path(__file__).parent / "presets"
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise InputError(f"--set {override!r} is not of the form a.b=value")
+    target: Any = data
+    *parents, last = key.split(".")
+    for name in parents:
+        target = target[int(name)] if isinstance(target, list) else target.setdefault(name, {})
+        if not isinstance(target, dict | list):
+            raise InputError(f"--set {override!r}: {name!r} is a value, not a section")
+    parsed = yaml.safe_load(value)
+    if isinstance(target, list):
+        target[int(last)] = parsed
+    else:
+        target[last] = parsed
+
+
+def _problem_text(item: Any) -> str:
+    """One problem in words, with the nearest known key for a misspelt one."""
+    place = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        known = _known_keys(item["loc"][:-1])
+        near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        return f"unknown key {place!r}{hint} (allowed: {', '.join(known)})"
+    if item["type"] == "missing":
+        return f"key {place!r} is missing"
+    message = item["msg"].removeprefix("Value error, ")
+    return f"{place} = {item['input']!r}: {message}" if place and not isinstance(item["input"], dict) else message
+
+
+def _known_keys(location: tuple[str | int, ...]) -> list[str]:
+    section: type[BaseModel] = RunConfig
+    sections: dict[str, type[BaseModel]] = {
+        "models": ModelConfig,
+        "strategies": StrategyConfig,
+        "calibration": CalibrationConfig,
+        "measure": MeasureConfig,
+        "evaluation": EvaluationConfig,
+        "runner": RunnerConfig,
+    }
+    for part in location:
+        section = sections.get(str(part), section)
+    return sorted(section.model_fields)

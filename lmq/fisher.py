@@ -1,0 +1,120 @@
+"""Loss-aware cost of quantizing one module: the token-wise Fisher sum.
+
+With y the module's output, y_c its output under configuration c on the same input and g = ∂L/∂y on the
+summed calibration loss, the cost is S(m, c) = Σ_tokens (g · (y_c − y))²: the second-order term of the loss
+with the empirical Fisher in place of the Hessian, tokens taken as independent. The token-wise sum is kept
+exact: replacing it by the product of averaged activation and gradient statistics fails where a few tokens
+(the attention sink) carry huge activations and no gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+import torch
+from torch import Tensor, nn
+
+from lmq.streaming import BlockInputs
+from lmq.tables import MODULE_FIELDS, SPEC_FIELDS, TableSchema
+
+FISHER_SCHEMA = TableSchema(
+    "fisher",
+    1,
+    pa.schema(
+        [
+            *MODULE_FIELDS,
+            *SPEC_FIELDS,
+            pa.field("parameters", pa.int64(), nullable=False),
+            pa.field("size_bytes", pa.int64(), nullable=False),
+            pa.field("fisher", pa.float64()),
+        ]
+    ),
+)
+
+_TOKENS_AT_ONCE = 2048
+
+
+@dataclass(frozen=True, eq=False)
+class ModuleTrace:
+    """What went through one module: `inputs` [tokens, in_features], `gradients` [tokens, out_features]."""
+
+    inputs: Tensor
+    gradients: Tensor
+
+
+def trace_modules(
+    block: nn.Module,
+    block_inputs: BlockInputs,
+    hidden: Tensor,
+    gradient: Tensor,
+    kinds: Sequence[str],
+    dtype: torch.dtype,
+) -> dict[str, ModuleTrace]:
+    """Replay one block forward and backward and keep every module's inputs and output gradients.
+
+    `hidden` [sequences, sequence_length, hidden] enters the block, `gradient` (same shape) is ∂L/∂output of
+    the block. Traces are kept in `dtype`; modules that share an input share its tensor.
+    """
+    inputs: dict[str, list[Tensor]] = {kind: [] for kind in kinds}
+    gradients: dict[str, list[Tensor]] = {kind: [] for kind in kinds}
+    converted: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def keep_input(kind: str, tensor: Tensor) -> None:
+        if id(tensor) not in converted:
+            converted[id(tensor)] = (tensor, tensor.detach().flatten(0, -2).to(dtype))
+        inputs[kind].append(converted[id(tensor)][1])
+
+    def watch(kind: str, module: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
+        return [
+            module.register_forward_pre_hook(lambda _, args: keep_input(kind, args[0])),
+            module.register_full_backward_hook(
+                lambda _, __, outputs: gradients[kind].append(outputs[0].detach().flatten(0, -2).to(dtype))
+            ),
+        ]
+
+    handles = [handle for kind in kinds for handle in watch(kind, block.get_submodule(kind))]
+    try:
+        for sequence in range(len(hidden)):
+            entering = hidden[sequence : sequence + 1].detach().requires_grad_(True)
+            with torch.enable_grad():
+                block_inputs.run(block, entering).backward(gradient[sequence : sequence + 1])
+            converted.clear()
+    finally:
+        for handle in handles:
+            handle.remove()
+    joined: dict[int, Tensor] = {}
+
+    def join(pieces: list[Tensor]) -> Tensor:
+        if id(pieces[0]) not in joined:
+            joined[id(pieces[0])] = torch.cat(pieces)
+        return joined[id(pieces[0])]
+
+    return {kind: ModuleTrace(join(inputs[kind]), torch.cat(gradients[kind])) for kind in kinds}
+
+
+def token_fisher(trace: ModuleTrace, error: Tensor) -> float:
+    """Σ_tokens (g · (E x))² for the weight error E = Ŵ − W [out_features, in_features].
+
+    The products are taken in the trace's dtype, the sums over outputs in float32 and over tokens in float64.
+    """
+    transposed = error.to(trace.inputs.dtype).t()
+    total = 0.0
+    for start in range(0, len(trace.inputs), _TOKENS_AT_ONCE):
+        piece = slice(start, start + _TOKENS_AT_ONCE)
+        change = (trace.inputs[piece] @ transposed).float()
+        loss_change = change.mul_(trace.gradients[piece]).sum(dim=1)
+        total += loss_change.double().square_().sum().item()
+    return total
+
+
+def fast_matmul_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the processor multiplies it natively (several times faster), else float32.
+
+    The cost is a sum over thousands of tokens; bfloat16 changes it by about 0.1 %.
+    """
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    flags = torch.cpu.get_capabilities()
+    return torch.bfloat16 if flags.get("avx512_bf16") or flags.get("amx_bf16") else torch.float32

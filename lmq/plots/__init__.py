@@ -1,0 +1,18 @@
+"""Figures of measurements and results. Each function returns a `matplotlib.figure.Figure`; none touches pyplot."""
+
+from lmq.plots.allocation_map import allocation_map, difference_map
+from lmq.plots.palette import theme_css
+from lmq.plots.perplexity import perplexity_by_size
+from lmq.plots.profiles import cost_curves, layer_curve
+from lmq.plots.svg import figure_png, figure_svg
+
+__all__ = [
+    "allocation_map",
+    "cost_curves",
+    "difference_map",
+    "figure_png",
+    "figure_svg",
+    "layer_curve",
+    "perplexity_by_size",
+    "theme_css",
+]

@@ -1,0 +1,85 @@
+"""Quantization configurations: how many bits, in groups of what size, and what that takes in bytes.
+
+Bits per weight follow MXQ equation 2, `b1 + 2·b2/g1 + 32/(g1·g2)`: an 8-bit scale and zero for every
+group of weights, and a 16-bit range (low, high) for every group of scales. The bytes of a stored matrix
+are that formula with the last partial groups rounded up, plus `MATRIX_HEADER_BYTES`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+
+from lmq.errors import InputError
+
+ALLOWED_BITS = (2, 3, 4, 8)
+ALLOWED_GROUP_SIZES = (16, 32, 64, 128, 256)
+MATRIX_HEADER_BYTES = 12
+"""float32 unit of the scale ranges, float32 low and high of the zeros: one triple per matrix."""
+
+
+@dataclass(frozen=True, order=True)
+class QuantSpec:
+    """One quantization configuration of a weight matrix, written `b3g64`.
+
+    `bits` per weight code, `group_size` weights share one scale and zero, which are stored with
+    `meta_bits` bits each; `meta_group_size` scales share one 16-bit range.
+    """
+
+    bits: int
+    group_size: int
+    meta_bits: int = 8
+    meta_group_size: int = 128
+
+    def __post_init__(self) -> None:
+        if self.bits not in ALLOWED_BITS:
+            raise InputError(f"bits = {self.bits} is not a weight width; allowed: {ALLOWED_BITS}")
+        if self.group_size not in ALLOWED_GROUP_SIZES:
+            raise InputError(f"group_size = {self.group_size} is not allowed; allowed: {ALLOWED_GROUP_SIZES}")
+        if self.meta_bits != 8:
+            raise InputError(f"meta_bits = {self.meta_bits} is not allowed; scales and zeros take 8 bits")
+        if self.meta_group_size < 1:
+            raise InputError(f"meta_group_size = {self.meta_group_size} is not allowed; it must be positive")
+
+    @classmethod
+    def parse(cls, text: str) -> QuantSpec:
+        """Read `b3g64`. Raises InputError for anything else."""
+        match = re.fullmatch(r"b(\d+)g(\d+)", text.strip())
+        if match is None:
+            raise InputError(f"{text!r} is not a configuration; write bits and group size as in 'b4g64'")
+        return cls(bits=int(match[1]), group_size=int(match[2]))
+
+    @property
+    def name(self) -> str:
+        """`b3g64`."""
+        return f"b{self.bits}g{self.group_size}"
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per weight by MXQ equation 2, without the header of the matrix."""
+        b1, g1, b2, g2 = self.bits, self.group_size, self.meta_bits, self.meta_group_size
+        return float(b1 + Fraction(2 * b2, g1) + Fraction(32, g1 * g2))
+
+    def groups(self, parameters: int) -> int:
+        """Number of weight groups in a matrix of `parameters` weights. Raises InputError if it does not divide."""
+        if parameters % self.group_size:
+            raise InputError(
+                f"{self.name} does not fit a matrix of {parameters:,} weights: "
+                f"not a multiple of the group size {self.group_size}; take it out of the menu"
+            )
+        return parameters // self.group_size
+
+    def size_bytes(self, parameters: int) -> int:
+        """Bytes of a stored matrix of `parameters` weights, exactly as the checkpoint holds it."""
+        groups = self.groups(parameters)
+        scale_ranges = -(-groups // self.meta_group_size)
+        codes_bytes = parameters * self.bits // 8
+        return codes_bytes + 2 * groups + 4 * scale_ranges + MATRIX_HEADER_BYTES
+
+
+STOPS: tuple[QuantSpec, ...] = tuple(QuantSpec(bits, group) for bits in (2, 3, 4, 8) for group in (128, 64, 32))
+"""The 12 standard configurations by size: b2g128, b2g64, b2g32, b3g128, ..., b8g32."""

@@ -1,0 +1,46 @@
+"""Round to nearest: the grid that spans each group from its smallest to its largest weight."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from lmq.grid import require_axis, to_groups
+from lmq.quant_spec import QuantSpec
+
+_SMALLEST_SPREAD = 1e-4
+_LARGEST_INVERSE_SCALE = 2e4
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundToNearest:
+    """Min-max grid without iterations: hqq with `optimize=False`."""
+
+    name: ClassVar[str] = "rtn"
+    axis: int = 1
+
+    def __post_init__(self) -> None:
+        require_axis(self.axis)
+
+    def fit(self, weight: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale and zero float32 [groups]."""
+        inverse_scale, zero = min_max_grid(to_groups(weight.detach(), spec.group_size, self.axis), spec.bits)
+        return 1 / inverse_scale, zero
+
+    def describe(self) -> dict[str, Any]:
+        """Options as JSON."""
+        return {"name": self.name, **asdict(self)}
+
+
+def min_max_grid(groups: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inverse scale and zero float32 [groups] of the grid from the minimum to the maximum of each row.
+
+    As hqq 0.2.8: a group that spreads less than 1e-4 gets scale 1, and no inverse scale exceeds 2e4.
+    """
+    low, high = groups.amin(1).to(torch.float32), groups.amax(1).to(torch.float32)
+    spread = high - low
+    inverse_scale = torch.where(spread <= _SMALLEST_SPREAD, 1.0, (2**bits - 1) / spread)
+    inverse_scale = inverse_scale.clamp(max=_LARGEST_INVERSE_SCALE)
+    return inverse_scale, -low * inverse_scale

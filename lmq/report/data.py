@@ -1,0 +1,71 @@
+"""Everything a report shows, as plain values; None and empty mean "not measured"."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lmq.error_table import ErrorTable
+from lmq.results import VariantResult
+from lmq.structure import ModelStructure
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageTiming:
+    """One stage of the run: what it was done for (`label`), whether it ran, how long it took, what it left."""
+
+    stage: str
+    label: str
+    state: Literal["ran", "cached"]
+    seconds: float | None = None
+    size_bytes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairedDifference:
+    """Difference in mean log-perplexity of two variants scored on the same tokens: `variant` minus `baseline`.
+
+    `variant` and `baseline` are `VariantResult.label`s; `stderr` is the standard error of the paired difference.
+    """
+
+    model: str
+    variant: str
+    baseline: str
+    difference: float
+    stderr: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelReport:
+    """What was measured on one model.
+
+    Rows are mappings with layer and kind and, in `kurtosis`, kurtosis; in `sensitivity`, sensitivity; in
+    `outliers`, signal, z, outlier (bool); in `allocations` (by `VariantResult.label`), bits, group_size,
+    size_bytes, boosted (bool). A row's value may be None.
+    """
+
+    name: str
+    structure: ModelStructure
+    kurtosis: Rows = ()
+    sensitivity: Rows = ()
+    outliers: Rows = ()
+    frobenius: ErrorTable | None = None
+    fisher: ErrorTable | None = None
+    allocations: Mapping[str, Rows] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportData:
+    """A whole run: its variants, the measurements of each model, and what it takes to do it again."""
+
+    run: str
+    results: Sequence[VariantResult]
+    models: Sequence[ModelReport] = ()
+    paired: Sequence[PairedDifference] = ()
+    stages: Sequence[StageTiming] = ()
+    config: str | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+    digests: Mapping[str, str] = field(default_factory=dict)

@@ -1,0 +1,118 @@
+"""Section 4: what did it cost. Section 5: how to do it again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+
+from lmq.report.data import ReportData, StageTiming
+from lmq.report.html import Cell, Column, csv_link, details, not_measured, number, section, slug, table, text
+from lmq.results import NOT_MEASURED, format_bytes
+
+MOST_STAGE_ROWS = 200
+
+
+def costs_section(data: ReportData) -> str:
+    """Time and bytes of every stage, ran or cached."""
+    if not data.stages:
+        return section("costs", "What did it cost?", not_measured("Stages"))
+    ran = [stage for stage in data.stages if stage.state == "ran"]
+    spent = _total([stage.seconds for stage in ran])
+    kept = _total([stage.size_bytes for stage in data.stages])
+    lead = (
+        f"<p>{len(ran)} of {len(data.stages)} stages ran, {format_duration(spent)} in all; "
+        f"{len(data.stages) - len(ran)} came from the cache. "
+        f"The run keeps {format_bytes(None if kept is None else int(kept))}.</p>"
+    )
+    rows = [(s.stage, s.label, s.state, s.seconds, s.size_bytes) for s in data.stages]
+    link = csv_link(f"stages-{slug(data.run)}.csv", ["stage", "label", "state", "seconds", "size_bytes"], rows)
+    each = details(f"Every stage ({len(data.stages)})", _every_stage(data.stages))
+    return section("costs", "What did it cost?", f'{lead}{_by_stage(data.stages)}<p class="note">{link}</p>{each}')
+
+
+def reproduce_section(data: ReportData) -> str:
+    """Configuration, digests and versions."""
+    config = (
+        f"<p>Save this as <code>config.yaml</code> and run <code>lmq run config.yaml</code>.</p>"
+        f"<pre>{escape(data.config)}</pre>"
+        if data.config
+        else not_measured("Configuration")
+    )
+    digests = _pairs("Digests", "What", data.digests, "SHA-256")
+    versions = _pairs("Versions", "Package", data.versions, "Version")
+    return section("reproduce", "How do I reproduce it?", f"{config}{digests}{versions}")
+
+
+def format_duration(seconds: float | None) -> str:
+    """`0.4 s`, `12 s`, `3 min 05 s`, `2 h 04 min`."""
+    if seconds is None:
+        return NOT_MEASURED
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600:,} h {whole % 3600 // 60:02d} min"
+
+
+def _by_stage(stages: Sequence[StageTiming]) -> str:
+    names = list(dict.fromkeys(stage.stage for stage in stages))
+    groups = {name: [stage for stage in stages if stage.stage == name] for name in names}
+    seconds = {name: _total([s.seconds for s in group if s.state == "ran"]) for name, group in groups.items()}
+    longest = max((value for value in seconds.values() if value is not None), default=0.0)
+    rows = [_stage_row(name, group, seconds[name], longest) for name, group in groups.items()]
+    columns = [
+        Column("Stage"),
+        Column("Ran", True),
+        Column("Cached", True),
+        Column("Time", True),
+        Column("Share of the longest"),
+    ]
+    columns.append(Column("Kept", True))
+    return table(columns, rows, "Time and bytes by stage")
+
+
+def _stage_row(name: str, group: Sequence[StageTiming], seconds: float | None, longest: float) -> list[Cell]:
+    ran = sum(stage.state == "ran" for stage in group)
+    width = 100 * (seconds or 0) / longest if longest else 0
+    kept = _total([stage.size_bytes for stage in group])
+    return [
+        text(name),
+        number(str(ran), ran),
+        number(str(len(group) - ran), len(group) - ran),
+        number(format_duration(seconds), seconds),
+        Cell(f'<span class="bar"><i style="width:{width:.1f}%"></i></span>', seconds),
+        number(format_bytes(None if kept is None else int(kept)), kept),
+    ]
+
+
+def _every_stage(stages: Sequence[StageTiming]) -> str:
+    columns = [Column("Stage"), Column("For"), Column("State"), Column("Time", True), Column("Kept", True)]
+    rows = [
+        [
+            text(stage.stage),
+            text(stage.label),
+            text(stage.state),
+            number(format_duration(stage.seconds), stage.seconds),
+            number(format_bytes(stage.size_bytes), stage.size_bytes),
+        ]
+        for stage in stages[:MOST_STAGE_ROWS]
+    ]
+    rest = len(stages) - len(rows)
+    note = f'<p class="note">{rest} more are in the CSV.</p>' if rest > 0 else ""
+    return table(columns, rows, "Every stage") + note
+
+
+def _total(values: Sequence[float | None]) -> float | None:
+    """Sum of what was measured; None when nothing was."""
+    known = [value for value in values if value is not None]
+    return sum(known) if known else None
+
+
+def _pairs(caption: str, name: str, pairs: Mapping[str, str], value: str) -> str:
+    if not pairs:
+        return not_measured(caption)
+    rows = [[text(key), Cell(f"<code>{escape(pairs[key])}</code>", pairs[key])] for key in sorted(pairs)]
+    return table([Column(name), Column(value)], rows, caption, sortable=False)

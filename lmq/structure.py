@@ -1,0 +1,88 @@
+"""What a model is made of: its decoder layers and the weight matrices that can be quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+PARTS = ("attn_in", "attn_out", "mlp_gate", "mlp_down")
+
+
+@dataclass(frozen=True, order=True)
+class ModuleId:
+    """One weight matrix: its 0-based decoder layer and its name inside the block, such as `self_attn.q_proj`."""
+
+    layer: int
+    kind: str
+
+    def __str__(self) -> str:
+        return f"layer {self.layer} {self.kind}"
+
+
+@dataclass(frozen=True)
+class ModuleInfo:
+    """A module with its weight's shape `[out_features, in_features]` and the part it is measured with."""
+
+    id: ModuleId
+    out_features: int
+    in_features: int
+    part: str
+
+    @property
+    def parameters(self) -> int:
+        """Weights in the matrix; a bias is not counted and not quantized."""
+        return self.out_features * self.in_features
+
+
+@dataclass(frozen=True)
+class ModelStructure:
+    """The structure of one model, discovered from the model itself.
+
+    `layers_path` is the path of the list of decoder blocks, as `model.layers`: module (3, `mlp.up_proj`)
+    is the submodule `model.layers.3.mlp.up_proj`. `other_bytes` counts every stored tensor that is not
+    quantized (embeddings, head, norms, biases) at `dtype`. `weights_sha256` identifies the content.
+    """
+
+    architecture: str
+    dtype: str
+    layers_path: str
+    layers: int
+    hidden_size: int
+    vocabulary_size: int
+    tied_embeddings: bool
+    modules: tuple[ModuleInfo, ...]
+    other_parameters: int
+    other_bytes: int
+    weights_sha256: str
+
+    @property
+    def parameters(self) -> int:
+        """Weights in all quantizable modules."""
+        return sum(module.parameters for module in self.modules)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Module kinds in the order of the first block that has them."""
+        return tuple(dict.fromkeys(module.id.kind for module in self.modules))
+
+    def in_layer(self, layer: int) -> tuple[ModuleInfo, ...]:
+        """Modules of one layer, in model order."""
+        return tuple(module for module in self.modules if module.id.layer == layer)
+
+    def path(self, module: ModuleId) -> str:
+        """Dotted path of the module inside the model."""
+        return f"{self.layers_path}.{module.layer}.{module.kind}"
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ModelStructure:
+        """Inverse of `to_json`."""
+        modules = tuple(
+            ModuleInfo(ModuleId(**item["id"]), item["out_features"], item["in_features"], item["part"])
+            for item in data["modules"]
+        )
+        return cls(**{**data, "modules": modules})

@@ -1,0 +1,17 @@
+"""Artifact store: content-addressed, atomic, verified, on any fsspec URL."""
+
+from lmq_storage.artifact import ArtifactRef, DamagedArtifact, Manifest, StoredFile, StoreError
+from lmq_storage.keys import artifact_key, canonical_json
+from lmq_storage.store import ArtifactStore, file_sha256
+
+__all__ = [
+    "ArtifactRef",
+    "ArtifactStore",
+    "DamagedArtifact",
+    "Manifest",
+    "StoreError",
+    "StoredFile",
+    "artifact_key",
+    "canonical_json",
+    "file_sha256",
+]

@@ -1,0 +1,109 @@
+"""What the store knows of an artifact: a small reference to pass around, and the manifest beside the bytes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from lmq_storage.keys import canonical_json, text_sha256
+
+MANIFEST_VERSION = 1
+
+
+class StoreError(Exception):
+    """The store cannot do what was asked; the message says what and what to do."""
+
+    exit_code = 1
+
+
+class DamagedArtifact(StoreError):
+    """Bytes of an artifact are missing or are not those that were published."""
+
+
+@dataclass(frozen=True)
+class ArtifactRef:
+    """Reference to a published artifact: `stage/key` in any store, the digest of its content, its schema."""
+
+    uri: str
+    sha256: str
+    schema: str
+
+    @property
+    def stage(self) -> str:
+        """Stage that made the artifact."""
+        return self.uri.split("/", 1)[0]
+
+    @property
+    def key(self) -> str:
+        """Key under which it was published."""
+        return self.uri.split("/", 1)[1]
+
+    def to_json(self) -> dict[str, str]:
+        """JSON-ready form."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, str]) -> ArtifactRef:
+        """Inverse of `to_json`."""
+        return cls(**data)
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """One file of an artifact: where its bytes lie is given by `sha256` alone."""
+
+    sha256: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Everything about one artifact but its bytes: what it holds, and what it was made from."""
+
+    stage: str
+    key: str
+    schema: str
+    files: Mapping[str, StoredFile]
+    algorithm_version: int
+    config: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    host: str = ""
+    seconds: float | None = None
+    manifest_version: int = MANIFEST_VERSION
+
+    @property
+    def content_sha256(self) -> str:
+        """Digest of the files' names and bytes; independent of how and when they were made."""
+        return text_sha256(canonical_json({name: file.sha256 for name, file in self.files.items()}))
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all files."""
+        return sum(file.size_bytes for file in self.files.values())
+
+    @property
+    def ref(self) -> ArtifactRef:
+        """The reference to pass to other stages."""
+        return ArtifactRef(f"{self.stage}/{self.key}", self.content_sha256, self.schema)
+
+    def to_text(self) -> str:
+        """JSON text as stored."""
+        return json.dumps(asdict(self), indent=1, sort_keys=True)
+
+    @classmethod
+    def from_text(cls, text: str) -> Manifest:
+        """Inverse of `to_text`. Raises DamagedArtifact when the text is not a manifest of this version."""
+        try:
+            data = json.loads(text)
+            files = {name: StoredFile(**item) for name, item in data.pop("files").items()}
+            manifest = cls(files=files, **data)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise DamagedArtifact(f"not a manifest: {error}") from error
+        if manifest.manifest_version != MANIFEST_VERSION:
+            raise DamagedArtifact(
+                f"manifest version {manifest.manifest_version}, this lmq reads version {MANIFEST_VERSION}"
+            )
+        return manifest

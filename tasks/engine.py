@@ -1,0 +1,69 @@
+"""Stages as Prefect tasks: Prefect decides what to skip, by our key, and keeps the state of every task run."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from prefect import Task, task
+from prefect.cache_policies import CacheKeyFnPolicy
+from prefect.concurrency.sync import concurrency
+from prefect.context import TaskRunContext
+from prefect.states import Failed, State
+
+from lmq.errors import LmqError
+from lmq_storage import DamagedArtifact, StoreError
+from lmq_tasks.stage import JsonDict, Site, Stage, run_stage
+
+GPU_LIMIT = "lmq-gpu"
+"""Prefect concurrency limit that GPU work occupies; `flows` creates it with one slot."""
+
+DAMAGED_INPUT = "DamagedInput"
+"""Name of the state of a task whose input turned out to be damaged: the run has to look again."""
+
+
+def _given_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
+    return f"{context.task.name}-{parameters['key']}"
+
+
+@functools.cache
+def stage_task(name: str) -> Task[..., Any]:
+    """The Prefect task of a stage: `task(label, key, site, config, inputs)` gives an ArtifactRef as JSON."""
+    from lmq_tasks import STAGES
+
+    stage = STAGES[name]
+
+    @task(
+        name=name,
+        description=(stage.body.__doc__ or "").strip(),
+        task_run_name="{label}",
+        cache_policy=CacheKeyFnPolicy(cache_key_fn=_given_key),
+        persist_result=True,
+        result_serializer="json",
+        log_prints=False,
+    )
+    def run(label: str, key: str, site: JsonDict, config: JsonDict, inputs: JsonDict) -> JsonDict | State[Any]:
+        try:
+            with _gpu_slot(site["device"]):
+                return run_stage(stage, key, Site.from_json(site), config, inputs).to_json()
+        except DamagedArtifact as error:
+            return Failed(name=DAMAGED_INPUT, message=str(error))
+        except (LmqError, StoreError) as error:
+            return Failed(name=type(error).__name__, message=f"{label}: {error}")
+
+    return run
+
+
+@contextmanager
+def _gpu_slot(device: str) -> Iterator[None]:
+    """Hold the GPU alone while working on it; nothing to hold on a CPU."""
+    if not device.startswith("cuda"):
+        yield
+        return
+    with concurrency(GPU_LIMIT, occupy=1, strict=True):
+        yield
+
+
+__all__ = ["DAMAGED_INPUT", "GPU_LIMIT", "Stage", "stage_task"]

@@ -1,0 +1,55 @@
+"""What stages open again and again, kept open per thread: the model skeleton and laid-out directories."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+
+from lmq.model_source import ModelSource, locate
+from lmq.streaming import StreamedModel
+from lmq.structure import ModelStructure
+from lmq_storage import ArtifactRef, DamagedArtifact
+from lmq_tasks.stage import Job
+
+_thread = threading.local()
+_laying_out = threading.Lock()
+
+
+def read_structure(job: Job) -> ModelStructure:
+    """The structure of the job's model."""
+    return ModelStructure.from_json(json.loads(job.input("structure", "structure.json").read_text()))
+
+
+def model_dir(job: Job) -> Path:
+    """Directory with the source model's safetensors, configuration and tokenizer, on this machine."""
+    location = job.site.model
+    assert location is not None, "this stage was given no model"
+    if location.kind == "directory":
+        return Path(location.place)
+    if location.kind == "hub":
+        return locate(ModelSource.parse(location.place)).path
+    stage, _, key = location.place.partition("/")
+    ref = job.store.find(stage, key)
+    if ref is None:
+        raise DamagedArtifact(f"the converted model {location.place} is gone; run again to make it anew")
+    return _lay_out(job, ref)
+
+
+def materialized(job: Job, name: str) -> Path:
+    """A single input laid out as a directory with its file names."""
+    return _lay_out(job, job.ref(name))
+
+
+def open_model(job: Job) -> StreamedModel:
+    """The job's model, opened once per thread (two threads never share its buffers)."""
+    wanted = (job.ref("structure").sha256, job.site.device)
+    if getattr(_thread, "wanted", None) != wanted:
+        _thread.model = StreamedModel.open(model_dir(job), read_structure(job))
+        _thread.wanted = wanted
+    return _thread.model
+
+
+def _lay_out(job: Job, ref: ArtifactRef) -> Path:
+    with _laying_out:
+        return job.store.materialize(ref, job.store.local_dir / "laid-out" / ref.sha256[:32])

@@ -1,0 +1,88 @@
+"""Stage that decides: the configuration of every module, by a strategy, under a budget."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from lmq.error_table import ErrorTable
+from lmq.fisher import FISHER_SCHEMA
+from lmq.frobenius import FROBENIUS_SCHEMA
+from lmq.kurtosis import KURTOSIS_SCHEMA
+from lmq.quant_spec import QuantSpec
+from lmq.sensitivity import SENSITIVITY_SCHEMA
+from lmq.strategies import ALLOCATION_SCHEMA, Measurements, strategy
+from lmq.structure import ModelStructure, ModuleId
+from lmq.tables import TableSchema, read_rows, write_rows
+from lmq_tasks.opened import read_structure
+from lmq_tasks.stage import Job, stage
+
+
+@stage("allocate", version=1, schema=ALLOCATION_SCHEMA.label)
+def allocate(job: Job) -> None:
+    """Choose the configuration of every module under a budget in bytes.
+
+    Files: allocation.parquet (with costs), solution.json (objective, bound), and the bare choice, whole
+    (choice.json) and by layer (layer-000.json, ...), so that equal choices share what follows.
+    """
+    structure = read_structure(job)
+    chosen = strategy(job.config["strategy"], **job.config["options"])
+    allocation = chosen.allocate(read_measurements(job, structure), job.config["budget_bytes"])
+    write_rows(job.output / "allocation.parquet", ALLOCATION_SCHEMA, allocation.to_rows())
+    solution = {
+        "size_bytes": allocation.size_bytes,
+        "objective": allocation.objective,
+        "lower_bound": allocation.lower_bound,
+        "gap": allocation.gap,
+    }
+    (job.output / "solution.json").write_text(json.dumps(solution))
+    write_choice(job.output / "choice.json", allocation.choice)
+    for layer in range(structure.layers):
+        in_layer = {module: spec for module, spec in allocation.choice.items() if module.layer == layer}
+        write_choice(job.output / f"layer-{layer:03d}.json", in_layer)
+
+
+def read_measurements(job: Job, structure: ModelStructure) -> Measurements:
+    """What was measured of the model, as far as the strategy needs it."""
+    menu = tuple(QuantSpec.parse(name) for name in job.config["menu"])
+    return Measurements(
+        modules=structure.modules,
+        menu=menu,
+        kurtosis=_profile(job, "kurtosis", KURTOSIS_SCHEMA),
+        sensitivity=_profile(job, "sensitivity", SENSITIVITY_SCHEMA),
+        frobenius=_error_table(job, "frobenius", FROBENIUS_SCHEMA, "frobenius_error", menu),
+        fisher=_error_table(job, "fisher", FISHER_SCHEMA, "fisher", menu),
+    )
+
+
+def _profile(job: Job, name: str, schema: TableSchema) -> dict[ModuleId, float] | None:
+    if not job.has(name):
+        return None
+    rows = [row for path in job.inputs(name, f"{name}.parquet") for row in read_rows(path, schema)]
+    return {ModuleId(row["layer"], row["kind"]): row[name] for row in rows}
+
+
+def _error_table(
+    job: Job, name: str, schema: TableSchema, column: str, menu: tuple[QuantSpec, ...]
+) -> ErrorTable | None:
+    if not job.has(name):
+        return None
+    rows = [row for path in job.inputs(name, f"{name}.parquet") for row in read_rows(path, schema)]
+    return ErrorTable.from_rows([row for row in rows if spec_of(row) in menu], column)
+
+
+def spec_of(row: dict[str, int]) -> QuantSpec:
+    """The configuration that a table row is about."""
+    return QuantSpec(row["bits"], row["group_size"], row["meta_bits"], row["meta_group_size"])
+
+
+def write_choice(path: Path, choice: dict[ModuleId, QuantSpec]) -> None:
+    """Write module → configuration as JSON; equal choices give equal bytes."""
+    entries = [{**asdict(module), **asdict(spec)} for module, spec in sorted(choice.items())]
+    path.write_text(json.dumps(entries))
+
+
+def read_choice(path: Path) -> dict[ModuleId, QuantSpec]:
+    """Inverse of `write_choice`."""
+    return {ModuleId(entry["layer"], entry["kind"]): spec_of(entry) for entry in json.loads(path.read_text())}

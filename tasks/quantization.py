@@ -1,0 +1,52 @@
+"""Stages that make the checkpoint: quantize layer by layer, then join the layers."""
+
+from __future__ import annotations
+
+import shutil
+
+from lmq.checkpoint import assemble_checkpoint, quantize_layer, quantized_bytes, save_layer
+from lmq.errors import LmqError
+from lmq.frobenius import load_grids
+from lmq.quantizers import quantizer
+from lmq_tasks.opened import model_dir, open_model, read_structure
+from lmq_tasks.planning import read_choice
+from lmq_tasks.stage import Job, stage
+
+
+@stage("quantize", version=1, schema="quantized-layer/1")
+def quantize(job: Job) -> None:
+    """Quantize and pack the modules of one layer at their chosen configurations."""
+    model = open_model(job)
+    layer = job.config["layer"]
+    choice = read_choice(job.input("choice", f"layer-{layer:03d}.json"))
+    grids = load_grids(job.input("frobenius", "grids.safetensors"))
+    by_kind = model.load_layer_weights(layer)
+    weights = {info.id: by_kind[info.id.kind].to(job.device) for info in model.structure.in_layer(layer)}
+    on_device = {
+        module: {spec: grid.to(job.device) for spec, grid in by_spec.items() if spec == choice[module]}
+        for module, by_spec in grids.items()
+    }
+    save_layer(job.output / "layer.safetensors", quantize_layer(model.structure, weights, on_device, choice))
+
+
+@stage("checkpoint", version=1, schema="checkpoint/1")
+def checkpoint(job: Job) -> None:
+    """Join quantized layers with the unquantized tensors into a checkpoint that `lmq.load` opens."""
+    structure = read_structure(job)
+    choice = read_choice(job.input("choice", "choice.json"))
+    target = job.output / "checkpoint"
+    assemble_checkpoint(
+        target,
+        model_dir(job),
+        structure,
+        choice,
+        job.inputs("quantized", "layer.safetensors"),
+        quantizer=quantizer(**job.config["quantizer"]),
+    )
+    counted = sum(choice[info.id].size_bytes(info.parameters) for info in structure.modules)
+    stored = quantized_bytes(target)
+    if stored != counted:
+        raise LmqError(f"the checkpoint holds {stored:,} bytes of quantized modules where {counted:,} were counted")
+    for path in target.iterdir():
+        shutil.move(path, job.output / path.name)
+    target.rmdir()

@@ -1,0 +1,231 @@
+"""Stage that reports: results.json, report.html, the allocations as CSV, and the pictures for the UI."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from lmq.evaluation import WINDOWS_SCHEMA, Evaluation, paired_difference, summarize
+from lmq.fisher import FISHER_SCHEMA
+from lmq.frobenius import FROBENIUS_SCHEMA
+from lmq.kurtosis import KURTOSIS_SCHEMA
+from lmq.error_table import ErrorTable
+from lmq.outliers import OUTLIERS_SCHEMA
+from lmq.report import ModelReport, PairedDifference, ReportData, StageTiming, build_report
+from lmq.results import FULL_PRECISION, UNIFORM, VariantResult, markdown_table, write_results
+from lmq.sensitivity import SENSITIVITY_SCHEMA
+from lmq.strategies import ALLOCATION_SCHEMA
+from lmq.structure import ModelStructure
+from lmq.tables import TableSchema, read_rows
+from lmq_tasks.stage import Job, JsonDict, library_versions, stage
+
+_DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+@stage("report", version=1, schema="report/1")
+def report(job: Job) -> None:
+    """Write results.json, report.html, summary.md and one CSV per allocation."""
+    structures = {name: _structure(job, name) for name in job.config["models"]}
+    variants = [_Variant(job, number, item, structures) for number, item in enumerate(job.config["variants"])]
+    results = [variant.result for variant in variants]
+    write_results(job.output / "results.json", results)
+    (job.output / "summary.md").write_text(markdown_table(results))
+    for variant in variants:
+        if variant.allocation:
+            _write_csv(job, variant)
+    data = ReportData(
+        run=job.config["run"],
+        results=results,
+        models=[_model_report(job, name, structures[name], variants) for name in structures],
+        paired=_paired(variants),
+        stages=_stages(job),
+        config=job.config["config"],
+        versions=library_versions(),
+        digests={f"{name} weights": structure.weights_sha256 for name, structure in structures.items()},
+    )
+    (job.output / "report.html").write_text(build_report(data), encoding="utf-8")
+
+
+class _Variant:
+    """One variant's measured windows and allocation, and the record made of them."""
+
+    def __init__(self, job: Job, number: int, item: JsonDict, structures: dict[str, ModelStructure]):
+        self.item = item
+        self.slug = item["slug"]
+        prefix = f"variant {number} "
+        self.windows = _rows(job, prefix + "evaluation", "windows.parquet", WINDOWS_SCHEMA)
+        self.allocation = _rows(job, prefix + "allocation", "allocation.parquet", ALLOCATION_SCHEMA)
+        self.result = self._result(job, prefix, structures[item["model"]])
+
+    def _result(self, job: Job, prefix: str, structure: ModelStructure) -> VariantResult:
+        evaluation = summarize(self.windows) if self.windows else None
+        measured, note = _measured(evaluation)
+        item = self.item
+        is_reference = item["strategy"] == FULL_PRECISION
+        size = _size(job, prefix, structure, self.allocation, is_reference)
+        return VariantResult(
+            model=item["model"],
+            strategy=item["strategy"],
+            budget=item["budget"],
+            budget_bytes=item["budget_bytes"],
+            seconds=_seconds(job, prefix + "evaluation"),
+            checkpoint=None if is_reference or not job.has(prefix + "checkpoint") else f"checkpoints/{self.slug}",
+            error=item["error"] or note,
+            **size,
+            **measured,
+            **_solution(job, prefix),
+        )
+
+
+def _measured(evaluation: Evaluation | None) -> tuple[dict[str, Any], str | None]:
+    """Fields of the record that an evaluation gives, and a remark when perplexity is infinite."""
+    if evaluation is None:
+        return {}, None
+    perplexity, kl = evaluation.perplexity, evaluation.kl_divergence
+    finite = math.isfinite(perplexity.value)
+    fields = {
+        "perplexity": perplexity.value if finite else None,
+        "perplexity_stderr": perplexity.stderr if finite else None,
+        "kl_divergence": kl.value if kl else None,
+        "kl_divergence_stderr": kl.stderr if kl else None,
+        "top1_agreement": evaluation.top1_agreement,
+        "tokens": evaluation.scored_tokens,
+    }
+    return fields, None if finite else "perplexity is infinite: the model gives some tokens no probability"
+
+
+def _size(
+    job: Job, prefix: str, structure: ModelStructure, allocation: Sequence[JsonDict], is_reference: bool
+) -> dict[str, Any]:
+    if is_reference:
+        size_bytes = structure.parameters * _DTYPE_BYTES[structure.dtype]
+        checkpoint_bytes: int | None = size_bytes + structure.other_bytes
+    elif allocation:
+        size_bytes = sum(row["size_bytes"] for row in allocation)
+        manifest = _manifest(job, prefix + "checkpoint")
+        checkpoint_bytes = manifest.size_bytes if manifest else None
+    else:
+        return {}
+    bits_per_weight = 8 * size_bytes / structure.parameters
+    return {"size_bytes": size_bytes, "checkpoint_bytes": checkpoint_bytes, "bits_per_weight": bits_per_weight}
+
+
+def _solution(job: Job, prefix: str) -> dict[str, Any]:
+    if not job.has(prefix + "allocation"):
+        return {}
+    solution = json.loads(job.input(prefix + "allocation", "solution.json").read_text())
+    return {name: solution[name] for name in ("objective", "lower_bound", "gap")}
+
+
+def _manifest(job: Job, name: str) -> Any:
+    if not job.has(name):
+        return None
+    ref = job.ref(name)
+    return job.store.manifest(ref.stage, ref.key)
+
+
+def _seconds(job: Job, name: str) -> float | None:
+    manifest = _manifest(job, name)
+    return manifest.seconds if manifest else None
+
+
+def _structure(job: Job, model: str) -> ModelStructure:
+    return ModelStructure.from_json(json.loads(job.input(f"{model} structure", "structure.json").read_text()))
+
+
+def _rows(job: Job, name: str, file: str, schema: TableSchema) -> list[JsonDict]:
+    return read_rows(job.input(name, file), schema) if job.has(name) else []
+
+
+def _layer_rows(job: Job, model: str, signal: str, schema: TableSchema) -> list[JsonDict]:
+    name = f"{model} {signal}"
+    if not job.has(name):
+        return []
+    return [row for path in job.inputs(name, f"{signal}.parquet") for row in read_rows(path, schema)]
+
+
+def _model_report(job: Job, name: str, structure: ModelStructure, variants: Sequence[_Variant]) -> ModelReport:
+    frobenius = _layer_rows(job, name, "frobenius", FROBENIUS_SCHEMA)
+    fisher = _layer_rows(job, name, "fisher", FISHER_SCHEMA)
+    own = [variant for variant in variants if variant.item["model"] == name and variant.allocation]
+    return ModelReport(
+        name=name,
+        structure=structure,
+        kurtosis=_layer_rows(job, name, "kurtosis", KURTOSIS_SCHEMA),
+        sensitivity=_layer_rows(job, name, "sensitivity", SENSITIVITY_SCHEMA),
+        outliers=_rows(job, f"{name} outliers", "outliers.parquet", OUTLIERS_SCHEMA),
+        frobenius=ErrorTable.from_rows(frobenius, "frobenius_error") if frobenius else None,
+        fisher=ErrorTable.from_rows(fisher, "fisher") if fisher else None,
+        allocations={variant.result.label: variant.allocation for variant in own},
+    )
+
+
+def _paired(variants: Sequence[_Variant]) -> list[PairedDifference]:
+    """Every variant against uniform at the same budget, window by window."""
+    found = []
+    for variant in variants:
+        baseline = next(
+            (
+                other
+                for other in variants
+                if other.item["model"] == variant.item["model"]
+                and other.item["budget"] == variant.item["budget"]
+                and other.item["strategy"] == UNIFORM
+            ),
+            None,
+        )
+        if baseline is None or baseline is variant or not variant.windows or not baseline.windows:
+            continue
+        difference = paired_difference(variant.windows, baseline.windows)
+        if difference.stderr is None:
+            continue
+        found.append(
+            PairedDifference(
+                model=variant.item["model"],
+                variant=variant.result.label,
+                baseline=baseline.result.label,
+                difference=difference.value,
+                stderr=difference.stderr,
+            )
+        )
+    return found
+
+
+def _stages(job: Job) -> list[StageTiming]:
+    """Seconds of work and bytes kept, by model and stage."""
+    seconds: dict[tuple[str, str], float] = defaultdict(float)
+    size: dict[tuple[str, str], int] = defaultdict(int)
+    state: dict[tuple[str, str], str] = {}
+    for model in job.config["models"]:
+        refs = job.refs(f"{model} all")
+        for ref in refs:
+            manifest = job.store.manifest(ref.stage, ref.key)
+            if manifest is None:
+                continue
+            where = (model, ref.stage)
+            seconds[where] += manifest.seconds or 0.0
+            size[where] += manifest.size_bytes
+            if job.site.states.get(ref.uri) == "ran" or where not in state:
+                state[where] = job.site.states.get(ref.uri, "cached")
+    return [
+        StageTiming(
+            stage=name,
+            label=model,
+            state="ran" if state[model, name] == "ran" else "cached",
+            seconds=seconds[model, name],
+            size_bytes=size[model, name],
+        )
+        for model, name in seconds
+    ]
+
+
+def _write_csv(job: Job, variant: _Variant) -> None:
+    with (job.output / f"allocation-{variant.slug}.csv").open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, fieldnames=list(variant.allocation[0]))
+        writer.writeheader()
+        writer.writerows(variant.allocation)
+

@@ -1,0 +1,90 @@
+"""Stages that measure what quantization does to a layer, replaying its block alone; and outlier layers."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from lmq.capture import read_states
+from lmq.fisher import FISHER_SCHEMA, fast_matmul_dtype, token_fisher, trace_modules
+from lmq.frobenius import load_grids
+from lmq.kurtosis import KURTOSIS_SCHEMA
+from lmq.outliers import OUTLIERS_SCHEMA, outlier_rows
+from lmq.quant_spec import QuantSpec
+from lmq.sensitivity import SENSITIVITY_SCHEMA, part_sensitivities
+from lmq.tables import read_rows, write_rows
+from lmq_tasks.opened import open_model
+from lmq_tasks.stage import Job, stage
+
+
+@stage("sensitivity", version=1, schema=SENSITIVITY_SCHEMA.label)
+def measure_sensitivity(job: Job) -> None:
+    """Activation sensitivity of one layer's parts at one configuration."""
+    model = open_model(job)
+    layer = job.config["layer"]
+    spec = QuantSpec.parse(job.config["spec"])
+    grids = load_grids(job.input("frobenius", "grids.safetensors"))
+    hidden = read_states(job.input("hidden", "states.parquet"))
+    modules = model.structure.in_layer(layer)
+    with model.block(layer) as block:
+        quantized = {
+            module.id.kind: grids[module.id][spec].round_trip(block.get_submodule(module.id.kind).weight)
+            for module in modules
+        }
+        scores = part_sensitivities(block, model.block_inputs(hidden.shape[1])[layer], hidden, modules, quantized)
+    rows = [
+        {
+            "layer": layer,
+            "kind": module.id.kind,
+            "part": module.part,
+            **asdict(spec),
+            "sensitivity": scores[module.part],
+        }
+        for module in modules
+    ]
+    write_rows(job.output / "sensitivity.parquet", SENSITIVITY_SCHEMA, rows)
+
+
+@stage("fisher", version=1, schema=FISHER_SCHEMA.label)
+def measure_fisher(job: Job) -> None:
+    """Token-wise Fisher cost of every module of one layer under every configuration of the menu."""
+    model = open_model(job)
+    layer = job.config["layer"]
+    menu = [QuantSpec.parse(name) for name in job.config["menu"]]
+    grids = load_grids(job.input("frobenius", "grids.safetensors"))
+    hidden = read_states(job.input("hidden", "states.parquet"))
+    gradient = read_states(job.input("gradient", "states.parquet"))
+    modules = model.structure.in_layer(layer)
+    rows = []
+    with model.block(layer) as block:
+        inputs = model.block_inputs(hidden.shape[1])[layer]
+        kinds = [module.id.kind for module in modules]
+        traces = trace_modules(block, inputs, hidden, gradient, kinds, fast_matmul_dtype(job.device))
+        for module in modules:
+            weight = block.get_submodule(module.id.kind).weight.detach()
+            for spec in menu:
+                error = grids[module.id][spec].round_trip(weight) - weight
+                rows.append(
+                    {
+                        "layer": layer,
+                        "kind": module.id.kind,
+                        **asdict(spec),
+                        "parameters": module.parameters,
+                        "size_bytes": spec.size_bytes(module.parameters),
+                        "fisher": token_fisher(traces[module.id.kind], error),
+                    }
+                )
+    write_rows(job.output / "fisher.parquet", FISHER_SCHEMA, rows)
+
+
+@stage("outliers", version=1, schema=OUTLIERS_SCHEMA.label)
+def find_outliers(job: Job) -> None:
+    """Outlier layers of every module kind, by kurtosis and by sensitivity."""
+    kurtosis = [row for path in job.inputs("kurtosis", "kurtosis.parquet") for row in read_rows(path, KURTOSIS_SCHEMA)]
+    sensitivity = [
+        row for path in job.inputs("sensitivity", "sensitivity.parquet") for row in read_rows(path, SENSITIVITY_SCHEMA)
+    ]
+    rows = [
+        *outlier_rows(kurtosis, "kurtosis", difference="subtract"),
+        *outlier_rows(sensitivity, "sensitivity", difference="divide"),
+    ]
+    write_rows(job.output / "outliers.parquet", OUTLIERS_SCHEMA, rows)

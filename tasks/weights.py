@@ -1,0 +1,55 @@
+"""Stages that look at weights alone: kurtosis, and the grids of every configuration with their errors."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from lmq.frobenius import FROBENIUS_SCHEMA, fit_grids, frobenius_errors, frobenius_norm, save_grids
+from lmq.kurtosis import KURTOSIS_SCHEMA, kurtosis
+from lmq.quant_spec import QuantSpec
+from lmq.quantizers import quantizer
+from lmq.tables import write_rows
+from lmq_tasks.opened import open_model
+from lmq_tasks.stage import Job, stage
+
+
+@stage("kurtosis", version=1, schema=KURTOSIS_SCHEMA.label)
+def measure_kurtosis(job: Job) -> None:
+    """Kurtosis of every weight matrix of one layer."""
+    model = open_model(job)
+    layer = job.config["layer"]
+    rows = []
+    for kind, weight in model.load_layer_weights(layer).items():
+        value = kurtosis(weight, f"{kind} of layer {layer}")
+        rows.append({"layer": layer, "kind": kind, "parameters": weight.numel(), "kurtosis": value})
+    write_rows(job.output / "kurtosis.parquet", KURTOSIS_SCHEMA, rows)
+
+
+@stage("frobenius", version=1, schema=FROBENIUS_SCHEMA.label)
+def measure_frobenius(job: Job) -> None:
+    """Quantization grids of one layer for every configuration of the menu, and their Frobenius errors."""
+    model = open_model(job)
+    layer = job.config["layer"]
+    menu = [QuantSpec.parse(name) for name in job.config["menu"]]
+    fitter = quantizer(**job.config["quantizer"])
+    rows, layer_grids = [], {}
+    weights = model.load_layer_weights(layer)
+    for module in model.structure.in_layer(layer):
+        weight = weights[module.id.kind].to(job.device)
+        grids = fit_grids(weight, menu, fitter, str(module.id))
+        norm = frobenius_norm(weight)
+        for (spec, grid), error in zip(grids.items(), frobenius_errors(weight, list(grids.values())), strict=True):
+            rows.append(
+                {
+                    "layer": layer,
+                    "kind": module.id.kind,
+                    **asdict(spec),
+                    "parameters": module.parameters,
+                    "size_bytes": spec.size_bytes(module.parameters),
+                    "frobenius_error": error,
+                    "frobenius_norm": norm,
+                }
+            )
+        layer_grids[module.id] = grids
+    write_rows(job.output / "frobenius.parquet", FROBENIUS_SCHEMA, rows)
+    save_grids(job.output / "grids.safetensors", layer_grids)

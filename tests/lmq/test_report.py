@@ -1,0 +1,246 @@
+import csv
+import io
+import math
+import re
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from html.parser import HTMLParser
+from urllib.parse import unquote
+
+import pytest
+
+from lmq.quant_spec import STOPS
+from lmq.report import ModelReport, PairedDifference, ReportData, StageTiming, build_report
+from lmq.report.allocations import OPEN_MAPS
+from lmq.report.reasons import one_per_width
+from lmq.report.stages import format_duration
+from lmq.report.verdict import verdicts
+
+from .browser import dom_after, screenshot
+from .synthetic_report import FULL_PERPLEXITY, MODEL, model_report, report_data, results, structure
+
+VOID = {"meta", "br", "hr", "img", "link"}
+
+
+class Nesting(HTMLParser):
+    """Fails on a tag that is closed out of order."""
+
+    def __init__(self):
+        super().__init__()
+        self.open = []
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        pass
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def plain(html):
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", "", html))
+
+
+@pytest.fixture(scope="module")
+def page():
+    return build_report(report_data())
+
+
+def test_page_is_well_formed_and_needs_nothing_else(page):
+    nesting = Nesting()
+    nesting.feed(page)
+    assert nesting.open == []
+    assert not re.search(r"https?://|src=|url\(|@import", page)
+    links = re.findall(r'href="([^"]*)"', page)
+    assert links
+    assert all(link.startswith(("#", "data:text/csv")) for link in links)
+
+
+def test_same_data_gives_same_bytes_in_any_thread(page):
+    with ThreadPoolExecutor(2) as pool:
+        assert set(pool.map(lambda _: build_report(report_data()), range(2))) == {page}
+
+
+@pytest.mark.parametrize(("variants", "most_bytes"), [(20, 1_000_000), (60, 3_000_000)])
+def test_many_variants_stay_small_and_fold(variants, most_bytes):
+    html = build_report(report_data(variants))
+    assert len(html.encode()) < most_bytes
+    allocations = model_report(variants=variants).allocations.values()
+    mixed = sum(len({(row["bits"], row["group_size"]) for row in rows}) > 1 for rows in allocations)
+    assert html.count('<div class="maps">') == mixed
+    assert html.count("<details><summary>") == mixed - OPEN_MAPS + 1  # and "Every stage"
+
+
+def test_answer_names_the_best_variant_and_its_share_of_the_gap(page):
+    uniform, best = results()[1], results()[3]
+    share = math.log(uniform.perplexity / best.perplexity) / math.log(uniform.perplexity / FULL_PERPLEXITY)
+    answer = plain(re.search(r'<div class="answer">.*?</div>', page, re.S)[0])
+    assert "Up to 56.5 MB: loss-aware @ uniform b4g64, perplexity 35.66 ± 0.39 against 37.80 ± 0.42" in answer
+    assert f"closes {share:.0%} of the log-perplexity gap to full precision (29.19 ± 0.33)" in answer
+    assert "paired uncertainty of this share was not measured" in answer
+
+
+@pytest.mark.parametrize(("stderr", "distinguishable"), [(0.01, True), (0.05, False)])
+def test_paired_differences_give_the_share_an_uncertainty(stderr, distinguishable):
+    uniform, best = results()[1], results()[3]
+    difference = math.log(best.perplexity / uniform.perplexity)
+    pair = PairedDifference(
+        model=MODEL, variant=best.label, baseline=uniform.label, difference=difference, stderr=stderr
+    )
+    [verdict] = verdicts(MODEL, results(), [pair])
+    gap = math.log(uniform.perplexity / FULL_PERPLEXITY)
+    assert verdict.gap_closed == pytest.approx(-difference / gap)
+    assert verdict.gap_closed_stderr == pytest.approx(stderr / gap)
+    assert verdict.distinguishable is distinguishable
+    html = build_report(ReportData(run="r", results=results(), paired=[pair]))
+    assert f"± {stderr / gap:.0%} (paired)" in html
+    assert ("not distinguishable from uniform" in html) is not distinguishable
+
+
+def test_a_larger_variant_never_wins_and_uniform_can():
+    full, uniform, *_ = results()
+    larger = replace(uniform, strategy="mxq", size_bytes=uniform.size_bytes + 1, perplexity=30.0)
+    worse = replace(uniform, strategy="mxq", perplexity=uniform.perplexity + 1)
+    [verdict] = verdicts(MODEL, [full, uniform, larger, worse])
+    assert not verdict.beats_uniform
+    html = build_report(ReportData(run="r", results=[full, uniform, larger, worse]))
+    assert "No other variant in this run is better at no more bytes" in html
+
+
+def test_more_than_three_uniform_sizes_become_a_table():
+    html = build_report(ReportData(run="r", results=results(count=26)))
+    assert "At 5 of 5 sizes another strategy has a lower perplexity than uniform" in plain(html)
+
+
+def test_failed_variants_show_their_escaped_error(page):
+    assert "the budget of 10 bytes is below &lt;the smallest&gt;" in page
+    assert "<the smallest>" not in page
+    assert "1 failed" in page
+
+
+def test_what_was_not_measured_is_said():
+    text = plain(build_report(ReportData(run="empty", results=[])))
+    for part in ("Variants", "Allocations", "Stages", "Configuration", "Digests", "Versions"):
+        assert f"{part}: not measured in this run." in text
+    bare = ReportData(run="bare", results=results()[:1], models=[ModelReport(name=MODEL, structure=structure(2))])
+    text = plain(build_report(bare))
+    for part in ("Activation sensitivity", "Kurtosis of the weights", "Loss-aware cost", "Frobenius error"):
+        assert f"{part}: not measured in this run." in text
+    assert "nothing to recommend" in text
+
+
+def test_one_variant_alone_works():
+    only = replace(results()[3], perplexity_stderr=None, kl_divergence=None)
+    report = replace(model_report(), allocations={only.label: model_report().allocations[only.label]})
+    html = build_report(ReportData(run="one", results=[only], models=[report]))
+    assert "no measured uniform variant" in html
+    assert "Compared with its own mean over modules" in html
+    assert "1 variant<" in html
+
+
+def test_several_models_are_named():
+    second = replace(results()[1], model="Other<7B>")
+    data = ReportData(run="two", results=[*results(), second], models=[model_report(), model_report("Other<7B>", 4)])
+    html = build_report(data)
+    assert "<h3>Other&lt;7B&gt;</h3>" in html
+    assert "Other<7B>" not in html
+
+
+def test_figures_carry_their_data(page):
+    files = {
+        name: list(csv.DictReader(io.StringIO(unquote(data))))
+        for name, data in re.findall(r'download="([^"]+)" href="data:text/csv;charset=utf-8,([^"]*)"', page)
+    }
+    report = model_report()
+    kurtosis = files[f"kurtosis-{MODEL}.csv"]
+    assert [float(row["kurtosis"]) for row in kurtosis] == [row["kurtosis"] for row in report.kurtosis]
+    allocation = files[f"allocation-{MODEL}-mxq---uniform-b4g64.csv"]
+    rows = report.allocations["mxq @ uniform b4g64"]
+    assert [int(row["size_bytes"]) for row in allocation] == [row["size_bytes"] for row in rows]
+    assert files["variants.csv"][0]["kl_divergence"] == ""
+    assert len(files["stages-demo.csv"]) == len(report_data().stages)
+    fisher = files[f"fisher-cost-{MODEL}.csv"]
+    assert float(fisher[5]["b4g64"]) == pytest.approx(
+        report.fisher.cost[5, report.fisher.specs.index(STOPS[7])], rel=1e-5
+    )
+
+
+def test_modules_measured_together_share_a_panel(page):
+    assert ">q_proj, k_proj, v_proj</text>" in page
+    assert ">gate_proj, up_proj</text>" in page
+
+
+def test_one_configuration_is_drawn_per_width():
+    assert [spec.name for spec in one_per_width(STOPS)] == ["b2g64", "b3g64", "b4g64", "b8g64"]
+
+
+def test_stage_times_are_summed_over_what_ran():
+    stages = [
+        StageTiming(stage="fisher", label="layer 0", state="ran", seconds=90.0, size_bytes=1_000_000),
+        StageTiming(stage="fisher", label="layer 1", state="cached", seconds=500.0, size_bytes=1_000_000),
+    ]
+    text = plain(build_report(ReportData(run="r", results=[], stages=stages)))
+    assert "1 of 2 stages ran, 1 min 30 s in all; 1 came from the cache. The run keeps 2.0 MB." in text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(None, "–"), (0.42, "0.4 s"), (59.4, "59 s"), (185, "3 min 05 s"), (7440, "2 h 04 min")]
+)
+def test_durations(seconds, text):
+    assert format_duration(seconds) == text
+
+
+SORT = """
+const table = document.querySelector("#variants table.sortable");
+const column = [...table.tHead.rows[0].cells].findIndex((cell) => cell.textContent === "Perplexity");
+const button = table.tHead.rows[0].cells[column].querySelector("button");
+const shown = () => [...table.tBodies[0].rows].map((row) => row.cells[column].dataset.v ?? "none").join(" ");
+button.focus();
+const focused = document.activeElement === button;
+button.click();
+const direction = () => button.parentElement.getAttribute("aria-sort");
+const rising = shown() + " " + direction();
+button.click();
+document.body.dataset.sorted = [focused, rising, shown() + " " + direction()].join("|");
+"""
+
+
+def test_tables_sort_in_a_browser_with_missing_values_last(page, tmp_path):
+    dom = dom_after(page, tmp_path, SORT)
+    focused, rising, falling = re.search(r'data-sorted="([^"]*)"', dom)[1].split("|")
+    perplexities = sorted(result.perplexity for result in results())
+    assert focused == "true"
+    *values, missing, direction = rising.split()
+    assert [float(value) for value in values] == perplexities
+    assert (missing, direction) == ("none", "ascending")
+    *values, missing, direction = falling.split()
+    assert [float(value) for value in values] == perplexities[::-1]
+    assert (missing, direction) == ("none", "descending")
+
+
+MEASURE = """
+const page = document.documentElement;
+document.body.dataset.overflow = page.scrollWidth - page.clientWidth;
+document.body.dataset.background = getComputedStyle(document.body).backgroundColor;
+const text = document.querySelector("svg text");
+document.body.dataset.ink = getComputedStyle(text).fill;
+"""
+
+
+@pytest.mark.parametrize(("width", "dark"), [(500, True), (1280, False)])
+def test_page_fits_the_screen_in_both_themes(page, tmp_path, width, dark):
+    dom = dom_after(page, tmp_path, MEASURE, width=width, dark=dark)
+    seen = dict(re.findall(r'data-(overflow|background|ink)="([^"]*)"', dom))
+    brightness = {name: int(re.search(r"\d+", seen[name])[0]) for name in ("background", "ink")}
+    assert seen["overflow"] == "0"
+    assert (brightness["background"] < brightness["ink"]) is dark
+
+
+def test_page_can_be_photographed(page, tmp_path):
+    file = tmp_path / "report.html"
+    file.write_text(page, encoding="utf-8")
+    screenshot(file, tmp_path / "report.png")
+    assert (tmp_path / "report.png").stat().st_size > 20_000

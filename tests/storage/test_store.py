@@ -1,0 +1,173 @@
+import json
+import os
+import threading
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from lmq_storage import ArtifactRef, ArtifactStore, DamagedArtifact, StoreError, artifact_key, canonical_json
+
+
+@pytest.fixture(params=["local", "memory"])
+def store(request, tmp_path):
+    if request.param == "local":
+        return ArtifactStore(str(tmp_path / "store"))
+    return ArtifactStore(f"memory://{tmp_path.name}", cache_dir=tmp_path / "cache")
+
+
+def publish(store, key="k", text="hello", stage="kurtosis", **options):
+    with store.workspace() as folder:
+        (folder / "a.txt").write_text(text)
+        files = {"a.txt": folder / "a.txt"}
+        return store.publish(
+            stage=stage, key=key, schema="text/1", files=files, algorithm_version=1, seconds=1.5, **options
+        )
+
+
+def blob_of(store, ref):
+    return store.path(ref, "a.txt")
+
+
+def test_published_artifact_is_found_with_its_bytes(store):
+    ref = publish(store, config={"layer": 3})
+    assert store.find("kurtosis", "k") == ref
+    assert store.path(ref, "a.txt").read_text() == "hello"
+    manifest = store.manifest("kurtosis", "k")
+    assert (manifest.config, manifest.seconds, manifest.size_bytes) == ({"layer": 3}, 1.5, 5)
+    assert ArtifactRef.from_json(json.loads(json.dumps(ref.to_json()))) == ref
+    assert (ref.stage, ref.key) == ("kurtosis", "k")
+
+
+def test_unknown_artifact_is_a_miss(store):
+    assert store.find("kurtosis", "nothing") is None
+    with pytest.raises(DamagedArtifact, match="kurtosis/nothing is gone"):
+        store.path(ArtifactRef("kurtosis/nothing", "0" * 64, "text/1"), "a.txt")
+
+
+def test_unknown_file_names_those_there_are(store):
+    with pytest.raises(StoreError, match="has no file 'b.txt'; it has a.txt"):
+        store.path(publish(store), "b.txt")
+
+
+def test_first_publish_wins_and_content_decides_the_digest(store):
+    first = publish(store, text="one")
+    assert publish(store, text="two") == first
+    assert store.path(first, "a.txt").read_text() == "one"
+    assert publish(store, key="other", text="one").sha256 == first.sha256
+
+
+@pytest.mark.parametrize("damage", ["deleted", "truncated", "flipped"])
+def test_damaged_bytes_are_a_miss_and_are_made_again(tmp_path, damage):
+    store = ArtifactStore(str(tmp_path / "store"))
+    blob = blob_of(store, publish(store))
+    blob.chmod(0o644)
+    if damage == "deleted":
+        blob.unlink()
+    else:
+        blob.write_text("hell" if damage == "truncated" else "hallo")
+    assert store.find("kurtosis", "k") is None
+    assert len(store.verify()) == 1
+    assert "kurtosis/k file a.txt" in store.verify()[0]
+    again = publish(store)
+    assert store.path(again, "a.txt").read_text() == "hello"
+    assert store.verify() == []
+
+
+def test_truncated_manifest_is_a_miss(tmp_path):
+    store = ArtifactStore(str(tmp_path / "store"))
+    publish(store)
+    manifest = tmp_path / "store" / "manifests" / "kurtosis" / "k.json"
+    manifest.write_text(manifest.read_text()[:40])
+    assert store.find("kurtosis", "k") is None
+    assert store.find("kurtosis", publish(store).key) is not None
+
+
+def test_missing_remote_blob_is_a_miss(tmp_path):
+    store = ArtifactStore(f"memory://{tmp_path.name}", cache_dir=tmp_path / "cache")
+    publish(store)
+    store._fs.rm(f"{store._root}/blobs", recursive=True)
+    assert store.find("kurtosis", "k") is None
+
+
+def test_nothing_is_left_when_the_writer_fails(store):
+    with pytest.raises(RuntimeError), store.workspace() as folder:
+        (folder / "a.txt").write_text("half")
+        raise RuntimeError
+    assert list(store.manifests()) == []
+    assert not folder.exists()
+
+
+def test_materialize_lays_files_out_and_replaces(store, tmp_path):
+    with store.workspace() as folder:
+        (folder / "big.bin").write_bytes(os.urandom(2 << 20))
+        (folder / "small.txt").write_text("s")
+        files = {"big.bin": folder / "big.bin", "sub/small.txt": folder / "small.txt"}
+        ref = store.publish(stage="checkpoint", key="c", schema="directory/1", files=files, algorithm_version=1)
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "stale").write_text("x")
+    store.materialize(ref, target)
+    assert sorted(p.relative_to(target).as_posix() for p in target.rglob("*") if p.is_file()) == [
+        "big.bin",
+        "sub/small.txt",
+    ]
+
+
+def test_many_writers_of_one_key_agree(tmp_path):
+    store_url = str(tmp_path / "store")
+    refs = []
+
+    def write(number):
+        refs.append(publish(ArtifactStore(store_url), text=f"by {number}"))
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(refs)) == 1
+    assert ArtifactStore(store_url).verify() == []
+
+
+def test_remove_unused_keeps_what_is_named_and_what_is_new(store):
+    kept, dropped = publish(store, key="kept", text="kept"), publish(store, key="dropped", text="dropped")
+    assert store.remove_unused({kept.uri}, older_than=time.time() - 3600, dry_run=False) == ([], 0)
+    future = time.time() + 3600
+    assert store.remove_unused({kept.uri}, older_than=future, dry_run=True) == ([dropped.uri], 7)
+    assert store.find(dropped.stage, dropped.key) == dropped
+    assert store.remove_unused({kept.uri}, older_than=future, dry_run=False) == ([dropped.uri], 7)
+    assert store.find(kept.stage, kept.key) == kept
+    assert store.find(dropped.stage, dropped.key) is None
+
+
+def test_run_texts_are_newest_first(store):
+    store.write_text("runs/a.json", "1")
+    time.sleep(0.02)
+    store.write_text("runs/b.json", "2")
+    assert [text for _, text in store.run_texts()] == ["2", "1"]
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(), children, max_size=3),
+)
+
+
+@given(st.dictionaries(st.text(), json_values, max_size=4))
+def test_key_ignores_the_order_of_entries(config):
+    backwards = dict(reversed(list(config.items())))
+    assert artifact_key("s", 1, config, {}) == artifact_key("s", 1, backwards, {})
+    assert json.loads(canonical_json(config)) == config
+
+
+def test_every_part_of_a_key_counts():
+    keys = {
+        artifact_key("a", 1, {"x": 1}, {"i": "d"}),
+        artifact_key("b", 1, {"x": 1}, {"i": "d"}),
+        artifact_key("a", 2, {"x": 1}, {"i": "d"}),
+        artifact_key("a", 1, {"x": 2}, {"i": "d"}),
+        artifact_key("a", 1, {"x": 1}, {"i": "e"}),
+        artifact_key("a", 1, {"x": 1}, {"i": ["d"]}),
+    }
+    assert len(keys) == 6
