@@ -109,7 +109,9 @@ class _ModelGraph:
         inputs = {"structure": self._model.structure_ref, **inputs}
         return self._graph.add(STAGES[stage], label, site, config=config, inputs=inputs, **options)
 
-    def _per_layer(self, stage: str, config: dict[str, Any], expected_bytes: int | None = None, **inputs: Any) -> list[Node]:
+    def _per_layer(
+        self, stage: str, config: dict[str, Any], expected_bytes: int | None = None, **inputs: Any
+    ) -> list[Node]:
         return [
             self._add(
                 stage,
@@ -149,7 +151,8 @@ class _ModelGraph:
                 )
         outliers = None
         if kurtosis or sensitivity:
-            outliers = self._add("outliers", "", {}, {"kurtosis": kurtosis, "sensitivity": sensitivity})
+            signals = {"kurtosis": kurtosis, "sensitivity": sensitivity}
+            outliers = self._add("outliers", "", {}, {name: nodes for name, nodes in signals.items() if nodes})
         return Measurements(
             frobenius=frobenius, kurtosis=kurtosis, sensitivity=sensitivity, fisher=fisher, outliers=outliers
         )
@@ -209,7 +212,9 @@ class _ModelGraph:
             "budget_bytes": variant.budget_bytes,
             "menu": [spec.name for spec in self._model.menu],
         }
-        signals: dict[str, Input | list[Input]] = {need: list(getattr(self.measurements, need)) for need in sorted(needs)}
+        signals: dict[str, Input | list[Input]] = {
+            need: list(getattr(self.measurements, need)) for need in sorted(needs)
+        }
         variant.allocation = self._add("allocate", what, config, signals, variant=label)
         for layer, frobenius in enumerate(self.measurements.frobenius):
             choice = FileOf(variant.allocation, layer_choice_file(layer))

@@ -35,8 +35,7 @@ def plan_run(config: RunConfig) -> tuple[list[PlannedNode], list[str]]:
     """
     texts = identify_texts(config)
     identified = identify_models(config)
-    graph, structures = preparation_graph(config, identified)
-    planned = plan_graph(graph)
+    planned = plan_graph(preparation_graph(config, identified)[0])
     to_convert = {item.node.label for item in planned if item.node.stage.name == "convert" and not item.cached}
     prepared = []
     for model in identified:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from lmq.calibration import text_identity
+from lmq.calibration import PYDOC_TOPICS, TextSource, documents
 from lmq.errors import InputError
 from lmq.model_source import LocatedModel, ModelSource, locate, needs_conversion, source_digest
 from lmq.quant_spec import QuantSpec
@@ -17,7 +17,7 @@ from lmq.structure import ModelStructure
 from lmq_flows.graph import Graph, Input, Node
 from lmq_flows.pipeline import PreparedModel, TextIdentity
 from lmq_flows.run_config import ModelConfig, RunConfig
-from lmq_storage import ArtifactRef, ArtifactStore
+from lmq_storage import ArtifactRef, ArtifactStore, canonical_json, file_sha256, text_sha256
 from lmq_tasks import STAGES
 from lmq_tasks.stage import ModelLocation, Site, open_store, stage_key
 
@@ -48,8 +48,20 @@ def identify_texts(config: RunConfig) -> dict[str, TextIdentity]:
             location = str(Path(text.source).expanduser().absolute())
         else:
             location = text.source
-        texts[text.source] = TextIdentity(identity=text_identity(location), location=location)
+        texts[text.source] = TextIdentity(identity=_content_identity(location), location=location)
     return texts
+
+
+def _content_identity(location: str) -> str:
+    """Digest of a text's content; a data set of the hub goes by its name."""
+    if location == PYDOC_TOPICS:
+        return f"{PYDOC_TOPICS}:{text_sha256(canonical_json(documents(TextSource(source=location))))}"
+    if location.startswith("dataset:"):
+        return location
+    path = Path(location)
+    if not path.is_file():
+        raise InputError(f"there is no text file {path}; pass a .txt, .jsonl or .parquet file, or {PYDOC_TOPICS}")
+    return f"sha256:{file_sha256(path)}{path.suffix}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,5 +131,3 @@ def prepared_model(
         sorted((QuantSpec.parse(name) for name in model.menu or config.measure.menu), key=lambda s: s.bits_per_weight)
     )
     return PreparedModel(config=model, structure=structure, structure_ref=structure_ref, site=site, menu=menu)
-
-

@@ -9,12 +9,20 @@ from types import TracebackType
 from typing import Protocol
 from uuid import UUID
 
-from lmq_flows.execute import Outcome
-from lmq_flows.graph import Graph, Node
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
+from lmq_flows.execute import Outcome
+from lmq_flows.graph import Graph, Node
 
 _LINE_EVERY_SECONDS = 15.0
 
@@ -156,5 +164,3 @@ class ArtifactReporter:
 def _note(progress: StageProgress) -> str:
     notes = [f"{progress.cached} cached"] if progress.cached else []
     return ", ".join([*notes, f"{progress.failed} failed"] if progress.failed else notes)
-
-

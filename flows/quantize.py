@@ -160,9 +160,7 @@ class _Run:
         store.write_text(f"runs/{self.config.name}.json", _lines(uris))
         return outcome.ref
 
-    def _write_results(
-        self, report: ArtifactRef, variants: Sequence[Variant], outcomes: dict[Node, Outcome]
-    ) -> Path:
+    def _write_results(self, report: ArtifactRef, variants: Sequence[Variant], outcomes: dict[Node, Outcome]) -> Path:
         store = open_store(absolute_store_url(self.config.store))
         run_dir = self.config.run_dir
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -256,5 +254,3 @@ def _copy_atomically(source: Path, target: Path) -> None:
 
 def _lines(items: Sequence[str]) -> str:
     return "\n".join(items) + "\n"
-
-

@@ -143,6 +143,18 @@ class RunConfig(_Section):
                 raise ValueError(f"{what} {sorted(repeated)[0]!r} is listed twice")
         return self
 
+    @model_validator(mode="after")
+    def _evaluates_on_other_text(self) -> RunConfig:
+        calibration, evaluation = self.calibration, self.evaluation
+        same = calibration.source == evaluation.source
+        apart = {calibration.part, evaluation.part} == {"first", "second"} and calibration.seed == evaluation.seed
+        if same and not apart:
+            raise ValueError(
+                f"calibration and evaluation both draw from {calibration.source!r} and may share documents: "
+                "give one part 'first' and the other 'second' with the same seed, or another source"
+            )
+        return self
+
     @property
     def run_dir(self) -> Path:
         """Where this run's results are written."""

@@ -5,7 +5,12 @@ from __future__ import annotations
 import base64
 from pathlib import Path
 
-from prefect.artifacts import create_image_artifact, create_link_artifact, create_markdown_artifact, create_table_artifact
+from prefect.artifacts import (
+    create_image_artifact,
+    create_link_artifact,
+    create_markdown_artifact,
+    create_table_artifact,
+)
 
 from lmq.results import read_results, results_table
 from lmq_flows.names import slug

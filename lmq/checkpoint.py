@@ -12,30 +12,28 @@ The same inputs give the same bytes. A checkpoint is written beside its place an
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lmq.errors import DamagedFile, InputError
 from lmq.frobenius import LayerGrids, fit_grids
 from lmq.hf_quantizer import QUANT_METHOD, LmqConfig
 from lmq.linear import QUANTIZED_TENSORS, quantize_weight, quantized_tensor_shapes
+from lmq.model_directory import complete_directory, copy_companions, size_bytes, write_json, write_shards
 from lmq.quant_spec import QuantSpec
 from lmq.quantizers import Quantizer
+from lmq.stored_tensors import StoredTensor, find_tensor, read_headers, read_tensors
 from lmq.structure import ModelStructure, ModuleId
-from lmq.tensor_files import INDEX_FILE, WEIGHTS_FILE, StoredTensor, read_directory, read_header
 
 DEFAULT_MAX_SHARD_BYTES = 5 * 10**9
 
-_COPIED_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")
-_COPIED_NAMES = ("LICENSE", "NOTICE", "USE_POLICY.md")
 _DTYPE_NAMES = {torch.uint8: "U8", torch.float16: "F16", torch.float32: "F32"}
 
 Choice = Mapping[ModuleId, QuantSpec]
@@ -86,15 +84,15 @@ def assemble_checkpoint(
             or has one of another shape.
         DamagedFile: a file of the source or of the layers is missing or truncated.
     """
-    source = read_directory(source_dir)
-    quantized = {name: tensor for file in layer_files for name, tensor in read_header(file).items()}
-    _check_quantized(quantized, _expected_tensors(structure, choice), "the layer files")
+    source = read_headers(source_dir)
+    quantized = _layer_tensors(layer_files)
+    _check_quantized(quantized, _expected_tensors(structure, choice))
     kept = _unquantized(source, structure, choice, source_dir)
     config = _quantized_config(source_dir, structure, choice, quantizer)
-    with _complete_directory(path) as directory:
-        _write_shards(directory, kept | quantized, max_shard_bytes)
-        _copy_companions(source_dir, directory)
-        _write_json(directory / "config.json", config)
+    with complete_directory(path) as directory:
+        write_shards(directory, kept | quantized, max_shard_bytes)
+        copy_companions(source_dir, directory)
+        write_json(directory / "config.json", config)
 
 
 def write_checkpoint(
@@ -107,12 +105,12 @@ def write_checkpoint(
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
 ) -> None:
     """Quantize a model directory layer by layer and write its checkpoint; raises as `assemble_checkpoint` does."""
-    source = read_directory(source_dir)
+    source = read_headers(source_dir)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.layers.") as layers_dir:
         layer_files = []
         for layer in range(structure.layers):
             chosen = [info.id for info in structure.in_layer(layer) if info.id in choice]
-            weights = {module: _source_weight(source, structure, module, source_dir).load() for module in chosen}
+            weights = {module: _load_weight(source, structure, module, source_dir) for module in chosen}
             grids = {
                 module: fit_grids(weight, [choice[module]], quantizer, str(module))
                 for module, weight in weights.items()
@@ -129,10 +127,10 @@ def verify_checkpoint(path: Path) -> None:
     tensor there with its size. Raises DamagedFile or InputError naming the file and the tensor.
     """
     config = read_quantization_config(path)
-    tensors = read_directory(path)
+    tensors = read_headers(path)
     for module_path, spec in config.specs.items():
         found_bytes = _module_bytes(tensors, module_path, path)
-        parameters = tensors[f"{module_path}.codes"].size_bytes * 8 // spec.bits
+        parameters = tensors[f"{module_path}.codes"].elements * 8 // spec.bits
         expected_bytes = spec.size_bytes(parameters)
         if found_bytes != expected_bytes:
             raise DamagedFile(
@@ -143,7 +141,7 @@ def verify_checkpoint(path: Path) -> None:
 
 def quantized_bytes(path: Path) -> int:
     """Data bytes of the quantized tensors of a checkpoint, from the headers of its files."""
-    tensors = read_directory(path)
+    tensors = read_headers(path)
     return sum(_module_bytes(tensors, module_path, path) for module_path in read_quantization_config(path).modules)
 
 
@@ -163,7 +161,20 @@ def _module_bytes(tensors: Mapping[str, StoredTensor], module_path: str, path: P
     missing = [name for name in names if name not in tensors]
     if missing:
         raise DamagedFile(f"{path} lacks the tensor {missing[0]}; write the checkpoint again")
-    return sum(tensors[name].size_bytes for name in names)
+    return sum(size_bytes(tensors[name]) for name in names)
+
+
+def _layer_tensors(layer_files: Sequence[Path]) -> dict[str, StoredTensor]:
+    tensors: dict[str, StoredTensor] = {}
+    for path in layer_files:
+        try:
+            with safe_open(path, "pt") as file:
+                for name in file.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
+                    header = file.get_slice(name)
+                    tensors[name] = StoredTensor(path, name, tuple(header.get_shape()), header.get_dtype())
+        except (SafetensorError, OSError) as error:
+            raise DamagedFile(f"{path} is not a readable quantized layer: {error}; quantize the layer again") from error
+    return tensors
 
 
 def _expected_tensors(structure: ModelStructure, choice: Choice) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -181,15 +192,13 @@ def _expected_tensors(structure: ModelStructure, choice: Choice) -> dict[str, tu
     }
 
 
-def _check_quantized(
-    found: Mapping[str, StoredTensor], expected: Mapping[str, tuple[str, tuple[int, ...]]], where: str
-) -> None:
+def _check_quantized(found: Mapping[str, StoredTensor], expected: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
     surplus = sorted(found.keys() - expected.keys())
     if surplus:
         raise InputError(f"{found[surplus[0]].file} holds {surplus[0]}, a module without a chosen configuration")
     for name, (dtype, shape) in expected.items():
         if name not in found:
-            raise InputError(f"{where} lack the tensor {name}; quantize its layer again")
+            raise InputError(f"the layer files lack the tensor {name}; quantize its layer again")
         tensor = found[name]
         if (tensor.dtype, tensor.shape) != (dtype, shape):
             raise InputError(
@@ -202,9 +211,17 @@ def _source_weight(
     source: Mapping[str, StoredTensor], structure: ModelStructure, module: ModuleId, source_dir: Path
 ) -> StoredTensor:
     name = f"{structure.path(module)}.weight"
-    if name not in source:
+    tensor = find_tensor(source, name)
+    if tensor is None:
         raise InputError(f"{source_dir} has no tensor {name}; the structure describes another model")
-    return source[name]
+    return tensor
+
+
+def _load_weight(
+    source: Mapping[str, StoredTensor], structure: ModelStructure, module: ModuleId, source_dir: Path
+) -> torch.Tensor:
+    tensor = _source_weight(source, structure, module, source_dir)
+    return read_tensors([tensor])[tensor.name]
 
 
 def _unquantized(
@@ -232,52 +249,3 @@ def _read_config(directory: Path) -> dict[str, Any]:
         raise InputError(f"{directory} has no config.json; is it a model directory?") from error
     except ValueError as error:
         raise DamagedFile(f"{directory / 'config.json'} is not JSON: {error}; write or download it again") from error
-
-
-@contextmanager
-def _complete_directory(path: Path) -> Iterator[Path]:
-    """A directory beside `path` that gets its name when the block ends well, and is removed otherwise."""
-    if path.exists():
-        raise InputError(f"{path} exists already; remove it or choose another place")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as parent:
-        directory = Path(parent) / path.name
-        directory.mkdir()
-        yield directory
-        directory.rename(path)
-
-
-def _write_shards(directory: Path, tensors: Mapping[str, StoredTensor], max_shard_bytes: int) -> None:
-    shards = _split(sorted(tensors.values(), key=lambda tensor: tensor.name), max_shard_bytes)
-    files = [WEIGHTS_FILE]
-    if len(shards) > 1:
-        files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-        weight_map = {tensor.name: file for file, shard in zip(files, shards, strict=True) for tensor in shard}
-        total_bytes = sum(tensor.size_bytes for tensor in tensors.values())
-        _write_json(directory / INDEX_FILE, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
-    for file, shard in zip(files, shards, strict=True):
-        save_file({tensor.name: tensor.load() for tensor in shard}, directory / file, metadata={"format": "pt"})
-
-
-def _split(tensors: Sequence[StoredTensor], max_shard_bytes: int) -> list[list[StoredTensor]]:
-    shards: list[list[StoredTensor]] = [[]]
-    shard_bytes = 0
-    for tensor in tensors:
-        if shards[-1] and shard_bytes + tensor.size_bytes > max_shard_bytes:
-            shards.append([])
-            shard_bytes = 0
-        shards[-1].append(tensor)
-        shard_bytes += tensor.size_bytes
-    return shards
-
-
-def _copy_companions(source_dir: Path, directory: Path) -> None:
-    """Copy what a model directory needs beside its weights; the index of the source's shards is not it."""
-    for file in sorted(source_dir.iterdir()):
-        wanted = file.suffix in _COPIED_SUFFIXES or file.stem in _COPIED_NAMES or file.name in _COPIED_NAMES
-        if file.is_file() and wanted and not file.name.endswith(".index.json"):
-            shutil.copyfile(file, directory / file.name)
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", "utf-8")

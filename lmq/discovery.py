@@ -49,7 +49,7 @@ def discover(model_dir: Path, *, weights_sha256: str | None = None) -> ModelStru
         layers_path=layers_path,
         layers=modules[-1].id.layer + 1,
         hidden_size=hidden_size,
-        vocabulary_size=model.get_input_embeddings().weight.shape[0],
+        vocabulary_size=embedding_shape(model)[0],
         tied_embeddings=bool(tied),
         modules=modules,
         other_parameters=other_parameters,
@@ -89,7 +89,7 @@ def build_skeleton(model_dir: Path) -> PreTrainedModel:
         )
     try:
         with _EmptyWithoutMemory():
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except ValueError as error:
         raise UnsupportedModel(
             f"{model_dir} ({config.model_type}) cannot be built as a language model: {error}"
@@ -102,6 +102,11 @@ def build_skeleton(model_dir: Path) -> PreTrainedModel:
             f"{type(model).__name__} has a buffer {lost[0]} that is in no checkpoint; cannot rebuild it"
         )
     return model.eval().requires_grad_(False)
+
+
+def embedding_shape(model: PreTrainedModel) -> torch.Size:
+    """Shape [vocabulary, embedding] of the table of token embeddings."""
+    return model.get_input_embeddings().get_parameter("weight").shape
 
 
 def find_layers(model: PreTrainedModel) -> str:

@@ -24,7 +24,7 @@ def score_tokens(logits: Tensor, targets: Tensor, reference_logits: Tensor | Non
     KL(p_reference ‖ p) = Σ p_reference (log p_reference − log p), summed over the whole vocabulary in float32.
     """
     log_probabilities = torch.log_softmax(logits.float(), dim=-1)
-    nll = -log_probabilities.gather(1, targets.long()[:, None])[:, 0]
+    nll = -log_probabilities.gather(1, targets.to(logits.device).long()[:, None])[:, 0]
     if reference_logits is None:
         return TokenScores(nll.double(), None, None)
     reference = torch.log_softmax(reference_logits.float(), dim=-1)

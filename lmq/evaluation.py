@@ -6,17 +6,24 @@ from them exactly through norm and head, which are not quantized, at a thousandt
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
+from lmq import load
+from lmq.calibration import TextSource, bos_prefix, documents, load_tokenizer, token_stream
+from lmq.discovery import discover
 from lmq.divergence import TokenScores, score_tokens
-from lmq.errors import InputError
-from lmq.perplexity import Estimate, Window, mean_estimate, strided_perplexity
+from lmq.errors import InputError, NotFiniteError
+from lmq.model_source import nearest_sibling
+from lmq.perplexity import Estimate, Window, full_windows, mean_estimate, strided_perplexity
 from lmq.streaming import StreamedModel
 from lmq.tables import TableSchema
 
@@ -46,7 +53,7 @@ BlockPreparation = Callable[[nn.Module, int], None]
 def last_states(model: StreamedModel, windows: Tensor, prepare: BlockPreparation | None = None) -> Tensor:
     """States that leave the last block for token windows [windows, tokens]: float32 [windows, tokens, hidden].
 
-    One block is in memory at a time. `prepare` may replace a block's weights. Raises InputError when the
+    One block is in memory at a time. `prepare` may replace a block's weights. Raises NotFiniteError when the
     states stop being finite, naming layer and window.
     """
     hidden = model.embed(windows)
@@ -59,9 +66,9 @@ def last_states(model: StreamedModel, windows: Tensor, prepare: BlockPreparation
                 hidden[index : index + 1] = inputs[layer].run(block, hidden[index : index + 1])
         finite = hidden.isfinite().flatten(1).all(dim=1)
         if not finite.all():
-            raise InputError(
-                f"activations leaving layer {layer} are not finite in window {int((~finite).nonzero()[0])}; "
-                "the allocation or the model is unusable as it is"
+            raise NotFiniteError(
+                f"the states that leave layer {layer} are not finite in window {int((~finite).nonzero()[0])}; "
+                "the model or its quantization is unusable: give this layer more bits"
             )
     return hidden
 
@@ -73,43 +80,41 @@ def score_windows(
     """Rows of the windows table from the last block's states [windows, prefix + window tokens, hidden].
 
     `tokens` [windows, prefix + window tokens] are what the model saw (a prefix is a BOS token);
-    `reference` are the full-precision model's states of the same shape, or None.
+    `reference` are the full-precision model's states of the same shape, or None. Raises NotFiniteError naming
+    a window whose logits are not finite.
     """
+    step = max(1, _LOGITS_AT_ONCE // model.structure.vocabulary_size)
     rows = []
     for index, window in enumerate(windows):
-        total = tokens.shape[1]
-        predicting = slice(total - 1 - window.scored, total - 1)
-        scores = _score(
-            model,
-            states[index, predicting],
-            tokens[index, total - window.scored :],
-            None if reference is None else reference[index, predicting],
-        )
-        rows.append(
-            {
-                "start": window.start,
-                "end": window.end,
-                "fresh": window.fresh,
-                "nll_sum": scores.nll.sum().item(),
-                "kl_sum": None if scores.kl is None else scores.kl.sum().item(),
-                "top1_agreements": None if scores.agrees is None else int(scores.agrees.sum()),
-            }
-        )
+        last = tokens.shape[1] - 1
+        pieces = []
+        for start in range(last - window.scored, last, step):
+            piece = slice(start, min(start + step, last))
+            targets = tokens[index, piece.start + 1 : piece.stop + 1]
+            reference_logits = None if reference is None else model.head_logits(reference[index, piece])
+            pieces.append(score_tokens(model.head_logits(states[index, piece]), targets, reference_logits))
+        rows.append(_row(window, pieces))
     return rows
 
 
-def _score(model: StreamedModel, states: Tensor, targets: Tensor, reference: Tensor | None) -> TokenScores:
-    step = max(1, _LOGITS_AT_ONCE // model.structure.vocabulary_size)
-    pieces = []
-    for start in range(0, len(states), step):
-        piece = slice(start, start + step)
-        reference_logits = None if reference is None else model.head_logits(reference[None, piece])[0]
-        pieces.append(score_tokens(model.head_logits(states[None, piece])[0], targets[piece], reference_logits))
-    return TokenScores(
-        torch.cat([piece.nll for piece in pieces]),
-        None if reference is None else torch.cat([piece.kl for piece in pieces if piece.kl is not None]),
-        None if reference is None else torch.cat([piece.agrees for piece in pieces if piece.agrees is not None]),
-    )
+def _row(window: Window, pieces: Sequence[TokenScores]) -> dict[str, Any]:
+    """Row of the windows table from the scores of a window's tokens, piece by piece."""
+    nll_sum = sum(piece.nll.sum().item() for piece in pieces)
+    kl_sums = [piece.kl.sum().item() for piece in pieces if piece.kl is not None]
+    agreements = [int(piece.agrees.sum()) for piece in pieces if piece.agrees is not None]
+    if math.isnan(nll_sum) or math.isnan(sum(kl_sums)):
+        raise NotFiniteError(
+            f"the logits of tokens {window.start} to {window.end} are not finite; "
+            "the model or its quantization is unusable: try it in float32, or with more bits"
+        )
+    return {
+        "start": window.start,
+        "end": window.end,
+        "fresh": window.fresh,
+        "nll_sum": nll_sum,
+        "kl_sum": sum(kl_sums) if kl_sums else None,
+        "top1_agreements": sum(agreements) if agreements else None,
+    }
 
 
 def window_tokens(stream: Tensor, windows: Sequence[Window], prefix: int | None) -> Tensor:
@@ -153,3 +158,41 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> Evaluation:
         top1_agreement=agreement,
         scored_tokens=sum(scored),
     )
+
+
+def evaluate_checkpoint(path: Path, *, text: str, column: str, tokens: int, window: int, stride: int) -> Evaluation:
+    """Perplexity of an lmq checkpoint, or of a plain model directory, on the first `tokens` tokens of a text.
+
+    `text` and `column` are those of `lmq.calibration.TextSource`; the tokenizer is the directory's own. A plain
+    model is read block by block; a checkpoint, which cannot be read without its source model's structure, is
+    loaded and unpacked. Raises InputError when there is no such directory, text or window, DamagedFile for a
+    damaged checkpoint, NotFiniteError for a model that breaks.
+    """
+    if not path.is_dir():
+        raise InputError(f"there is no model directory {path}{nearest_sibling(path)}")
+    tokenizer = load_tokenizer(path)
+    stream = token_stream(documents(TextSource(source=text, column=column)), tokenizer, tokens)
+    windows = full_windows(len(stream), window, stride)
+    seen = window_tokens(stream, windows, bos_prefix(tokenizer))
+    if _is_quantized(path):
+        return summarize(_score_whole_model(path, windows, seen))
+    model = StreamedModel.open(path, discover(path, weights_sha256="not needed"))
+    return summarize(score_windows(model, windows, seen, last_states(model, seen), None))
+
+
+def _is_quantized(path: Path) -> bool:
+    try:
+        config = json.loads((path / "config.json").read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} has no config.json that can be read ({error}); is it a model directory?") from error
+    return config.get("quantization_config") is not None
+
+
+@torch.no_grad()
+def _score_whole_model(path: Path, windows: Sequence[Window], tokens: Tensor) -> list[dict[str, Any]]:
+    model = load(path, dtype=torch.float32, dense=True)
+    rows = []
+    for window, seen in zip(windows, tokens.long(), strict=True):
+        logits = model(seen[None], use_cache=False, logits_to_keep=window.scored + 1).logits[0, -window.scored - 1 : -1]
+        rows.append(_row(window, [score_tokens(logits, seen[-window.scored :], None)]))
+    return rows

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lmq.streaming import BlockInputs
 from lmq.tables import MODULE_FIELDS, SPEC_FIELDS, TableSchema
@@ -55,43 +56,38 @@ def trace_modules(
     """Replay one block forward and backward and keep every module's inputs and output gradients.
 
     `hidden` [sequences, sequence_length, hidden] enters the block, `gradient` (same shape) is ∂L/∂output of
-    the block. Traces are kept in `dtype`; modules that share an input share its tensor.
+    the block. Traces are kept in `dtype` on the block's device; modules that share an input share its tensor.
+    The block is left as it was.
     """
     inputs: dict[str, list[Tensor]] = {kind: [] for kind in kinds}
     gradients: dict[str, list[Tensor]] = {kind: [] for kind in kinds}
-    converted: dict[int, tuple[Tensor, Tensor]] = {}
+    converted: dict[Tensor, Tensor] = {}
 
-    def keep_input(kind: str, tensor: Tensor) -> None:
-        if id(tensor) not in converted:
-            converted[id(tensor)] = (tensor, tensor.detach().flatten(0, -2).to(dtype))
-        inputs[kind].append(converted[id(tensor)][1])
+    def by_token(states: Tensor) -> Tensor:
+        return states.detach().flatten(0, -2).to(dtype)
 
-    def watch(kind: str, module: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
-        return [
-            module.register_forward_pre_hook(lambda _, args: keep_input(kind, args[0])),
-            module.register_full_backward_hook(
-                lambda _, __, outputs: gradients[kind].append(outputs[0].detach().flatten(0, -2).to(dtype))
-            ),
-        ]
+    def watch(kind: str) -> RemovableHandle:
+        def keep(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            if args[0] not in converted:
+                converted[args[0]] = by_token(args[0])
+            inputs[kind].append(converted[args[0]])
+            output.register_hook(lambda output_gradient: gradients[kind].append(by_token(output_gradient)))
 
-    handles = [handle for kind in kinds for handle in watch(kind, block.get_submodule(kind))]
+        return block.get_submodule(kind).register_forward_hook(keep)
+
+    handles = [watch(kind) for kind in kinds]
     try:
         for sequence in range(len(hidden)):
             entering = hidden[sequence : sequence + 1].detach().requires_grad_(True)
             with torch.enable_grad():
-                block_inputs.run(block, entering).backward(gradient[sequence : sequence + 1])
+                leaving = block_inputs.run(block, entering)
+            torch.autograd.grad(leaving, entering, gradient[sequence : sequence + 1].to(leaving))
             converted.clear()
     finally:
         for handle in handles:
             handle.remove()
-    joined: dict[int, Tensor] = {}
-
-    def join(pieces: list[Tensor]) -> Tensor:
-        if id(pieces[0]) not in joined:
-            joined[id(pieces[0])] = torch.cat(pieces)
-        return joined[id(pieces[0])]
-
-    return {kind: ModuleTrace(join(inputs[kind]), torch.cat(gradients[kind])) for kind in kinds}
+    joined = {pieces[0]: torch.cat(pieces) for pieces in inputs.values()}
+    return {kind: ModuleTrace(joined[inputs[kind][0]], torch.cat(gradients[kind])) for kind in kinds}
 
 
 def token_fisher(trace: ModuleTrace, error: Tensor) -> float:
@@ -116,5 +112,6 @@ def fast_matmul_dtype(device: torch.device) -> torch.dtype:
     """
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    flags = torch.cpu.get_capabilities()
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)  # older releases of torch cannot tell
+    flags = capabilities()
     return torch.bfloat16 if flags.get("avx512_bf16") or flags.get("amx_bf16") else torch.float32

@@ -26,6 +26,8 @@ import torch
 from lmq.errors import InputError
 from lmq.quant_spec import QuantSpec
 
+GRID_TENSORS = ("scale_codes", "zero_codes", "scale_ranges", "matrix_range")
+
 _SCALE_STEPS = 254
 _ZERO_STEPS = 255
 _HIGHEST_RANGE = 2.0**15
@@ -59,6 +61,17 @@ def group_blocks(groups: torch.Tensor) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, len(groups), step))
 
 
+def grid_tensor_shapes(spec: QuantSpec, parameters: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of each stored tensor of the grid of a matrix of `parameters` weights."""
+    groups = spec.groups(parameters)
+    return {
+        "scale_codes": ((groups,), torch.uint8),
+        "zero_codes": ((groups,), torch.uint8),
+        "scale_ranges": ((-(-groups // spec.meta_group_size), 2), torch.float16),
+        "matrix_range": ((3,), torch.float32),
+    }
+
+
 @dataclass(frozen=True, eq=False)
 class Grid:
     """Quantization grid of one matrix of `shape` [out_features, in_features]; see the module for each tensor."""
@@ -73,15 +86,7 @@ class Grid:
 
     def __post_init__(self) -> None:
         require_axis(self.axis)
-        groups = self.spec.groups(self.shape[0] * self.shape[1])
-        ranges = -(-groups // self.spec.meta_group_size)
-        expected = {
-            "scale_codes": ((groups,), torch.uint8),
-            "zero_codes": ((groups,), torch.uint8),
-            "scale_ranges": ((ranges, 2), torch.float16),
-            "matrix_range": ((3,), torch.float32),
-        }
-        for name, (shape, dtype) in expected.items():
+        for name, (shape, dtype) in grid_tensor_shapes(self.spec, self.shape[0] * self.shape[1]).items():
             tensor = getattr(self, name)
             if tuple(tensor.shape) != shape or tensor.dtype != dtype:
                 raise InputError(
@@ -133,9 +138,6 @@ class Grid:
     def round_trip(self, weight: torch.Tensor) -> torch.Tensor:
         """The weight as the checkpoint will have it, float32 [out_features, in_features]."""
         return self.dequantize(self.codes(weight))
-
-
-GRID_TENSORS = ("scale_codes", "zero_codes", "scale_ranges", "matrix_range")
 
 
 def nearest_codes(groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int) -> torch.Tensor:

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-MAX_STATES = 4_000_000
-"""States of one list in the dynamic programme (about 40 bytes each) above which the search is given up."""
+MAX_STATES = 1_000_000
+"""States of one list in the dynamic programme, before the beaten ones go, above which the search is given up."""
 RELATIVE_ROUNDING = 1e-12
 """What float64 sums of costs may lose, relative to the sums that enter the bound: added to every excess limit."""
 FIRST_CORE = 24
@@ -33,7 +33,7 @@ GROWTH = 2.0
 """From one round to the next the excess limit grows by this factor."""
 
 
-class StateLimitReached(Exception):
+class _TooManyStates(Exception):
     """The dynamic programme would need more than `MAX_STATES` states."""
 
 
@@ -74,29 +74,31 @@ class _Frontier:
 
 
 def solve_knapsack(costs: np.ndarray, sizes: np.ndarray, capacity: int) -> tuple[np.ndarray, float]:
-    """Return the configuration of each module [modules] that costs least and fits, and the margin of the proof.
+    """Return the configuration of each module [modules] that costs least and fits, and a proven lower bound.
 
     `costs` float64 and `sizes` int64 [modules, configurations]. The smallest choice must fit `capacity`.
-    No feasible choice costs less than the one returned minus the margin, which is what float64 sums may lose.
-    Raises StateLimitReached where the search would take too much memory.
+    The lower bound is below the cost of the choice by what float64 sums may lose, and by more only where
+    the search was given up because it needed too much memory: the choice is then the best one found.
     """
-    capacity -= int(sizes.min(axis=1).sum())
-    costs = costs - costs.min(axis=1, keepdims=True)
-    sizes = sizes - sizes.min(axis=1, keepdims=True)
+    least_costs, least_sizes = costs.min(axis=1, keepdims=True), sizes.min(axis=1, keepdims=True)
+    costs, sizes, capacity = costs - least_costs, sizes - least_sizes, capacity - int(least_sizes.sum())
     bound = lagrangian_bound(costs, sizes, capacity)
     best = bound.feasible
-    margin = RELATIVE_ROUNDING * (bound.value + 2 * bound.multiplier * capacity)
     gap = total(costs, best) - bound.value
+    margin = RELATIVE_ROUNDING * (bound.value + 2 * bound.multiplier * capacity)
     limit = min(max(_first_limit(bound.excess), gap * SMALLEST_FIRST_SHARE), gap)
-    while gap > margin:
-        found = _search(sizes, capacity, bound, limit + margin)
+    searched = 0.0
+    while gap > max(searched, margin):
+        try:
+            found = _search(sizes, capacity, bound, limit + margin)
+        except _TooManyStates:
+            break
+        searched = limit
         if found is not None and total(costs, found) < total(costs, best):
             best = found
             gap = total(costs, best) - bound.value
-        if gap <= limit:
-            break
         limit = min(limit * GROWTH, gap)
-    return best, margin
+    return best, float(least_costs.sum()) + bound.value + min(searched, gap) - margin
 
 
 def lagrangian_bound(costs: np.ndarray, sizes: np.ndarray, capacity: int) -> LagrangianBound:
@@ -120,8 +122,8 @@ def lagrangian_bound(costs: np.ndarray, sizes: np.ndarray, capacity: int) -> Lag
     return LagrangianBound(multiplier, value, reduced - reduced.min(axis=1, keepdims=True), fits)
 
 
-def total(table: np.ndarray, choice: np.ndarray) -> float | int:
-    """Sum of the chosen cell of each row."""
+def total(table: np.ndarray, choice: np.ndarray) -> float:
+    """Sum of the chosen cell of each row; whole where the table is."""
     return table[np.arange(len(choice)), choice].sum().item()
 
 
@@ -135,7 +137,7 @@ def _first_limit(excess: np.ndarray) -> float:
 def _search(sizes: np.ndarray, capacity: int, bound: LagrangianBound, limit: float) -> np.ndarray | None:
     """Find the best feasible choice among those with a total excess of at most `limit`; None if there is none."""
     base = bound.excess.argmin(axis=1)
-    room = capacity - total(sizes, base)
+    room = capacity - int(total(sizes, base))
     left = right = _Frontier(np.zeros(1, np.int64), np.zeros(1), np.zeros(1))
     for module in _core(bound.excess, limit):
         items = np.flatnonzero(bound.excess[module] <= limit)
@@ -174,7 +176,7 @@ def _extend(
     """Add one module: every state with every item, without those over the limit and those beaten by another."""
     states = frontier.size.size
     if states * items.size > MAX_STATES:
-        raise StateLimitReached
+        raise _TooManyStates
     size = (item_sizes[:, None] + frontier.size).ravel()
     excess = (item_excess[:, None] + frontier.excess).ravel()
     origins = np.flatnonzero(excess <= limit)
@@ -188,7 +190,10 @@ def _extend(
     last_of_size[:-1] = size[kept[1:]] != size[kept[:-1]]
     kept = kept[last_of_size]
     return _Frontier(
-        size[kept], excess[kept], cost[kept], (*frontier.steps, _Step(module, items, states, origins[kept]))
+        size[kept],
+        excess[kept],
+        cost[kept],
+        (*frontier.steps, _Step(module, items, states, origins[kept].astype(np.int32))),
     )
 
 

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from lmq.grid import GRID_TENSORS, Grid
+from lmq.grid import GRID_TENSORS, Grid, grid_tensor_shapes
 from lmq.packing import pack, unpack
 from lmq.quant_spec import QuantSpec
 
 QUANTIZED_TENSORS = ("codes", *GRID_TENSORS)
 """Names of the stored tensors of a quantized matrix; a bias keeps its own name."""
 
-_INTEGER_VIEWS = {"scale_ranges": torch.int16, "matrix_range": torch.int32}
+_INTEGER_VIEWS = {torch.float16: torch.int16, torch.float32: torch.int32}
 
 
 def quantized_tensor_shapes(
@@ -23,14 +23,7 @@ def quantized_tensor_shapes(
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of each stored tensor of a matrix `[out_features, in_features]`; their bytes are its size."""
     parameters = out_features * in_features
-    groups = spec.groups(parameters)
-    return {
-        "codes": ((parameters * spec.bits // 8,), torch.uint8),
-        "scale_codes": ((groups,), torch.uint8),
-        "zero_codes": ((groups,), torch.uint8),
-        "scale_ranges": ((-(-groups // spec.meta_group_size), 2), torch.float16),
-        "matrix_range": ((3,), torch.float32),
-    }
+    return {"codes": ((parameters * spec.bits // 8,), torch.uint8), **grid_tensor_shapes(spec, parameters)}
 
 
 def quantize_weight(weight: torch.Tensor, grid: Grid) -> dict[str, torch.Tensor]:
@@ -112,13 +105,11 @@ class QuantizedLinear(nn.Module):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         # a cast touches floating-point buffers only: let it see integers
-        for name, integer in _INTEGER_VIEWS.items():
-            self._buffers[name] = self.get_buffer(name).view(integer)
+        dtypes = {name: self.get_buffer(name).dtype for name in GRID_TENSORS}
+        for name, dtype in dtypes.items():
+            self._buffers[name] = self.get_buffer(name).view(_INTEGER_VIEWS.get(dtype, dtype))
         try:
             return super()._apply(fn, recurse)
         finally:
-            for name in _INTEGER_VIEWS:
-                self._buffers[name] = self.get_buffer(name).view(_FLOAT_DTYPES[name])
-
-
-_FLOAT_DTYPES = {"scale_ranges": torch.float16, "matrix_range": torch.float32}
+            for name, dtype in dtypes.items():
+                self._buffers[name] = self.get_buffer(name).view(dtype)

@@ -71,7 +71,7 @@ class ModelSource:
             source = cls(kind="hub", place=match["repository"], revision=match["revision"], sha256=sha256)
         else:
             raise InputError(
-                f"{text!r} is not a model{_nearest_sibling(Path(text))}; give a hub id (org/name), "
+                f"{text!r} is not a model{nearest_sibling(Path(text))}; give a hub id (org/name), "
                 "a directory, a .gguf file or package:NAME/FILE"
             )
         if sha256 is not None and source.kind in ("hub", "directory"):
@@ -104,11 +104,11 @@ def locate(source: ModelSource) -> LocatedModel:
     if source.kind == "directory":
         path = Path(source.place).expanduser()
         if not path.is_dir():
-            raise InputError(f"there is no model directory {path}{_nearest_sibling(path)}")
+            raise InputError(f"there is no model directory {path}{nearest_sibling(path)}")
         return LocatedModel(kind="directory", path=path, files=_model_files(path))
     path = _package_file(source.place) if source.kind == "package" else Path(source.place).expanduser()
     if not path.is_file():
-        raise InputError(f"there is no file {path}{_nearest_sibling(path)}")
+        raise InputError(f"there is no file {path}{nearest_sibling(path)}")
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise InputError(f"{path} is not a GGUF file: it does not begin with 'GGUF'; download it again")
@@ -151,7 +151,7 @@ def convert_gguf(path: Path, out_dir: Path) -> None:
         raise InputError(f"{out_dir} exists already; remove it or give another place")
     _log.info("reading %s", path)
     try:
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        model: Any = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except (ValueError, OSError, LookupError, NotImplementedError) as error:
         raise InputError(f"{path} cannot be read as a GGUF model: {error}; is it complete, and supported?") from error
@@ -209,7 +209,8 @@ def _package_file(place: str) -> Path:
     return Path(next(iter(spec.submodule_search_locations))) / file
 
 
-def _nearest_sibling(path: Path) -> str:
+def nearest_sibling(path: Path) -> str:
+    """For the end of an error about a missing path: the file beside it with the nearest name, if there is one."""
     if not path.parent.is_dir():
         return f" (nor {path.parent})"
     names = [sibling.name for sibling in path.parent.iterdir()]

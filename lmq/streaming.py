@@ -8,7 +8,7 @@ forward: the stubs note what the blocks are called with, and put given states in
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers import PreTrainedModel
 
-from lmq.discovery import build_skeleton, match_tensors
+from lmq.block_stubs import BlockStub, StopForward, StubHandler, StubSwitch
+from lmq.discovery import build_skeleton, embedding_shape, match_tensors
 from lmq.errors import InputError, UnsupportedModel
 from lmq.finite import require_finite
 from lmq.stored_tensors import StoredTensor, find_tensor, read_headers, read_tensors
@@ -33,7 +34,8 @@ _LOGITS_AT_ONCE = 1 << 24
 class BlockInputs:
     """What one decoder block is called with beside the hidden states: mask, positions and the like.
 
-    Valid for one sequence length and any number of sequences; holds no cache of keys and values.
+    Valid for one sequence length; recorded with one sequence, which blocks of all but a few older architectures
+    (BLOOM, XGLM) extend to several. Holds no cache of keys and values.
     """
 
     args: tuple[Any, ...]
@@ -77,9 +79,9 @@ class StreamedModel:
         self._stored = stored
         self._blocks = list(model.get_submodule(structure.layers_path).children())
         self._extra_outputs: tuple[Any, ...] | None = None
-        self._switch = _Switch()
+        self._switch = StubSwitch()
         parent, _, name = structure.layers_path.rpartition(".")
-        stubs = [_Stub(block, layer, self._switch) for layer, block in enumerate(self._blocks)]
+        stubs = [BlockStub(block, layer, self._switch) for layer, block in enumerate(self._blocks)]
         setattr(model.get_submodule(parent), name, nn.ModuleList(stubs))
         self._load_around_blocks()
         self._extra_outputs = self._find_extra_outputs()
@@ -118,7 +120,7 @@ class StreamedModel:
 
         Raises UnsupportedModel when that depends on the tokens and so cannot be kept for all of them.
         """
-        recordings = [self._record_inputs(sequence_length, seed) for seed in (0, 1)]
+        recordings = [self._record_inputs(sequence_length, len(self._blocks), seed) for seed in (0, 1)]
         for layer, (first, second) in enumerate(zip(*recordings, strict=True)):
             for name, value in {**dict(enumerate(first.args)), **first.kwargs}.items():
                 other = second.kwargs[name] if isinstance(name, str) else second.args[name]
@@ -144,7 +146,7 @@ class StreamedModel:
         self._load_tables()
 
         def stop(_: int, entering: Tensor, *__: Any) -> Any:
-            raise _Stop(entering)
+            raise StopForward(entering)
 
         rows = token_ids.to(self.device).long().split(1)
         return torch.cat([self._run_until_stopped(stop, input_ids=row) for row in rows])
@@ -217,37 +219,43 @@ class StreamedModel:
         return {name: tensors[stored] for name, stored in wanted.items()}
 
     def _dummy(self, sequences: int, sequence_length: int, seed: int = 0) -> Tensor:
-        width = self._model.get_input_embeddings().weight.shape[1]
+        """Arbitrary embeddings, where the model wants some and the stubs put others in their place."""
+        width = embedding_shape(self._model)[1]
         generator = torch.Generator().manual_seed(seed)
         return torch.randn(sequences, sequence_length, width, generator=generator).to(self.device, self.dtype)
 
-    def _record_inputs(self, sequence_length: int, seed: int, layers: int | None = None) -> list[BlockInputs]:
-        """What the first `layers` blocks (None: all) are called with for arbitrary embeddings."""
+    def _record_inputs(self, sequence_length: int, layers: int, seed: int) -> list[BlockInputs]:
+        """What the first `layers` blocks are called with for arbitrary embeddings."""
         recorded: list[BlockInputs] = []
-        wanted = len(self._blocks) if layers is None else layers
+        expected = (1, sequence_length, self.structure.hidden_size)
 
         def record(_: int, entering: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if entering.shape != expected:
+                raise UnsupportedModel(
+                    f"the blocks of {self.structure.architecture} take states of shape {list(entering.shape)}, "
+                    f"not {list(expected)}"
+                )
             recorded.append(BlockInputs(args, kwargs, self.device, self.dtype))
-            if len(recorded) == wanted:
-                raise _Stop(entering)
+            if len(recorded) == layers:
+                raise StopForward(entering)
             return self._as_output(entering)
 
         self._run_until_stopped(record, inputs_embeds=self._dummy(1, sequence_length, seed))
         return recorded
 
-    def _run_until_stopped(self, handler: _Handler, **inputs: Tensor) -> Tensor:
+    def _run_until_stopped(self, handler: StubHandler, **inputs: Tensor) -> Tensor:
         """Run the model's forward until a stub stops it; the states that entered that stub."""
         try:
             with self._switch.to(handler):
                 self._model(**inputs, use_cache=False)
-        except _Stop as stop:
+        except StopForward as stop:
             return stop.entering
         raise UnsupportedModel(f"{self.structure.architecture} does not call its {len(self._blocks)} blocks one by one")
 
     @torch.no_grad()
     def _find_extra_outputs(self) -> tuple[Any, ...] | None:
         """What a block returns after its states, or None when it returns the states alone; found without memory."""
-        inputs = self._record_inputs(sequence_length=2, seed=0, layers=1)[0]
+        inputs = self._record_inputs(sequence_length=2, layers=1, seed=0)[0]
         block = copy.deepcopy(self._blocks[0]).to("meta")
         args, kwargs = tree_map(
             lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, (inputs.args, inputs.kwargs)
@@ -277,47 +285,6 @@ def load_layer_weights(model_dir: Path, structure: ModelStructure, layer: int) -
     for kind, tensor in stored.items():
         require_finite(values[tensor.name], f"the weight of layer {layer} {kind}")
     return {kind: values[tensor.name].float() for kind, tensor in stored.items()}
-
-
-_Handler = Callable[[int, Tensor, tuple[Any, ...], dict[str, Any]], Any]
-"""Called in the place of a block with its layer, the states that enter it, and its other arguments."""
-
-
-class _Stop(Exception):
-    """Leaves the model's forward at a stub with the states that entered it."""
-
-    def __init__(self, entering: Tensor):
-        self.entering = entering
-
-
-class _Switch:
-    """Says what all stubs of one model do at present."""
-
-    handler: _Handler | None = None
-
-    @contextmanager
-    def to(self, handler: _Handler) -> Iterator[None]:
-        self.handler = handler
-        try:
-            yield
-        finally:
-            self.handler = None
-
-
-class _Stub(nn.Module):
-    """Stands in for a block; what models ask of their blocks beside a forward is answered by the block."""
-
-    def __init__(self, block: nn.Module, layer: int, switch: _Switch):
-        super().__init__()
-        object.__setattr__(self, "_stand_in", (block, layer, switch))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stand_in[0], name)
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        _, layer, switch = self._stand_in
-        assert switch.handler is not None, "stubs are only called through StreamedModel"
-        return switch.handler(layer, hidden_states, args, kwargs)
 
 
 def _same_tensors(first: Any, second: Any) -> bool:

@@ -1,7 +1,7 @@
 """Artifact store: content-addressed, atomic, verified, on any fsspec URL."""
 
 from lmq_storage.artifact import ArtifactRef, DamagedArtifact, Manifest, StoredFile, StoreError
-from lmq_storage.keys import artifact_key, canonical_json
+from lmq_storage.keys import artifact_key, canonical_json, text_sha256
 from lmq_storage.store import ArtifactStore, file_sha256
 
 __all__ = [
@@ -14,4 +14,5 @@ __all__ = [
     "artifact_key",
     "canonical_json",
     "file_sha256",
+    "text_sha256",
 ]

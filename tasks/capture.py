@@ -3,15 +3,56 @@
 from __future__ import annotations
 
 from lmq.calibration import read_tokens
-from lmq.capture import GRADIENTS_SCHEMA, HIDDEN_STATES_SCHEMA, backward_block, forward_block, read_states, write_states
+from lmq.capture import (
+    backward_block,
+    forward_block,
+    read_gradients,
+    read_hidden_states,
+    write_gradients,
+    write_hidden_states,
+)
 from lmq_tasks.opened import open_model
 from lmq_tasks.stage import Job, stage
+from lmq_tasks.texts import TOKENS_FILE
 
-STATES_FILE = "states.parquet"
+HIDDEN_STATES_FILE = "hidden-states.parquet"
+GRADIENTS_FILE = "gradients.parquet"
 
 
-@stage("embed", version=1, schema=HIDDEN_STATES_SCHEMA)
+@stage("embed", version=1, schema="hidden-states/1")
 def embed(job: Job) -> None:
     """States that enter the first block for the calibration tokens."""
-    tokens = read_tokens(job.input("tokens", "tokens.parquet"))
-    write_states(job.output / STATES_FILE, open_model(job).embed(tokens), HIDDEN_STATES_SCHEMA)
+    tokens = read_tokens(job.input("tokens", TOKENS_FILE))
+    write_hidden_states(job.output / HIDDEN_STATES_FILE, open_model(job).embed(tokens))
+
+
+@stage("forward", version=1, schema="hidden-states/1")
+def forward(job: Job) -> None:
+    """States that leave one block, which enter the next."""
+    model = open_model(job)
+    layer = job.config["layer"]
+    hidden = read_hidden_states(job.input("hidden", HIDDEN_STATES_FILE))
+    with model.block(layer) as block:
+        leaving = forward_block(block, model.block_inputs(hidden.shape[1])[layer], hidden, layer=layer)
+    write_hidden_states(job.output / HIDDEN_STATES_FILE, leaving)
+
+
+@stage("loss-gradient", version=1, schema="gradients/1")
+def loss_gradient(job: Job) -> None:
+    """Gradient of the summed calibration loss at the states that leave the last block."""
+    tokens = read_tokens(job.input("tokens", TOKENS_FILE))
+    hidden = read_hidden_states(job.input("hidden", HIDDEN_STATES_FILE))
+    write_gradients(job.output / GRADIENTS_FILE, open_model(job).loss_gradient(hidden, tokens).gradient)
+
+
+@stage("backward", version=1, schema="gradients/1")
+def backward(job: Job) -> None:
+    """Gradient at the states that enter one block, which leave the one before."""
+    model = open_model(job)
+    layer = job.config["layer"]
+    hidden = read_hidden_states(job.input("hidden", HIDDEN_STATES_FILE))
+    gradient = read_gradients(job.input("gradient", GRADIENTS_FILE))
+    with model.block(layer) as block:
+        inputs = model.block_inputs(hidden.shape[1])[layer]
+        entering = backward_block(block, inputs, hidden, gradient, layer=layer)
+    write_gradients(job.output / GRADIENTS_FILE, entering)

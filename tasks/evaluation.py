@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from lmq.capture import read_states, write_states
-from lmq.checkpoint import QuantizedBlocks
+import json
+
 from lmq.calibration import read_tokens
+from lmq.capture import read_hidden_states, write_hidden_states
 from lmq.evaluation import WINDOWS_SCHEMA, last_states, score_windows, window_tokens
 from lmq.perplexity import full_windows
+from lmq.quantized_blocks import QuantizedBlocks
 from lmq.tables import write_rows
+from lmq_tasks.capture import HIDDEN_STATES_FILE
 from lmq_tasks.opened import materialized, open_model
 from lmq_tasks.stage import Job, stage
+from lmq_tasks.texts import PREFIX_FILE, TOKENS_FILE
 
 
 @stage("reference", version=1, schema="reference/1")
@@ -26,16 +30,17 @@ def evaluate(job: Job) -> None:
 
 def _evaluate(job: Job) -> None:
     model = open_model(job)
-    stream, prefix = read_tokens(job.input("tokens", "tokens.parquet"))
+    stream = read_tokens(job.input("tokens", TOKENS_FILE))[0]
+    prefix = json.loads(job.input("tokens", PREFIX_FILE).read_text())
     windows = full_windows(stream.numel(), job.config["window"], job.config["stride"])
     tokens = window_tokens(stream, windows, prefix)
     if not job.has("checkpoint"):
         states = last_states(model, tokens)
         rows = score_windows(model, windows, tokens, states, None)
-        write_states(job.output / "states.parquet", states)
+        write_hidden_states(job.output / HIDDEN_STATES_FILE, states)
     else:
         quantized = QuantizedBlocks(materialized(job, "checkpoint"), model.structure)
         states = last_states(model, tokens, quantized.put_in)
-        full_precision = read_states(job.input("reference", "states.parquet"))
+        full_precision = read_hidden_states(job.input("reference", HIDDEN_STATES_FILE))
         rows = score_windows(model, windows, tokens, states, full_precision)
     write_rows(job.output / "windows.parquet", WINDOWS_SCHEMA, rows)

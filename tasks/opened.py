@@ -6,8 +6,10 @@ import json
 import threading
 from pathlib import Path
 
+from torch import Tensor
+
 from lmq.model_source import ModelSource, locate
-from lmq.streaming import StreamedModel
+from lmq.streaming import StreamedModel, load_layer_weights
 from lmq.structure import ModelStructure
 from lmq_storage import ArtifactRef, DamagedArtifact
 from lmq_tasks.stage import Job
@@ -45,9 +47,14 @@ def open_model(job: Job) -> StreamedModel:
     """The job's model, opened once per thread (two threads never share its buffers)."""
     wanted = (job.ref("structure").sha256, job.site.device)
     if getattr(_thread, "wanted", None) != wanted:
-        _thread.model = StreamedModel.open(model_dir(job), read_structure(job))
+        _thread.model = StreamedModel.open(model_dir(job), read_structure(job), device=job.device)
         _thread.wanted = wanted
     return _thread.model
+
+
+def layer_weights(job: Job, structure: ModelStructure, layer: int) -> dict[str, Tensor]:
+    """Weights of one layer's modules, kind -> float32 [out_features, in_features]; the model is not built."""
+    return load_layer_weights(model_dir(job), structure, layer)
 
 
 def _lay_out(job: Job, ref: ArtifactRef) -> Path:

@@ -6,16 +6,18 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from lmq.allocation import ALLOCATION_SCHEMA
 from lmq.error_table import ErrorTable
 from lmq.fisher import FISHER_SCHEMA
 from lmq.frobenius import FROBENIUS_SCHEMA
 from lmq.kurtosis import KURTOSIS_SCHEMA
 from lmq.quant_spec import QuantSpec
 from lmq.sensitivity import SENSITIVITY_SCHEMA
-from lmq.strategies import ALLOCATION_SCHEMA, Measurements, strategy
+from lmq.strategies import Measurements, strategy
 from lmq.structure import ModelStructure, ModuleId
 from lmq.tables import TableSchema, read_rows, write_rows
 from lmq_tasks.opened import read_structure
+from lmq_tasks.signals import read_profile
 from lmq_tasks.stage import Job, stage
 
 
@@ -37,9 +39,9 @@ def allocate(job: Job) -> None:
         "gap": allocation.gap,
     }
     (job.output / "solution.json").write_text(json.dumps(solution))
-    write_choice(job.output / "choice.json", allocation.choice)
+    write_choice(job.output / "choice.json", allocation.specs)
     for layer in range(structure.layers):
-        in_layer = {module: spec for module, spec in allocation.choice.items() if module.layer == layer}
+        in_layer = {module: spec for module, spec in allocation.specs.items() if module.layer == layer}
         write_choice(job.output / f"layer-{layer:03d}.json", in_layer)
 
 
@@ -49,18 +51,11 @@ def read_measurements(job: Job, structure: ModelStructure) -> Measurements:
     return Measurements(
         modules=structure.modules,
         menu=menu,
-        kurtosis=_profile(job, "kurtosis", KURTOSIS_SCHEMA),
-        sensitivity=_profile(job, "sensitivity", SENSITIVITY_SCHEMA),
+        kurtosis=read_profile(job, "kurtosis", KURTOSIS_SCHEMA) or None,
+        sensitivity=read_profile(job, "sensitivity", SENSITIVITY_SCHEMA) or None,
         frobenius=_error_table(job, "frobenius", FROBENIUS_SCHEMA, "frobenius_error", menu),
         fisher=_error_table(job, "fisher", FISHER_SCHEMA, "fisher", menu),
     )
-
-
-def _profile(job: Job, name: str, schema: TableSchema) -> dict[ModuleId, float] | None:
-    if not job.has(name):
-        return None
-    rows = [row for path in job.inputs(name, f"{name}.parquet") for row in read_rows(path, schema)]
-    return {ModuleId(row["layer"], row["kind"]): row[name] for row in rows}
 
 
 def _error_table(

@@ -8,7 +8,7 @@ from lmq.checkpoint import assemble_checkpoint, quantize_layer, quantized_bytes,
 from lmq.errors import LmqError
 from lmq.frobenius import load_grids
 from lmq.quantizers import quantizer
-from lmq_tasks.opened import model_dir, open_model, read_structure
+from lmq_tasks.opened import layer_weights, model_dir, read_structure
 from lmq_tasks.planning import read_choice
 from lmq_tasks.stage import Job, stage
 
@@ -16,17 +16,17 @@ from lmq_tasks.stage import Job, stage
 @stage("quantize", version=1, schema="quantized-layer/1")
 def quantize(job: Job) -> None:
     """Quantize and pack the modules of one layer at their chosen configurations."""
-    model = open_model(job)
+    structure = read_structure(job)
     layer = job.config["layer"]
     choice = read_choice(job.input("choice", f"layer-{layer:03d}.json"))
     grids = load_grids(job.input("frobenius", "grids.safetensors"))
-    by_kind = model.load_layer_weights(layer)
-    weights = {info.id: by_kind[info.id.kind].to(job.device) for info in model.structure.in_layer(layer)}
+    by_kind = layer_weights(job, structure, layer)
+    weights = {info.id: by_kind[info.id.kind].to(job.device) for info in structure.in_layer(layer)}
     on_device = {
         module: {spec: grid.to(job.device) for spec, grid in by_spec.items() if spec == choice[module]}
         for module, by_spec in grids.items()
     }
-    save_layer(job.output / "layer.safetensors", quantize_layer(model.structure, weights, on_device, choice))
+    save_layer(job.output / "layer.safetensors", quantize_layer(structure, weights, on_device, choice))
 
 
 @stage("checkpoint", version=1, schema="checkpoint/1")

@@ -5,20 +5,19 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
+from lmq.allocation import ALLOCATION_SCHEMA
+from lmq.error_table import ErrorTable
 from lmq.evaluation import WINDOWS_SCHEMA, Evaluation, paired_difference, summarize
 from lmq.fisher import FISHER_SCHEMA
 from lmq.frobenius import FROBENIUS_SCHEMA
 from lmq.kurtosis import KURTOSIS_SCHEMA
-from lmq.error_table import ErrorTable
 from lmq.outliers import OUTLIERS_SCHEMA
 from lmq.report import ModelReport, PairedDifference, ReportData, StageTiming, build_report
 from lmq.results import FULL_PRECISION, UNIFORM, VariantResult, markdown_table, write_results
 from lmq.sensitivity import SENSITIVITY_SCHEMA
-from lmq.strategies import ALLOCATION_SCHEMA
 from lmq.structure import ModelStructure
 from lmq.tables import TableSchema, read_rows
 from lmq_tasks.stage import Job, JsonDict, library_versions, stage
@@ -196,31 +195,23 @@ def _paired(variants: Sequence[_Variant]) -> list[PairedDifference]:
 
 
 def _stages(job: Job) -> list[StageTiming]:
-    """Seconds of work and bytes kept, by model and stage."""
-    seconds: dict[tuple[str, str], float] = defaultdict(float)
-    size: dict[tuple[str, str], int] = defaultdict(int)
-    state: dict[tuple[str, str], str] = {}
+    """What every artifact took to make and keeps, and whether this run made it."""
+    found = []
     for model in job.config["models"]:
-        refs = job.refs(f"{model} all")
-        for ref in refs:
+        for ref in job.refs(f"{model} all"):
             manifest = job.store.manifest(ref.stage, ref.key)
-            if manifest is None:
-                continue
-            where = (model, ref.stage)
-            seconds[where] += manifest.seconds or 0.0
-            size[where] += manifest.size_bytes
-            if job.site.states.get(ref.uri) == "ran" or where not in state:
-                state[where] = job.site.states.get(ref.uri, "cached")
-    return [
-        StageTiming(
-            stage=name,
-            label=model,
-            state="ran" if state[model, name] == "ran" else "cached",
-            seconds=seconds[model, name],
-            size_bytes=size[model, name],
-        )
-        for model, name in seconds
-    ]
+            if manifest is not None:
+                state: Literal["ran", "cached"] = "ran" if job.site.states.get(ref.uri) == "ran" else "cached"
+                found.append(
+                    StageTiming(
+                        stage=ref.stage,
+                        label=model,
+                        state=state,
+                        seconds=manifest.seconds,
+                        size_bytes=manifest.size_bytes,
+                    )
+                )
+    return found
 
 
 def _write_csv(job: Job, variant: _Variant) -> None:
@@ -228,4 +219,3 @@ def _write_csv(job: Job, variant: _Variant) -> None:
         writer = csv.DictWriter(stream, fieldnames=list(variant.allocation[0]))
         writer.writeheader()
         writer.writerows(variant.allocation)
-

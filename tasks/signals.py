@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from lmq.capture import read_states
+from lmq.capture import read_gradients, read_hidden_states
 from lmq.fisher import FISHER_SCHEMA, fast_matmul_dtype, token_fisher, trace_modules
 from lmq.frobenius import load_grids
 from lmq.kurtosis import KURTOSIS_SCHEMA
 from lmq.outliers import OUTLIERS_SCHEMA, outlier_rows
 from lmq.quant_spec import QuantSpec
 from lmq.sensitivity import SENSITIVITY_SCHEMA, part_sensitivities
-from lmq.tables import read_rows, write_rows
+from lmq.structure import ModuleId
+from lmq.tables import TableSchema, read_rows, write_rows
+from lmq_tasks.capture import GRADIENTS_FILE, HIDDEN_STATES_FILE
 from lmq_tasks.opened import open_model
 from lmq_tasks.stage import Job, stage
 
@@ -23,7 +25,7 @@ def measure_sensitivity(job: Job) -> None:
     layer = job.config["layer"]
     spec = QuantSpec.parse(job.config["spec"])
     grids = load_grids(job.input("frobenius", "grids.safetensors"))
-    hidden = read_states(job.input("hidden", "states.parquet"))
+    hidden = read_hidden_states(job.input("hidden", HIDDEN_STATES_FILE))
     modules = model.structure.in_layer(layer)
     with model.block(layer) as block:
         quantized = {
@@ -51,8 +53,8 @@ def measure_fisher(job: Job) -> None:
     layer = job.config["layer"]
     menu = [QuantSpec.parse(name) for name in job.config["menu"]]
     grids = load_grids(job.input("frobenius", "grids.safetensors"))
-    hidden = read_states(job.input("hidden", "states.parquet"))
-    gradient = read_states(job.input("gradient", "states.parquet"))
+    hidden = read_hidden_states(job.input("hidden", HIDDEN_STATES_FILE))
+    gradient = read_gradients(job.input("gradient", GRADIENTS_FILE))
     modules = model.structure.in_layer(layer)
     rows = []
     with model.block(layer) as block:
@@ -79,12 +81,16 @@ def measure_fisher(job: Job) -> None:
 @stage("outliers", version=1, schema=OUTLIERS_SCHEMA.label)
 def find_outliers(job: Job) -> None:
     """Outlier layers of every module kind, by kurtosis and by sensitivity."""
-    kurtosis = [row for path in job.inputs("kurtosis", "kurtosis.parquet") for row in read_rows(path, KURTOSIS_SCHEMA)]
-    sensitivity = [
-        row for path in job.inputs("sensitivity", "sensitivity.parquet") for row in read_rows(path, SENSITIVITY_SCHEMA)
-    ]
     rows = [
-        *outlier_rows(kurtosis, "kurtosis", difference="subtract"),
-        *outlier_rows(sensitivity, "sensitivity", difference="divide"),
+        *outlier_rows(read_profile(job, "kurtosis", KURTOSIS_SCHEMA), "kurtosis", difference="subtract"),
+        *outlier_rows(read_profile(job, "sensitivity", SENSITIVITY_SCHEMA), "sensitivity", difference="divide"),
     ]
     write_rows(job.output / "outliers.parquet", OUTLIERS_SCHEMA, rows)
+
+
+def read_profile(job: Job, name: str, schema: TableSchema) -> dict[ModuleId, float]:
+    """One number per module from the tables of all layers; empty when it was not measured."""
+    if not job.has(name):
+        return {}
+    rows = [row for path in job.inputs(name, f"{name}.parquet") for row in read_rows(path, schema)]
+    return {ModuleId(row["layer"], row["kind"]): row[name] for row in rows}

@@ -9,17 +9,16 @@ from lmq.kurtosis import KURTOSIS_SCHEMA, kurtosis
 from lmq.quant_spec import QuantSpec
 from lmq.quantizers import quantizer
 from lmq.tables import write_rows
-from lmq_tasks.opened import open_model
+from lmq_tasks.opened import layer_weights, read_structure
 from lmq_tasks.stage import Job, stage
 
 
 @stage("kurtosis", version=1, schema=KURTOSIS_SCHEMA.label)
 def measure_kurtosis(job: Job) -> None:
     """Kurtosis of every weight matrix of one layer."""
-    model = open_model(job)
     layer = job.config["layer"]
     rows = []
-    for kind, weight in model.load_layer_weights(layer).items():
+    for kind, weight in layer_weights(job, read_structure(job), layer).items():
         value = kurtosis(weight, f"{kind} of layer {layer}")
         rows.append({"layer": layer, "kind": kind, "parameters": weight.numel(), "kurtosis": value})
     write_rows(job.output / "kurtosis.parquet", KURTOSIS_SCHEMA, rows)
@@ -28,17 +27,17 @@ def measure_kurtosis(job: Job) -> None:
 @stage("frobenius", version=1, schema=FROBENIUS_SCHEMA.label)
 def measure_frobenius(job: Job) -> None:
     """Quantization grids of one layer for every configuration of the menu, and their Frobenius errors."""
-    model = open_model(job)
+    structure = read_structure(job)
     layer = job.config["layer"]
     menu = [QuantSpec.parse(name) for name in job.config["menu"]]
     fitter = quantizer(**job.config["quantizer"])
     rows, layer_grids = [], {}
-    weights = model.load_layer_weights(layer)
-    for module in model.structure.in_layer(layer):
+    weights = layer_weights(job, structure, layer)
+    for module in structure.in_layer(layer):
         weight = weights[module.id.kind].to(job.device)
         grids = fit_grids(weight, menu, fitter, str(module.id))
         norm = frobenius_norm(weight)
-        for (spec, grid), error in zip(grids.items(), frobenius_errors(weight, list(grids.values())), strict=True):
+        for spec, error in zip(grids, frobenius_errors(weight, list(grids.values())), strict=True):
             rows.append(
                 {
                     "layer": layer,

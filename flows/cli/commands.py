@@ -12,7 +12,7 @@ from rich.table import Table
 
 from lmq.errors import InputError
 from lmq.results import markdown_table, read_results, results_table
-from lmq_flows.plan import PlannedNode, plan_graph
+from lmq_flows.plan import PlannedNode
 from lmq_flows.run_config import ModelConfig, RunConfig, load_run_config, parse_run_config, preset_names, preset_path
 from lmq_storage import ArtifactStore
 
@@ -31,7 +31,9 @@ def run_command(arguments: argparse.Namespace) -> int:
     console.print(f"run [bold]{config.name}[/bold]: starting Prefect, then the stages", highlight=False)
     started = time.monotonic()
     state = run(config)
-    if not (config.run_dir / "results.json").is_file() or (state.is_failed() and "report:" not in (state.message or "")):
+    if not (config.run_dir / "results.json").is_file() or (
+        state.is_failed() and "report:" not in (state.message or "")
+    ):
         return _explain_failure(state)
     _print_table(config.run_dir)
     console.print(f"{time.monotonic() - started:.0f} s")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -48,18 +49,23 @@ def new_axes(width_px: float, height_px: float, margins: Margins, label: str) ->
     return figure, axes
 
 
-def put_text(axes: Axes, x_px: float, y_px: float, text: str, **style: object) -> None:
+def put_text(axes: Axes, x_px: float, y_px: float, text: str, **style: Any) -> None:
     """Text at pixels from the figure's top left corner."""
     figure = axes.get_figure(root=True)
     assert figure is not None
     width, height = figure.get_size_inches() * 72
-    options = {"color": MUTED.light, "fontsize": TEXT_PX, "family": "sans-serif", "va": "baseline"} | style
-    axes.text(x_px / width, 1 - y_px / height, text, transform=figure.transFigure, **options)  # type: ignore[arg-type]
+    options: dict[str, Any] = {
+        "color": MUTED.light,
+        "fontsize": TEXT_PX,
+        "family": "sans-serif",
+        "va": "baseline",
+    } | style
+    axes.text(x_px / width, 1 - y_px / height, text, transform=figure.transFigure, **options)
 
 
-def put_title(axes: Axes, text: str, x_px: float = 0.0, y_px: float = 13.0) -> None:
+def put_title(axes: Axes, text: str) -> None:
     """Title at the figure's top left."""
-    put_text(axes, x_px, y_px, text, color=INK.light, fontsize=TITLE_PX, weight="bold")
+    put_text(axes, 0, 13, text, color=INK.light, fontsize=TITLE_PX, weight="bold")
 
 
 def scale_y(axes: Axes, low: float, high: float, *, log: bool, ticks: int = 4) -> None:
@@ -75,7 +81,7 @@ def scale_y(axes: Axes, low: float, high: float, *, log: bool, ticks: int = 4) -
 
 def layer_ticks(axes: Axes, layers: int) -> None:
     """Ticks at about six round layer numbers and the last, and the word "layer" before them."""
-    step = max(1, next(step for step in (1, 2, 5, 10, 20, 25, 50, 100, 1000) if layers / step <= 7))
+    step = next(step for step in (1, 2, 5, 10, 20, 25, 50, 100, 1000) if layers / step <= 7)
     ticks = [layer for layer in range(0, layers, step) if layer == 0 or layers - 1 - layer >= step * 0.6]
     ticks = sorted({*ticks, layers - 1})
     axes.set_xticks(ticks, labels=[str(tick) for tick in ticks])

@@ -54,7 +54,7 @@ def place_names(
     occupied = list(taken)
     placed = []
     for x, y, name in points:
-        for place in _places(x, y, len(name) * CHARACTER_PX):
+        for place in _places(x, y, (len(name) + 1) * CHARACTER_PX):
             if place.box.inside(frame) and not any(place.box.overlaps(box) for box in occupied):
                 placed.append((name, place))
                 occupied.append(place.box)

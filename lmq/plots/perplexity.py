@@ -13,6 +13,9 @@ from lmq.plots.labels import CHARACTER_PX, LINE_PX, Box, Side, boxes_along, plac
 from lmq.plots.palette import INK, MUTED, SeriesStyle, series_style
 from lmq.results import FULL_PRECISION, UNIFORM, VariantResult, format_number, full_precision_of
 
+LEAST_SIZE_RANGE = 0.05
+"""The size axis spans at least this share of its largest value."""
+
 
 @dataclass(frozen=True)
 class _Point:
@@ -73,7 +76,11 @@ def perplexity_by_size(
 
 
 def _scale_axes(axes: Axes, points: Sequence[_Point], full: float | None) -> None:
-    axes.set_xlim(*value_limits([point.size_mb for point in points], log=False, margin=0.1))
+    low, high = value_limits([point.size_mb for point in points], log=False, margin=0.1)
+    # variants of one budget differ by a few bytes: do not magnify that
+    widen = max(0.0, LEAST_SIZE_RANGE * high - (high - low)) / 2
+    axes.set_xlim(low - widen, high + widen)
+    axes.ticklabel_format(axis="x", useOffset=False, style="plain")
     ends = [end for point in points for end in (point.low, point.high)] + ([] if full is None else [full])
     scale_y(axes, *value_limits(ends, log=True), log=True, ticks=6)
     if full is not None:

@@ -69,33 +69,29 @@ def _maps(
     change = difference_map(
         differences, kinds=kinds, layers=layers, label=f"Bits per weight of {label} compared with {against}"
     )
-    header = ["layer", "kind", "bits", "group_size", "bits_per_weight", "size_bytes", "boosted"]
-    data = [
-        (
-            row["layer"],
-            row["kind"],
-            row["bits"],
-            row["group_size"],
-            spec.bits_per_weight,
-            row["size_bytes"],
-            row["boosted"],
-        )
-        for row, spec in zip(rows, allocation.values(), strict=True)
-    ]
-    link = csv_link(f"allocation-{slug(model.name)}-{slug(label)}.csv", header, data)
-    size = format_bytes(sum(row["size_bytes"] for row in rows))
-    result = results.get(label)
-    facts = [size]
+    link = _csv(f"allocation-{slug(model.name)}-{slug(label)}.csv", rows)
+    facts = _facts(rows, results.get(label))
+    return (
+        f'<div class="maps"><h4>{escape(label)} <small>{facts} {link}</small></h4>'
+        f"{figure(figure_svg(bits), 'Bits per weight')}"
+        f"{figure(figure_svg(change), f'Compared with {escape(against)}')}</div>"
+    )
+
+
+def _csv(file_name: str, rows: Rows) -> str:
+    columns = ("layer", "kind", "bits", "group_size", "size_bytes", "boosted")
+    return csv_link(file_name, columns, ([row[column] for column in columns] for row in rows))
+
+
+def _facts(rows: Rows, result: VariantResult | None) -> str:
+    """Bits per weight, bytes, and how near the allocation is to the best one for its cost."""
+    facts = [format_bytes(sum(row["size_bytes"] for row in rows))]
     if result and result.bits_per_weight is not None:
         facts.insert(0, f"{format_number(result.bits_per_weight, 3)} bits per weight")
     if result and result.gap is not None:
         exact = result.gap == 0
         facts.append("proven optimal" if exact else f"within {format_percent(result.gap, decimals=2)} of the optimum")
-    return (
-        f'<div class="maps"><h4>{escape(label)} <small>{", ".join(facts)} {link}</small></h4>'
-        f"{figure(figure_svg(bits), 'Bits per weight')}"
-        f"{figure(figure_svg(change), f'Compared with {escape(against)}')}</div>"
-    )
+    return ", ".join(facts)
 
 
 def _differences(

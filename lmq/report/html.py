@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -99,5 +100,5 @@ def section(anchor: str, title: str, body: str) -> str:
 
 
 def slug(name: str) -> str:
-    """A name as part of a file name: letters, digits, dots and dashes."""
-    return "".join(character if character.isalnum() or character in ".-" else "-" for character in name).strip("-")
+    """A name as part of a file name: letters, digits, dots, with dashes between."""
+    return re.sub(r"[^\w.]+", "-", name).strip("-")

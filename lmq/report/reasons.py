@@ -96,7 +96,7 @@ def _costs(model: ModelReport, costs: ErrorTable | None, name: str, title: str, 
         f'<li><i class="line" style="background:{colour.css}"></i>{spec}</li>'
         for spec, colour in zip(specs, SERIES, strict=False)
     )
-    return _panels(title, meaning, link, panels, len(kinds), f'<ul class="legend">{legend}</ul>')
+    return _panels(title, f"{meaning} Log scale.", link, panels, len(kinds), f'<ul class="legend">{legend}</ul>')
 
 
 def one_per_width(specs: Sequence[QuantSpec]) -> list[QuantSpec]:

@@ -76,14 +76,14 @@ def _by_stage(stages: Sequence[StageTiming]) -> str:
 
 def _stage_row(name: str, group: Sequence[StageTiming], seconds: float | None, longest: float) -> list[Cell]:
     ran = sum(stage.state == "ran" for stage in group)
-    width = 100 * (seconds or 0) / longest if longest else 0
+    bar = f'<i style="width:{100 * seconds / longest:.1f}%"></i>' if seconds and longest else ""
     kept = _total([stage.size_bytes for stage in group])
     return [
         text(name),
         number(str(ran), ran),
         number(str(len(group) - ran), len(group) - ran),
         number(format_duration(seconds), seconds),
-        Cell(f'<span class="bar"><i style="width:{width:.1f}%"></i></span>', seconds),
+        Cell(f'<span class="bar">{bar}</span>', seconds),
         number(format_bytes(None if kept is None else int(kept)), kept),
     ]
 

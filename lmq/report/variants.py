@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, fields
 from html import escape
 
+from lmq.plots.palette import SeriesStyle
 from lmq.plots.perplexity import drawable, perplexity_by_size, strategy_styles
 from lmq.plots.svg import figure_svg
 from lmq.report.data import ReportData
@@ -112,15 +113,15 @@ def _many_sizes(found: Sequence[Verdict], full: VariantResult | None) -> str:
 
 
 def _verdict_table(found: Sequence[Verdict]) -> str:
-    columns = [Column("At most", True), Column("Uniform"), Column("Perplexity", True), Column("Best variant")]
-    columns += [Column("Perplexity ", True), Column("Gap closed", True)]
+    columns = [Column("At most", True), Column("Best variant"), Column("Perplexity", True), Column("Uniform")]
+    columns += [Column("Its perplexity", True), Column("Gap closed", True)]
     rows = [
         [
             number(format_bytes(v.uniform.size_bytes), v.uniform.size_bytes),
-            text(v.uniform.label),
-            number(format_measured(v.uniform.perplexity, v.uniform.perplexity_stderr), v.uniform.perplexity),
             text(v.best.label),
             number(format_measured(v.best.perplexity, v.best.perplexity_stderr), v.best.perplexity),
+            text(v.uniform.label),
+            number(format_measured(v.uniform.perplexity, v.uniform.perplexity_stderr), v.uniform.perplexity),
             number(_share(v), v.gap_closed),
         ]
         for v in found
@@ -211,7 +212,7 @@ def _scatter(model: str, data: ReportData, *, named: bool) -> str:
     return figure(f'{legend}<div class="wide">{wide}</div><div class="narrow">{narrow}</div>', caption, link, "scatter")
 
 
-def _legend(strategies: Sequence[str], styles: dict) -> str:
+def _legend(strategies: Sequence[str], styles: Mapping[str, SeriesStyle]) -> str:
     items = ['<li><span style="color:var(--muted)">■</span> uniform</li>'] if UNIFORM in strategies else []
     items += [
         f'<li><span style="color:{style.colour.css}">{style.glyph}</span> {escape(name)}</li>'

@@ -29,7 +29,7 @@ def test_normal_weights_have_kurtosis_three() -> None:
 
 @pytest.mark.parametrize("value", [0.0, 0.1, -3e-20])
 def test_constant_weight_is_refused_by_name(value: float) -> None:
-    with pytest.raises(InputError, match="layer 3 mlp.up_proj has no kurtosis"):
+    with pytest.raises(InputError, match=r"layer 3 mlp.up_proj has no kurtosis"):
         kurtosis(torch.full((300, 500), value), "layer 3 mlp.up_proj")
 
 

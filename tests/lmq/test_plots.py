@@ -1,4 +1,5 @@
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import matplotlib
@@ -74,6 +75,13 @@ def test_points_stand_where_their_values_are():
     expected = {(round(r.size_bytes / 1e6, 6), round(r.perplexity, 6)) for r in made[1:]}
     assert points == expected
     assert axes.get_yscale() == "log"
+
+
+def test_sizes_that_differ_by_bytes_are_not_magnified():
+    _, first, *_ = made = results(count=6)
+    same = [replace(result, size_bytes=first.size_bytes + step) for step, result in enumerate(made)]
+    low, high = perplexity_by_size(same, model=MODEL, styles={}).axes[0].get_xlim()
+    assert high - low == pytest.approx(0.05 * first.size_bytes / 1e6, rel=0.05)
 
 
 def test_a_scatter_without_measurements_says_so():
@@ -168,7 +176,7 @@ def test_names_never_overlap_or_leave_the_frame(points):
 def test_a_lone_point_is_named_to_its_right():
     [(name, place)] = place_names([(50, 50, "mxq")], frame=Box(0, 0, 200, 100), taken=[])
     assert (name, place.side) == ("mxq", "left")
-    assert place.box.right - place.box.left == pytest.approx(3 * CHARACTER_PX)
+    assert place.box.right - place.box.left == pytest.approx(4 * CHARACTER_PX)
 
 
 def test_all_stops_fit_the_ramp():

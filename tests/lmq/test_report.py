@@ -157,7 +157,7 @@ def test_figures_carry_their_data(page):
     report = model_report()
     kurtosis = files[f"kurtosis-{MODEL}.csv"]
     assert [float(row["kurtosis"]) for row in kurtosis] == [row["kurtosis"] for row in report.kurtosis]
-    allocation = files[f"allocation-{MODEL}-mxq---uniform-b4g64.csv"]
+    allocation = files[f"allocation-{MODEL}-mxq-uniform-b4g64.csv"]
     rows = report.allocations["mxq @ uniform b4g64"]
     assert [int(row["size_bytes"]) for row in allocation] == [row["size_bytes"] for row in rows]
     assert files["variants.csv"][0]["kl_divergence"] == ""

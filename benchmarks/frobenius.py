@@ -1,0 +1,80 @@
+"""Frobenius error table: lmq against hqq quantize + dequantize + norm, speed and agreement.
+
+    python benchmarks/frobenius.py [--size 4096] [--threads 1]
+
+Both are timed on one matrix of normal weights, float32, CPU. hqq's error is taken with its float scales and zeros;
+`difference` compares it with our fit before its metadata is stored, `stored` is what 8-bit metadata adds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from hqq.core.quantize import Quantizer as PackageQuantizer
+
+from lmq.frobenius import fit_grids, frobenius_errors
+from lmq.grid import nearest_codes, to_groups
+from lmq.quant_spec import STOPS, QuantSpec
+from lmq.quantizers import quantizer
+
+Result = TypeVar("Result")
+
+
+def package_error(weight: torch.Tensor, spec: QuantSpec, axis: int) -> float:
+    codes, meta = PackageQuantizer.quantize(
+        weight, nbits=spec.bits, group_size=spec.group_size, axis=axis, device="cpu", compute_dtype=torch.float32
+    )
+    meta["compute_dtype"] = torch.float32
+    return float((PackageQuantizer.dequantize(codes, meta) - weight).double().norm())
+
+
+def lmq_error(weight: torch.Tensor, spec: QuantSpec, axis: int) -> float:
+    return frobenius_errors(weight, list(fit_grids(weight, [spec], quantizer("hqq", axis=axis)).values()))[0]
+
+
+def unstored_error(weight: torch.Tensor, spec: QuantSpec, axis: int) -> float:
+    scale, zero = quantizer("hqq", axis=axis).fit(weight, spec)
+    groups = to_groups(weight, spec.group_size, axis)
+    codes = nearest_codes(groups, scale, zero, spec.bits)
+    return float(((codes - zero[:, None]) * scale[:, None] - groups).double().norm())
+
+
+def timed(call: Callable[[torch.Tensor, QuantSpec, int], Result], *args: object, repeats: int) -> tuple[Result, float]:
+    """Result and the shortest of a few times, in seconds."""
+    elapsed_s = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        result = call(*args)  # type: ignore[arg-type]
+        elapsed_s.append(time.perf_counter() - start)
+    return result, min(elapsed_s)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Frobenius error table: lmq against hqq")
+    parser.add_argument("--size", type=int, default=4096, help="rows and columns of the matrix")
+    parser.add_argument("--threads", type=int, default=1, help="threads of both")
+    parser.add_argument("--axis", type=int, default=1, choices=(0, 1))
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    weight = torch.randn(options.size, options.size, generator=torch.Generator().manual_seed(0)) * 0.02
+    print(f"{options.size} x {options.size}, axis {options.axis}, {options.threads} threads")
+    print(f"{'':8}{'hqq s':>9}{'lmq s':>9}{'ratio':>8}{'difference':>13}{'stored':>9}")
+    ratios = []
+    for spec in STOPS:
+        reference, package_s = timed(package_error, weight, spec, options.axis, repeats=1)
+        stored, lmq_s = timed(lmq_error, weight, spec, options.axis, repeats=3)
+        unstored = unstored_error(weight, spec, options.axis)
+        ratios.append(package_s / lmq_s)
+        print(
+            f"{spec.name:8}{package_s:9.2f}{lmq_s:9.3f}{ratios[-1]:7.1f}x"
+            f"{abs(unstored / reference - 1):13.1e}{stored / unstored - 1:+9.2%}"
+        )
+    print(f"ratio: {min(ratios):.1f}x to {max(ratios):.1f}x")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""The loss-aware program: least estimated harm to the loss under the budget."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from lmq.allocation import Allocation
+from lmq.strategies.base import Choices, Measurements, solve_program, table_costs
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossAware:
+    """Least sum of token-wise Fisher costs, made non-increasing in size per module."""
+
+    name: ClassVar[str] = "loss-aware"
+    summary: ClassVar[str] = "least sum of loss-aware costs (token-wise Fisher) within the budget"
+    source: ClassVar[str] = "score as in NVIDIA Model Optimizer's gradient scorer; program of MXQ"
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The Fisher error table."""
+        return frozenset({"fisher"})
+
+    def allocate(self, measurements: Measurements, budget_bytes: int) -> Allocation:
+        """Solve the program for the monotone costs. Raises InfeasibleBudget, InputError."""
+
+        def costs_of(choices: Choices) -> np.ndarray:
+            return non_increasing(table_costs(measurements.fisher, "fisher", choices), choices.sizes_bytes)
+
+        return solve_program(measurements, budget_bytes, costs_of)
+
+
+def non_increasing(costs: np.ndarray, sizes_bytes: np.ndarray) -> np.ndarray:
+    """Costs [modules, configurations] where no configuration costs more than a smaller one of the same module.
+
+    A larger configuration that measured worse does so by noise of the calibration: it gets the smaller one's cost.
+    """
+    by_size = np.lexsort((costs, sizes_bytes), axis=1)
+    running = np.minimum.accumulate(np.take_along_axis(costs, by_size, axis=1), axis=1)
+    monotone = np.empty_like(costs)
+    np.put_along_axis(monotone, by_size, running, axis=1)
+    return monotone

@@ -1,0 +1,51 @@
+"""Stages that turn text into tokens: blocks to calibrate on, a stream to evaluate on."""
+
+from __future__ import annotations
+
+import json
+
+from lmq.calibration import (
+    TOKENS_SCHEMA,
+    TextSource,
+    bos_prefix,
+    documents,
+    load_tokenizer,
+    pack_tokens,
+    token_stream,
+    write_tokens,
+)
+from lmq_tasks.opened import model_dir
+from lmq_tasks.stage import Job, stage
+
+TOKENS_FILE = "tokens.parquet"
+PREFIX_FILE = "prefix.json"
+
+
+@stage("calibration", version=1, schema=TOKENS_SCHEMA.label)
+def draw_calibration(job: Job) -> None:
+    """Calibration tokens, packed into sequences."""
+    config = job.config
+    tokens = pack_tokens(
+        documents(_source(job)),
+        load_tokenizer(model_dir(job)),
+        sequence_length=config["sequence_length"],
+        sequences=config["sequences"],
+        seed=config["seed"],
+    )
+    write_tokens(job.output / TOKENS_FILE, tokens)
+
+
+@stage("evaluation-tokens", version=1, schema=TOKENS_SCHEMA.label)
+def draw_evaluation(job: Job) -> None:
+    """Evaluation tokens, one stream, and the token that every window begins with (null: none)."""
+    tokenizer = load_tokenizer(model_dir(job))
+    tokens = token_stream(documents(_source(job)), tokenizer, job.config["tokens"])
+    write_tokens(job.output / TOKENS_FILE, tokens[None])
+    (job.output / PREFIX_FILE).write_text(json.dumps(bos_prefix(tokenizer)))
+
+
+def _source(job: Job) -> TextSource:
+    assert job.site.text is not None, "this stage was given no text"
+    return TextSource(
+        source=job.site.text, column=job.config["column"], part=job.config["part"], seed=job.config["seed"]
+    )
