@@ -112,6 +112,12 @@ def outlier_rows(values: Mapping[ModuleId, float], signal: str, *, difference: s
     ]
 
 
+def check_top_m(top_m: int) -> None:
+    """Raise InputError for a negative number of layers to keep."""
+    if top_m < 0:
+        raise InputError(f"top_m = {top_m} is negative; give the number of layers to keep, or 0 for all")
+
+
 def _scores_by_kind(
     profiles: Mapping[str, Mapping[int, float]], difference: str
 ) -> dict[str, tuple[list[int], np.ndarray]]:
@@ -131,8 +137,7 @@ def _scores_by_kind(
 
 def _above_threshold(scores: np.ndarray, top_m: int) -> list[int]:
     """Positions with a score strictly above the threshold, the largest first."""
-    if top_m < 0:
-        raise InputError(f"top_m = {top_m} is negative; give the number of layers to keep, or 0 for all")
+    check_top_m(top_m)
     above = sorted(np.flatnonzero(scores > Z_THRESHOLD).tolist(), key=lambda position: -scores[position])
     return above[:top_m] if top_m else above
 

@@ -48,23 +48,30 @@ def write_table(path: Path, schema: TableSchema, table: pa.Table) -> None:
     """Write a table that has the declared columns."""
     labelled = table.cast(schema.columns).replace_schema_metadata({"lmq.schema": schema.label})
     pq.write_table(
-        labelled, path, compression="zstd", use_dictionary=["kind"] if "kind" in table.column_names else False
+        labelled,
+        path,
+        compression="zstd",
+        use_dictionary=["kind"] if "kind" in table.column_names else False,
+        write_page_checksum=True,
     )
 
 
 def read_table(path: Path, schema: TableSchema) -> pa.Table:
     """Read a table, checking that it is one of this schema. Raises DamagedFile otherwise."""
     try:
-        table = pq.read_table(path)
-    except (pa.ArrowInvalid, OSError) as error:
+        table = pq.read_table(path, page_checksum_verification=True)
+        found = (table.schema.metadata or {}).get(b"lmq.schema", b"none").decode()
+        columns = table.column_names
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DamagedFile(
             f"{path} is not a readable Parquet table: {error}; remove it, it will be made again"
         ) from error
-    found = (table.schema.metadata or {}).get(b"lmq.schema", b"none").decode()
     if found != schema.label:
         raise DamagedFile(
             f"{path} holds a table {found!r} where {schema.label!r} was expected; remove it and run again"
         )
+    if columns != schema.columns.names:
+        raise DamagedFile(f"{path} has columns {columns}, not {schema.columns.names}; remove it and run again")
     return table
 
 

@@ -78,8 +78,9 @@ class Choices:
         """Column of the largest configuration that fits the budget when every module has it."""
         return int(np.flatnonzero(self.sizes_bytes.sum(axis=0) <= budget_bytes).max())
 
-    def allocation(self, choice: np.ndarray, boosted: frozenset[int] = frozenset()) -> Allocation:
-        """Allocation of a choice [modules] that no program was solved for; `boosted` are positions of modules."""
+    def allocation(self, choice: np.ndarray, *, boosted: np.ndarray | None = None) -> Allocation:
+        """Allocation of a choice [modules] that no program was solved for; `boosted` [modules] bool."""
+        is_boosted = np.zeros(len(choice), bool) if boosted is None else boosted
         return Allocation(
             assignments=tuple(
                 Assignment(
@@ -87,7 +88,7 @@ class Choices:
                     self.specs[column],
                     module.parameters,
                     int(self.sizes_bytes[row, column]),
-                    boosted=row in boosted,
+                    boosted=bool(is_boosted[row]),
                 )
                 for row, (module, column) in enumerate(zip(self.modules, choice.tolist(), strict=True))
             )

@@ -14,7 +14,7 @@ import numpy as np
 
 from lmq.allocation import Allocation
 from lmq.errors import InputError, unknown_name
-from lmq.outliers import outlier_modules, profiles_by_kind
+from lmq.outliers import check_top_m, outlier_modules, profiles_by_kind
 from lmq.quant_spec import STOPS, QuantSpec
 from lmq.strategies.base import Choices, Measurements, module_signal, reduce_to_fit
 from lmq.structure import ModuleId
@@ -54,11 +54,11 @@ class _Boost:
         choices = Choices.of(measurements, budget_bytes)
         signal = module_signal(getattr(measurements, self.signal), self.signal, choices.modules)
         outliers = outlier_modules(profiles_by_kind(signal), difference=DIFFERENCE[self.signal], top_m=self.top_m)
-        choice, boosted = boost(choices, outliers, self.boost_stop, budget_bytes)
+        base = choices.largest_uniform(budget_bytes)
+        choice = boost(choices, base, outliers, self.boost_stop)
         if self.paid:
-            choice = _pay(choices, choice, boosted, signal, budget_bytes)
-            boosted = frozenset(row for row in boosted if choice[row] > choices.largest_uniform(budget_bytes))
-        return choices.allocation(choice, boosted)
+            choice = _pay(choices, choice, base, signal, budget_bytes)
+        return choices.allocation(choice, boosted=choice > base)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,33 +121,25 @@ class RandomBoost:
         generator = np.random.default_rng(self.seed)
         drawn: dict[str, list[int]] = {}
         for kind, profile in profiles["sensitivity"].items():
-            others = sorted(set(profile) - {layer for outliers in found.values() for layer in outliers[kind]})
+            others = sorted(set(profile).difference(*(outliers[kind] for outliers in found.values())))
             count = min(len(found[SIGNAL[self.like]][kind]), len(others))
-            drawn[kind] = generator.choice(others, count, replace=False).tolist() if count else []
-        return choices.allocation(*boost(choices, drawn, self.boost_stop, budget_bytes))
+            drawn[kind] = generator.choice(np.array(others, int), count, replace=False).tolist()
+        base = choices.largest_uniform(budget_bytes)
+        choice = boost(choices, base, drawn, self.boost_stop)
+        return choices.allocation(choice, boosted=choice > base)
 
 
 def check_boost_options(boost_stop: int, top_m: int) -> None:
     """Raise InputError for a boost_stop or top_m that is not allowed."""
     if boost_stop not in ALLOWED_BOOST_STOPS:
         raise InputError(f"boost_stop = {boost_stop} is not allowed; allowed: {ALLOWED_BOOST_STOPS}")
-    if top_m < 0:
-        raise InputError(f"top_m = {top_m} is negative; give the number of layers to keep, or 0 for all")
+    check_top_m(top_m)
 
 
-def boost(
-    choices: Choices, layers: Mapping[str, list[int]], boost_stop: int, budget_bytes: int
-) -> tuple[np.ndarray, frozenset[int]]:
-    """Return the boosted choice [modules] and the positions of the modules that are above the base.
-
-    `layers` is kind → layers to boost.
-    """
-    base = choices.largest_uniform(budget_bytes)
+def boost(choices: Choices, base: int, layers: Mapping[str, list[int]], boost_stop: int) -> np.ndarray:
+    """Choice [modules] with every module at column `base`, and those in the layers of their kind boosted."""
     up = boosted_column(choices.specs, base, boost_stop)
-    rows = [row for row, module in enumerate(choices.modules) if module.id.layer in layers[module.id.kind]]
-    choice = np.full(len(choices.modules), base)
-    choice[rows] = up
-    return choice, frozenset(rows if up > base else ())
+    return np.array([up if module.id.layer in layers[module.id.kind] else base for module in choices.modules])
 
 
 def boosted_column(specs: tuple[QuantSpec, ...], base: int, boost_stop: int) -> int:
@@ -162,12 +154,10 @@ def boosted_column(specs: tuple[QuantSpec, ...], base: int, boost_stop: int) -> 
 
 
 def _pay(
-    choices: Choices,
-    choice: np.ndarray,
-    boosted: frozenset[int],
-    signal: Mapping[ModuleId, float],
-    budget_bytes: int,
+    choices: Choices, choice: np.ndarray, base: int, signal: Mapping[ModuleId, float], budget_bytes: int
 ) -> np.ndarray:
+    """Move modules down until the budget holds: the least sensitive first, the boosted ones last."""
     by_signal = sorted(range(len(choice)), key=lambda row: signal[choices.modules[row].id])
-    others = [row for row in by_signal if row not in boosted]
-    return reduce_to_fit(choices, choice, [others, [row for row in by_signal if row in boosted]], budget_bytes)
+    others = [row for row in by_signal if choice[row] <= base]
+    boosted = [row for row in by_signal if choice[row] > base]
+    return reduce_to_fit(choices, choice, [others, boosted], budget_bytes)

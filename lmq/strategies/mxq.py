@@ -12,7 +12,7 @@ from typing import ClassVar
 import numpy as np
 
 from lmq.allocation import Allocation
-from lmq.outliers import outlier_modules, profiles_by_kind
+from lmq.outliers import check_top_m, outlier_modules, profiles_by_kind
 from lmq.strategies.base import Choices, Measurements, module_signal, solve_program, table_costs
 from lmq.strategies.boost import DIFFERENCE
 
@@ -71,6 +71,9 @@ class _PenaltyProgram:
 
     top_m: int = 0
     signal: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        check_top_m(self.top_m)
 
     @property
     def needs(self) -> frozenset[str]:

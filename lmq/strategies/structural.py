@@ -42,7 +42,7 @@ class Structural:
         choice = np.full(len(choices.modules), base)
         choice[protected] = min(base + 1, len(choices.specs) - 1)
         choice = reduce_to_fit(choices, choice, [_spread(rest), _spread(protected)], budget_bytes)
-        return choices.allocation(choice, frozenset(row for row in protected if choice[row] > base))
+        return choices.allocation(choice, boosted=choice > base)
 
 
 def _spread(rows: list[int]) -> list[int]:

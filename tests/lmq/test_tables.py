@@ -1,3 +1,4 @@
+import contextlib
 from pathlib import Path
 
 import pyarrow as pa
@@ -58,19 +59,27 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         read_table(tmp_path / "nowhere.parquet", SCHEMA)
 
 
-@pytest.mark.parametrize("byte", range(4, 1000, 31))
-def test_a_flipped_byte_is_damage_or_harmless_to_the_reader(byte: int, tmp_path: Path) -> None:
+def test_a_changed_value_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "table.parquet"
+    write_rows(path, SCHEMA, ROWS)
+    data = path.read_bytes()
+    assert data.count(b"q_proj") > 0
+    path.write_bytes(data.replace(b"q_proj", b"k_proj", 1))
+    with pytest.raises(DamagedFile, match="could not verify page integrity"):
+        read_rows(path, SCHEMA)
+
+
+@pytest.mark.parametrize("byte", [*range(0, 1200, 37), 548, 560, 1013])
+def test_a_flipped_byte_crashes_no_reader(byte: int, tmp_path: Path) -> None:
     path = tmp_path / "table.parquet"
     write_rows(path, SCHEMA, ROWS)
     data = bytearray(path.read_bytes())
-    data[byte % len(data)] ^= 0xFF
+    data[byte] ^= 0xFF
     path.write_bytes(data)
-    try:
+    with contextlib.suppress(DamagedFile):
         read_rows(path, SCHEMA)
-    except DamagedFile as error:
-        assert str(path) in str(error)
 
 
 def test_a_null_where_none_is_allowed_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(pa.ArrowInvalid, match="layer"):
+    with pytest.raises(ValueError, match="'layer' with null values to non-nullable"):
         write_rows(tmp_path / "table.parquet", SCHEMA, [{"layer": None, "kind": "q_proj", "cost": 1.0}])
