@@ -96,7 +96,7 @@ def preparation_graph(config: RunConfig, models: list[IdentifiedModel]) -> tuple
         inputs: dict[str, Input | list[Input]] = {}
         discover_config = {"weights_sha256": model.sha256}
         if needs_conversion(model.located):
-            convert_config = {"source_sha256": model.sha256}
+            convert_config = {"source_sha256": model.sha256, "dtype": model.config.dtype}
             convert = graph.add(STAGES["convert"], name, site, config=convert_config)
             inputs, discover_config = {"model": convert}, {}
             site = Site(store_url=store_url, model=_converted_location(open_store(store_url), convert))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from rich.progress import (
 from lmq_flows.execute import Outcome
 from lmq_flows.graph import Graph, Node
 
-_LINE_EVERY_SECONDS = 15.0
+_LINE_EVERY_SECONDS = 10.0
 
 
 class Reporter(Protocol):
@@ -92,12 +93,14 @@ class RunProgress:
 
 
 class TerminalReporter:
-    """Bars on a terminal; elsewhere a line when a stage starts and ends, and every 15 seconds between."""
+    """Bars on a terminal; elsewhere a line when a stage ends, and every 10 seconds for those under way."""
 
     def __init__(self, console: Console):
         self._console = console
         self._bars: dict[str, TaskID] = {}
-        self._last_line: dict[str, float] = {}
+        self._under_way: dict[str, StageProgress] = {}
+        self._stop = threading.Event()
+        self._heart = threading.Thread(target=self._beat, daemon=True)
         self._progress = Progress(
             TextColumn("{task.description:<18}"),
             BarColumn(bar_width=28),
@@ -111,33 +114,43 @@ class TerminalReporter:
         )
 
     def __enter__(self) -> TerminalReporter:
-        self._progress.start()
+        if self._console.is_terminal:
+            self._progress.start()
+        else:
+            self._heart.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._progress.stop()
+        self._stop.set()
 
     def show(self, stage: str, progress: StageProgress) -> None:
-        """Update the stage's bar, or print a line."""
-        if not self._console.is_terminal:
-            self._print_line(stage, progress)
-            return
+        """Update the stage's bar, or print a line when it is done."""
+        if self._console.is_terminal:
+            self._move_bar(stage, progress)
+        elif progress.done < progress.total:
+            self._under_way[stage] = progress
+        else:
+            self._under_way.pop(stage, None)
+            self._print(stage, progress, f"in {progress.elapsed_s:.1f} s")
+
+    def _move_bar(self, stage: str, progress: StageProgress) -> None:
         if stage not in self._bars:
             self._bars[stage] = self._progress.add_task(stage, total=progress.total, note="")
         self._progress.update(self._bars[stage], completed=progress.done, total=progress.total, note=_note(progress))
 
-    def _print_line(self, stage: str, progress: StageProgress) -> None:
-        now = time.monotonic()
-        finished = progress.done == progress.total
-        if not finished and now - self._last_line.get(stage, -1e9) < _LINE_EVERY_SECONDS:
-            return
-        self._last_line[stage] = now
-        left = "" if finished or progress.remaining_s is None else f", about {progress.remaining_s:.0f} s left"
-        took = f" in {progress.elapsed_s:.0f} s" if finished else ""
+    def _beat(self) -> None:
+        while not self._stop.wait(_LINE_EVERY_SECONDS):
+            for stage, progress in list(self._under_way.items()):
+                left = progress.remaining_s
+                rest = "" if left is None else f", about {left:.0f} s left"
+                self._print(stage, progress, f"after {progress.elapsed_s:.0f} s{rest}")
+
+    def _print(self, stage: str, progress: StageProgress, text: str) -> None:
         note = f" ({_note(progress)})" if _note(progress) else ""
-        self._console.print(f"{stage:<18} {progress.done}/{progress.total}{took}{left}{note}", highlight=False)
+        self._console.print(f"{stage:<18} {progress.done}/{progress.total} {text}{note}", highlight=False)
 
 
 class ArtifactReporter:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,7 @@ class _Run:
     config: RunConfig
     device: str
     progress: RunProgress
+    _preparation_uris: list[str] = field(default_factory=list)
 
     def to_the_end(self) -> State[Any]:
         models = self._prepare()
@@ -120,6 +121,7 @@ class _Run:
         identified = identify_models(self.config)
         graph, structures = preparation_graph(self.config, identified)
         outcomes = self._execute(graph)
+        self._preparation_uris = [outcome.ref.uri for outcome in outcomes.values() if outcome.ref is not None]
         models = []
         for model in identified:
             node = structures[model.config.name]
@@ -156,7 +158,7 @@ class _Run:
         if outcome.ref is None:
             raise LmqError(outcome.error or "the report could not be made")
         store = open_store(site.store_url)
-        uris = sorted({*states, outcome.ref.uri, *(model.structure_ref.uri for model in models)})
+        uris = sorted({*states, outcome.ref.uri, *self._preparation_uris})
         store.write_text(f"runs/{self.config.name}.json", _lines(uris))
         return outcome.ref
 
@@ -169,7 +171,7 @@ class _Run:
         for variant in variants:
             if variant.checkpoint is not None and (ref := outcomes[variant.checkpoint].ref) is not None:
                 store.materialize(ref, run_dir / "checkpoints" / variant_slug(variant))
-        (run_dir / "config.yaml").write_text(yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False))
+        (run_dir / "config.yaml").write_text(_config_text(self.config))
         return run_dir
 
 
@@ -229,7 +231,11 @@ def _report_inputs(
 
 def _shown_config(config: RunConfig) -> str:
     """The configuration as the report shows it: without what differs between machines."""
-    return yaml.safe_dump(config.model_dump(mode="json", exclude={"runner", "store", "runs_dir"}), sort_keys=False)
+    return _config_text(config, exclude={"runner", "store", "runs_dir"})
+
+
+def _config_text(config: RunConfig, exclude: set[str] | None = None) -> str:
+    return yaml.safe_dump(config.model_dump(mode="json", exclude=exclude), sort_keys=False)
 
 
 def _check_disk_space(graph: Graph) -> None:

@@ -32,6 +32,9 @@ class ModelConfig(_Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Short name used in tables and paths")
     source: str = Field(description="Hub id, directory, .gguf file, or package:NAME/FILE")
     sha256: str | None = Field(None, description="Expected sha256 of a single-file source")
+    dtype: Literal["exact", "float16", "bfloat16"] = Field(
+        default="exact", description="What a GGUF file is converted to; exact: the smallest type that holds every value"
+    )
     menu: tuple[SpecName, ...] | None = Field(None, description="Menu of this model; default: measure.menu")
 
 

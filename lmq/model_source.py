@@ -136,12 +136,13 @@ def needs_conversion(located: LocatedModel) -> bool:
     return located.kind == "gguf"
 
 
-def convert_gguf(path: Path, out_dir: Path) -> None:
+def convert_gguf(path: Path, out_dir: Path, dtype: torch.dtype | None = None) -> None:
     """Write a GGUF file's model and tokenizer as a safetensors directory `out_dir`, which must not hold files.
 
-    The weights are kept exactly, in the smallest of float16, bfloat16 and float32 that holds every value:
-    float32 for the quantized types (a Q4_1 weight is a product of a 16-bit scale and a code plus a 16-bit
-    minimum, which neither 16-bit type holds). Nothing is left behind when it fails.
+    Without `dtype` the weights are kept exactly, in the smallest of float16, bfloat16 and float32 that holds
+    every value: float32 for the quantized types (a Q4_1 weight is a product of a 16-bit scale and a code plus a
+    16-bit minimum, which neither 16-bit type holds). With `dtype` they are rounded to it, at half the size.
+    Nothing is left behind when it fails.
     Raises InputError for a file that transformers cannot read.
     """
     # transformers takes seconds to import, which only this function needs
@@ -158,7 +159,7 @@ def convert_gguf(path: Path, out_dir: Path) -> None:
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    dtype = _smallest_lossless_dtype(model)
+    dtype = dtype or _smallest_lossless_dtype(model)
     _log.info("writing %s as %s", out_dir, dtype)
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}-", dir=out_dir.parent))

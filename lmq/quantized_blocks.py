@@ -39,4 +39,5 @@ class QuantizedBlocks:
             quantized = QuantizedLinear(module.in_features, module.out_features, spec, axis=self._axis)
             quantized.load_state_dict({name: stored[f"{path}.{name}"] for name in QUANTIZED_TENSORS})
             linear = block.get_submodule(module.id.kind)
-            linear.weight = nn.Parameter(quantized.dequantize().to(linear.weight), requires_grad=False)
+            weight = quantized.dequantize().to(linear.get_parameter("weight"))
+            linear.weight = nn.Parameter(weight, requires_grad=False)

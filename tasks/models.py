@@ -6,6 +6,8 @@ import json
 import shutil
 from pathlib import Path
 
+import torch
+
 from lmq.discovery import discover
 from lmq.model_source import convert_gguf
 from lmq_tasks.opened import model_dir
@@ -17,7 +19,8 @@ def convert_model(job: Job) -> None:
     """Convert a GGUF file to a directory of safetensors with its tokenizer."""
     assert job.site.model is not None, "this stage was given no model"
     target = job.output / "model"
-    convert_gguf(Path(job.site.model.place), target)
+    dtype = None if job.config["dtype"] == "exact" else getattr(torch, job.config["dtype"])
+    convert_gguf(Path(job.site.model.place), target, dtype)
     for path in target.iterdir():
         shutil.move(path, job.output / path.name)
     target.rmdir()

@@ -15,13 +15,15 @@ from lmq.fisher import FISHER_SCHEMA
 from lmq.frobenius import FROBENIUS_SCHEMA
 from lmq.kurtosis import KURTOSIS_SCHEMA
 from lmq.outliers import OUTLIERS_SCHEMA
-from lmq.report import ModelReport, PairedDifference, ReportData, StageTiming, build_report
+from lmq.plots import figure_png
+from lmq.report import ModelReport, PairedDifference, ReportData, StageTiming, build_report, report_pictures
 from lmq.results import FULL_PRECISION, UNIFORM, VariantResult, markdown_table, write_results
 from lmq.sensitivity import SENSITIVITY_SCHEMA
 from lmq.structure import ModelStructure
 from lmq.tables import TableSchema, read_rows
 from lmq_tasks.stage import Job, JsonDict, library_versions, stage
 
+PICTURE_DOTS_PER_INCH = 110
 _DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -47,6 +49,8 @@ def report(job: Job) -> None:
         digests={f"{name} weights": structure.weights_sha256 for name, structure in structures.items()},
     )
     (job.output / "report.html").write_text(build_report(data), encoding="utf-8")
+    for name, picture in report_pictures(data).items():
+        figure_png(picture, job.output / f"{name}.png", dots_per_inch=PICTURE_DOTS_PER_INCH)
 
 
 class _Variant:

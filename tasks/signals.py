@@ -29,7 +29,7 @@ def measure_sensitivity(job: Job) -> None:
     modules = model.structure.in_layer(layer)
     with model.block(layer) as block:
         quantized = {
-            module.id.kind: grids[module.id][spec].round_trip(block.get_submodule(module.id.kind).weight)
+            module.id.kind: grids[module.id][spec].to(job.device).round_trip(block.get_submodule(module.id.kind).weight)
             for module in modules
         }
         scores = part_sensitivities(block, model.block_inputs(hidden.shape[1])[layer], hidden, modules, quantized)
@@ -64,7 +64,7 @@ def measure_fisher(job: Job) -> None:
         for module in modules:
             weight = block.get_submodule(module.id.kind).weight.detach()
             for spec in menu:
-                error = grids[module.id][spec].round_trip(weight) - weight
+                error = grids[module.id][spec].to(job.device).round_trip(weight) - weight
                 rows.append(
                     {
                         "layer": layer,

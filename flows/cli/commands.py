@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -16,7 +17,7 @@ from lmq_flows.plan import PlannedNode
 from lmq_flows.run_config import ModelConfig, RunConfig, load_run_config, parse_run_config, preset_names, preset_path
 from lmq_storage import ArtifactStore
 
-console = Console()
+console = Console() if sys.stdout.isatty() else Console(width=140)
 
 
 def run_command(arguments: argparse.Namespace) -> int:
@@ -198,14 +199,18 @@ def _load(arguments: argparse.Namespace) -> RunConfig:
 
 
 def _print_table(run_dir: Path) -> None:
-    headers, rows = results_table(read_results(run_dir / "results.json"))
-    shown = [index for index in range(len(headers)) if any(row[index] for row in rows)]
-    table = Table()
-    for index in shown:
-        table.add_column(headers[index], justify="right" if 3 <= index <= 7 else "left")
-    for row in rows:
-        table.add_row(*(row[index] for index in shown))
-    console.print(table)
+    """One table per model; columns that are empty throughout are left out."""
+    results = read_results(run_dir / "results.json")
+    for model in dict.fromkeys(result.model for result in results):
+        headers, rows = results_table([result for result in results if result.model == model])
+        shown = [index for index in range(1, len(headers)) if any(row[index] for row in rows)]
+        table = Table(title=model, title_justify="left")
+        for index in shown:
+            is_number = 3 <= index <= 7
+            table.add_column(headers[index], justify="right" if is_number else "left", no_wrap=index < 8)
+        for row in rows:
+            table.add_row(*(row[index] for index in shown))
+        console.print(table)
 
 
 def _print_plan(planned: list[PlannedNode], by_layer: bool) -> None:

@@ -7,6 +7,7 @@ from html import escape
 
 import numpy as np
 
+from lmq.allocation import PROVEN_GAP
 from lmq.plots.allocation_map import allocation_map, difference_map, short_kind
 from lmq.plots.palette import DIVERGING, ramp_colour
 from lmq.plots.svg import figure_svg
@@ -89,7 +90,7 @@ def _facts(rows: Rows, result: VariantResult | None) -> str:
     if result and result.bits_per_weight is not None:
         facts.insert(0, f"{format_number(result.bits_per_weight, 3)} bits per weight")
     if result and result.gap is not None:
-        exact = result.gap == 0
+        exact = result.gap <= PROVEN_GAP
         facts.append("proven optimal" if exact else f"within {format_percent(result.gap, decimals=2)} of the optimum")
     return ", ".join(facts)
 

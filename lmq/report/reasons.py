@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
+
+from matplotlib.figure import Figure
 
 from lmq.error_table import ErrorTable
 from lmq.plots.allocation_map import short_kind
@@ -54,24 +57,49 @@ _FISHER = "Expected growth of the loss when one module is quantized, from gradie
 _FROBENIUS = "Norm of the difference between the weights and their quantized form; blind to what the weights do."
 
 
-def _profile(model: ModelReport, rows: Rows, signal: str, title: str, meaning: str) -> str:
-    if not rows:
-        return f"<h4>{title}</h4>{not_measured(title)}"
+@dataclass(frozen=True)
+class ProfileCurve:
+    """One number per layer, shared by `kinds` (they were measured together), with its outlier layers."""
+
+    kinds: tuple[str, ...]
+    values: tuple[float | None, ...]
+    outlier_layers: tuple[int, ...]
+
+
+def profile_curves(model: ModelReport, rows: Rows, signal: str) -> list[ProfileCurve]:
+    """The different curves of a signal; kinds with the same values share one."""
     values = {(row["kind"], row["layer"]): row[signal] for row in rows}
-    kinds = [kind for kind in model.structure.kinds if any(key[0] == kind for key in values)]
-    z_scores = {(r["kind"], r["layer"]): r["z"] for r in model.outliers if r["signal"] == signal}
-    outliers = {(r["kind"], r["layer"]) for r in model.outliers if r["signal"] == signal and r["outlier"]}
-    curves: dict[tuple, list[str]] = {}
-    for kind in kinds:
+    outliers = _outliers(model, signal)
+    curves: dict[tuple[tuple[float | None, ...], tuple[int, ...]], list[str]] = {}
+    for kind in model.structure.kinds:
+        if not any(key[0] == kind for key in values):
+            continue
         curve = tuple(values.get((kind, layer)) for layer in range(model.structure.layers))
         marked = tuple(layer for layer in range(model.structure.layers) if (kind, layer) in outliers)
         curves.setdefault((curve, marked), []).append(kind)
-    panels = [
-        figure_svg(layer_curve(curve, title=_names(group, kinds), quantity=title, outlier_layers=marked))
-        for (curve, marked), group in list(curves.items())[:MOST_PANELS]
-    ]
+    return [ProfileCurve(tuple(kinds), curve, marked) for (curve, marked), kinds in curves.items()]
+
+
+def profile_figure(model: ModelReport, curve: ProfileCurve, title: str) -> Figure:
+    """Figure of one curve, named by the kinds that share it."""
+    names = ", ".join(short_kind(kind, model.structure.kinds) for kind in curve.kinds)
+    return layer_curve(curve.values, title=names, quantity=title, outlier_layers=curve.outlier_layers)
+
+
+def _outliers(model: ModelReport, signal: str) -> set[tuple[str, int]]:
+    return {(r["kind"], r["layer"]) for r in model.outliers if r["signal"] == signal and r["outlier"]}
+
+
+def _profile(model: ModelReport, rows: Rows, signal: str, title: str, meaning: str) -> str:
+    if not rows:
+        return f"<h4>{title}</h4>{not_measured(title)}"
+    z_scores = {(r["kind"], r["layer"]): r["z"] for r in model.outliers if r["signal"] == signal}
+    outliers = _outliers(model, signal)
+    curves = profile_curves(model, rows, signal)
+    panels = [figure_svg(profile_figure(model, curve, title)) for curve in curves[:MOST_PANELS]]
     header = ["kind", "layer", signal, "z", "outlier"]
-    data = [(*key, value, z_scores.get(key), key in outliers) for key, value in values.items()]
+    keyed = [((row["kind"], row["layer"]), row[signal]) for row in rows]
+    data = [(*key, value, z_scores.get(key), key in outliers) for key, value in keyed]
     link = csv_link(f"{signal}-{slug(model.name)}.csv", header, data)
     rings = "Rings mark outlier layers." if outliers else "No outlier layers." if z_scores else ""
     return _panels(title, f"{meaning} {rings}", link, panels, len(curves))
@@ -104,10 +132,6 @@ def one_per_width(specs: Sequence[QuantSpec]) -> list[QuantSpec]:
     widths = sorted({spec.bits for spec in specs})
     same_width = [sorted((s for s in specs if s.bits == width), key=lambda s: s.group_size) for width in widths]
     return [group[len(group) // 2] for group in same_width]
-
-
-def _names(group: Sequence[str], kinds: Sequence[str]) -> str:
-    return ", ".join(short_kind(kind, kinds) for kind in group)
 
 
 def _panels(title: str, meaning: str, link: str, panels: Sequence[str], measured: int, legend: str = "") -> str:
