@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers import AutoConfig
 
 from lmq.calibration import PYDOC_TOPICS, TextSource, documents
 from lmq.errors import InputError
@@ -19,6 +21,7 @@ from lmq_flows.pipeline import PreparedModel, TextIdentity
 from lmq_flows.run_config import ModelConfig, RunConfig
 from lmq_storage import ArtifactRef, ArtifactStore, canonical_json, file_sha256, text_sha256
 from lmq_tasks import STAGES
+from lmq_tasks.opened import located_dir
 from lmq_tasks.stage import ModelLocation, Site, open_store, stage_key
 
 
@@ -26,12 +29,14 @@ def resolve_device(name: str) -> str:
     """`auto` becomes cuda where there is a GPU, else cpu. Raises InputError for a device that is not there."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"runner.device = {name!r} is not a device; allowed: auto, cpu, cuda, cuda:0, ...") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"runner.device = {name!r}, but there is no usable GPU; set runner.device=cpu")
+    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", name)
+    if match is None:
+        raise InputError(f"runner.device = {name!r} is not a device; allowed: auto, cpu, cuda, cuda:0, ...")
+    if name != "cpu" and int(match[1] or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f"runner.device = {name!r}, but there are {torch.cuda.device_count()} usable GPUs here; "
+            "set runner.device=auto or cpu"
+        )
     return name
 
 
@@ -64,6 +69,15 @@ def _content_identity(location: str) -> str:
     return f"sha256:{file_sha256(path)}{path.suffix}"
 
 
+def check_directory(path: Path, key: str) -> None:
+    """Raise InputError naming the key unless `path` is a directory to write in, or can be made one."""
+    there = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+    if not there.is_dir():
+        raise InputError(f"{key}: {there} is a file, not a directory; give another place")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"{key}: {there} cannot be written in; give another place, or change its permissions")
+
+
 @dataclass(frozen=True, kw_only=True)
 class IdentifiedModel:
     """A model that was found, with the digest of its files; nothing was read of its weights yet."""
@@ -76,6 +90,7 @@ class IdentifiedModel:
 def identify_models(config: RunConfig) -> list[IdentifiedModel]:
     """Find every model of a run. Raises InputError for one that is missing or not what was expected."""
     store = open_store(absolute_store_url(config.store))
+    check_directory(store.local_dir, "store")
     found = []
     for model in config.models:
         located = locate(ModelSource.parse(model.source, model.sha256))
@@ -118,9 +133,14 @@ def _converted_location(store: ArtifactStore, convert: Node) -> ModelLocation:
 def prepared_model(
     config: RunConfig, model: ModelConfig, node: Node, structure_ref: ArtifactRef, device: str
 ) -> PreparedModel:
-    """A model whose structure artifact is there, ready for the graph of the run."""
+    """A model whose structure artifact is there, ready for the graph of the run.
+
+    Raises InputError when the model's context does not hold the sequences it would be measured on.
+    """
     store = open_store(node.site.store_url)
-    structure = ModelStructure.from_json(json.loads(store.path(structure_ref, "structure.json").read_text()))
+    structure = read_structure_of(store, structure_ref)
+    assert node.site.model is not None
+    _check_context(config, located_dir(store, node.site.model))
     site = Site(
         store_url=node.site.store_url,
         model=node.site.model,
@@ -131,3 +151,25 @@ def prepared_model(
         sorted((QuantSpec.parse(name) for name in model.menu or config.measure.menu), key=lambda s: s.bits_per_weight)
     )
     return PreparedModel(config=model, structure=structure, structure_ref=structure_ref, site=site, menu=menu)
+
+
+def read_structure_of(store: ArtifactStore, structure_ref: ArtifactRef) -> ModelStructure:
+    """The structure that an artifact holds."""
+    return ModelStructure.from_json(json.loads(store.path(structure_ref, "structure.json").read_text()))
+
+
+def check_context(model_dir: Path, tokens: int, key: str) -> None:
+    """Raise InputError naming the key when `tokens` at once are more than the model's positions."""
+    config = AutoConfig.from_pretrained(model_dir, local_files_only=True).get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    if isinstance(positions, int) and tokens > positions > 0:
+        raise InputError(
+            f"{key} = {tokens} is more than the {positions} tokens that {model_dir} sees at once "
+            f"(max_position_embeddings); set it to {positions} or less"
+        )
+
+
+def _check_context(config: RunConfig, model_dir: Path) -> None:
+    check_context(model_dir, config.evaluation.window, "evaluation.window")
+    if config.needs & {"sensitivity", "fisher"}:
+        check_context(model_dir, config.calibration.sequence_length, "calibration.sequence_length")

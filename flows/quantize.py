@@ -106,7 +106,8 @@ class _Run:
         graph, variants, measured = build_graph(self.config, models, identify_texts(self.config))
         _check_disk_space(graph)
         outcomes = self._execute(graph)
-        report = self._report(models, variants, measured, outcomes)
+        in_order = {node: outcomes[node] for node in graph}
+        report = self._report(models, variants, measured, in_order)
         run_dir = self._write_results(report, variants, outcomes)
         publish_results(run_dir)
         failed = [variant for variant in variants if _evaluation_failed(variant, outcomes)]

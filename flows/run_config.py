@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -13,29 +14,56 @@ from lmq.budget import Budget
 from lmq.errors import InputError
 from lmq.quant_spec import STOPS, QuantSpec
 from lmq.strategies import strategy
+from lmq_flows.names import slug
+
+T = TypeVar("T")
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+def _checked(check: Callable[[], T]) -> T:
+    """Result of a check, its InputError as the ValueError that pydantic collects together with the key."""
+    try:
+        return check()
+    except InputError as error:
+        raise ValueError(str(error)) from error
+
+
 def _spec_name(text: str) -> str:
-    return QuantSpec.parse(text).name
+    return _checked(lambda: QuantSpec.parse(text)).name
 
 
+def _budget_text(text: str) -> str:
+    _checked(lambda: Budget.parse(text))
+    return text
+
+
+def _without_repeats(names: tuple[str, ...]) -> tuple[str, ...]:
+    slugs = [slug(name) for name in names]
+    for index, name in enumerate(names):
+        if slugs[index] in slugs[:index]:
+            raise ValueError(f"{name!r} is listed twice (letters count the same in upper and lower case)")
+    return names
+
+
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 SpecName = Annotated[str, AfterValidator(_spec_name)]
+Menu = Annotated[tuple[SpecName, ...], Field(min_length=1), AfterValidator(_without_repeats)]
+BudgetText = Annotated[str, AfterValidator(_budget_text)]
 
 
 class ModelConfig(_Section):
     """A model to quantize."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Short name used in tables and paths")
-    source: str = Field(description="Hub id, directory, .gguf file, or package:NAME/FILE")
+    name: str = Field(pattern=NAME_PATTERN, description="Short name used in tables and paths")
+    source: str = Field(min_length=1, description="Hub id, directory, .gguf file, or package:NAME/FILE")
     sha256: str | None = Field(None, description="Expected sha256 of a single-file source")
     dtype: Literal["exact", "float16", "bfloat16"] = Field(
         default="exact", description="What a GGUF file is converted to; exact: the smallest type that holds every value"
     )
-    menu: tuple[SpecName, ...] | None = Field(None, description="Menu of this model; default: measure.menu")
+    menu: Menu | None = Field(None, description="Menu of this model; default: measure.menu")
 
 
 class TextConfig(_Section):
@@ -68,16 +96,18 @@ class EvaluationConfig(TextConfig):
     stride: int = Field(512, ge=1, description="Tokens scored per window; the others are context")
 
     @model_validator(mode="after")
-    def _stride_fits(self) -> EvaluationConfig:
+    def _windows_fit(self) -> EvaluationConfig:
         if self.stride > self.window:
             raise ValueError(f"stride = {self.stride} is larger than window = {self.window}; tokens would go unscored")
+        if self.tokens < self.window:
+            raise ValueError(f"tokens = {self.tokens} is less than one window of {self.window}; raise it or the other")
         return self
 
 
 class MeasureConfig(_Section):
     """What is measured of every module."""
 
-    menu: tuple[SpecName, ...] = Field(tuple(spec.name for spec in STOPS), min_length=1, description="Configurations")
+    menu: Menu = Field(tuple(spec.name for spec in STOPS), description="Configurations")
     quantizer: Literal["hqq", "rtn", "hqq-package"] = "hqq"
     axis: Literal[0, 1] = Field(1, description="1: groups along in_features; 0: along out_features, as in the papers")
     sensitivity_spec: SpecName = Field("b4g64", description="Configuration that activation sensitivity is measured at")
@@ -91,7 +121,7 @@ class StrategyConfig(_Section):
 
     @model_validator(mode="after")
     def _is_known(self) -> StrategyConfig:
-        strategy(self.name, **self.options)
+        _checked(lambda: strategy(self.name, **self.options))
         return self
 
     @property
@@ -111,18 +141,18 @@ class RunnerConfig(_Section):
 class RunConfig(_Section):
     """One run: models × strategies × budgets."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Results go to runs_dir/NAME")
+    name: str = Field(pattern=NAME_PATTERN, description="Results go to runs_dir/NAME")
     models: tuple[ModelConfig, ...] = Field(min_length=1)
     strategies: tuple[StrategyConfig, ...] = Field(min_length=1)
-    budgets: tuple[str, ...] = Field(
+    budgets: Annotated[tuple[BudgetText, ...], AfterValidator(_without_repeats)] = Field(
         min_length=1, description='"4.25" (bits per weight), "80 MB", "uniform b4g64 + 2%"'
     )
     calibration: CalibrationConfig = CalibrationConfig()
     measure: MeasureConfig = MeasureConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     runner: RunnerConfig = RunnerConfig()
-    store: str = Field("store", description="Where artifacts are kept: a directory or any fsspec URL")
-    runs_dir: str = Field("runs", description="Where results are written")
+    store: str = Field("store", min_length=1, description="Where artifacts are kept: a directory or any fsspec URL")
+    runs_dir: str = Field("runs", min_length=1, description="Where results are written")
 
     @field_validator("budgets", mode="before")
     @classmethod
@@ -136,15 +166,17 @@ class RunConfig(_Section):
             return value
         return tuple({"name": item} if isinstance(item, str) else item for item in value)
 
-    @model_validator(mode="after")
-    def _is_consistent(self) -> RunConfig:
-        for budget in self.budgets:
-            Budget.parse(budget)
-        for what, names in (("model", [m.name for m in self.models]), ("strategy", [s.label for s in self.strategies])):
-            repeated = {name for name in names if names.count(name) > 1}
-            if repeated:
-                raise ValueError(f"{what} {sorted(repeated)[0]!r} is listed twice")
-        return self
+    @field_validator("models")
+    @classmethod
+    def _models_differ(cls, models: tuple[ModelConfig, ...]) -> tuple[ModelConfig, ...]:
+        _without_repeats(tuple(model.name for model in models))
+        return models
+
+    @field_validator("strategies")
+    @classmethod
+    def _strategies_differ(cls, strategies: tuple[StrategyConfig, ...]) -> tuple[StrategyConfig, ...]:
+        _without_repeats(tuple(item.label for item in strategies))
+        return strategies
 
     @model_validator(mode="after")
     def _evaluates_on_other_text(self) -> RunConfig:
@@ -163,6 +195,11 @@ class RunConfig(_Section):
         """Where this run's results are written."""
         return Path(self.runs_dir) / self.name
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """Names of the measurements that the strategies use."""
+        return frozenset().union(*(strategy(item.name, **item.options).needs for item in self.strategies))
+
 
 def load_run_config(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
     """Read a YAML run configuration, with `a.b=value` overrides. Raises InputError naming what is wrong."""
@@ -170,10 +207,13 @@ def load_run_config(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
         data = yaml.safe_load(path.read_text())
     except FileNotFoundError as error:
         raise InputError(f"there is no configuration file {path}; presets: {', '.join(preset_names())}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not a YAML file: {error}") from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}; give a YAML file") from error
     if not isinstance(data, dict):
-        raise InputError(f"{path} holds {type(data).__name__}, not the keys of a run configuration")
+        what = "nothing" if data is None else f"one {type(data).__name__}"
+        raise InputError(f"{path} holds {what}, not the keys of a run configuration: name, models, strategies, ...")
     for override in overrides:
         _apply_override(data, override)
     return parse_run_config(data)
@@ -184,8 +224,7 @@ def parse_run_config(data: dict[str, Any]) -> RunConfig:
     try:
         return RunConfig.model_validate(data)
     except ValidationError as error:
-        problems = [_problem_text(item) for item in error.errors()]
-        raise InputError("; ".join(problems)) from error
+        raise InputError("; ".join(_problems(error))) from error
 
 
 def preset_path(name: str) -> Path:
@@ -207,17 +246,56 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     key, separator, value = override.partition("=")
     if not separator or not key:
         raise InputError(f"--set {override!r} is not of the form a.b=value")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise InputError(f"--set {override!r}: {value!r} is not a YAML value; close its brackets and quotes") from error
     target: Any = data
     *parents, last = key.split(".")
     for name in parents:
-        target = target[int(name)] if isinstance(target, list) else target.setdefault(name, {})
+        target = target[_index(target, name, override)] if isinstance(target, list) else target.setdefault(name, {})
         if not isinstance(target, dict | list):
             raise InputError(f"--set {override!r}: {name!r} is a value, not a section")
-    parsed = yaml.safe_load(value)
-    if isinstance(target, list):
-        target[int(last)] = parsed
-    else:
-        target[last] = parsed
+    target[_index(target, last, override) if isinstance(target, list) else last] = parsed
+
+
+def _index(items: list[Any], name: str, override: str) -> int:
+    if not name.isdecimal() or int(name) >= len(items):
+        allowed = f"0 to {len(items) - 1}" if items else "none, the list is empty"
+        raise InputError(f"--set {override!r}: {name!r} is not an entry of the list (allowed: {allowed})")
+    return int(name)
+
+
+_RULES = {
+    "tuple_type": "must be a list",
+    "string_type": "must be text; quote it where YAML reads it as something else",
+    "string_too_short": "must not be empty",
+    "string_pattern_mismatch": "may hold letters, digits, '.', '_' and '-', and begins with a letter or digit",
+    "int_type": "must be a whole number",
+    "int_parsing": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "greater_than_equal": "must be at least {ge}",
+    "too_short": "must have at least one entry",
+    "literal_error": "must be {expected}",
+    "model_type": "must be a section with keys of its own",
+    "dict_type": "must be a section with keys of its own",
+}
+"""What a value must be, by pydantic's name of the problem."""
+
+
+def _problems(error: ValidationError) -> list[str]:
+    """Every problem in words; a list is not called short because its entries are wrong."""
+    found = error.errors()
+    places = [item["loc"] for item in found]
+    return [
+        _problem_text(item)
+        for item in found
+        if item["type"] != "too_short" or not any(_is_inside(place, item["loc"]) for place in places)
+    ]
+
+
+def _is_inside(place: Sequence[str | int], section: Sequence[str | int]) -> bool:
+    return len(place) > len(section) and place[: len(section)] == section
 
 
 def _problem_text(item: Any) -> str:
@@ -230,8 +308,16 @@ def _problem_text(item: Any) -> str:
         return f"unknown key {place!r}{hint} (allowed: {', '.join(known)})"
     if item["type"] == "missing":
         return f"key {place!r} is missing"
-    message = item["msg"].removeprefix("Value error, ")
-    return f"{place} = {item['input']!r}: {message}" if place and not isinstance(item["input"], dict) else message
+    if item["type"] == "value_error":
+        message = item["msg"].removeprefix("Value error, ")
+        return f"{place}: {message}" if place else message
+    rule = _RULES.get(item["type"], item["msg"]).format(**item.get("ctx", {}))
+    return f"{place} = {_short(item['input'])}: {rule}"
+
+
+def _short(value: Any) -> str:
+    text = repr(list(value) if isinstance(value, tuple) else value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _known_keys(location: tuple[str | int, ...]) -> list[str]:

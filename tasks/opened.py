@@ -11,8 +11,8 @@ from torch import Tensor
 from lmq.model_source import ModelSource, locate
 from lmq.streaming import StreamedModel, load_layer_weights
 from lmq.structure import ModelStructure
-from lmq_storage import ArtifactRef, DamagedArtifact
-from lmq_tasks.stage import Job
+from lmq_storage import ArtifactRef, ArtifactStore, DamagedArtifact
+from lmq_tasks.stage import Job, ModelLocation
 
 _thread = threading.local()
 _laying_out = threading.Lock()
@@ -25,22 +25,26 @@ def read_structure(job: Job) -> ModelStructure:
 
 def model_dir(job: Job) -> Path:
     """Directory with the source model's safetensors, configuration and tokenizer, on this machine."""
-    location = job.site.model
-    assert location is not None, "this stage was given no model"
+    assert job.site.model is not None, "this stage was given no model"
+    return located_dir(job.store, job.site.model)
+
+
+def located_dir(store: ArtifactStore, location: ModelLocation) -> Path:
+    """Directory of a model on this machine. Raises DamagedArtifact when its conversion is gone from the store."""
     if location.kind == "directory":
         return Path(location.place)
     if location.kind == "hub":
         return locate(ModelSource.parse(location.place)).path
     stage, _, key = location.place.partition("/")
-    ref = job.store.find(stage, key)
+    ref = store.find(stage, key)
     if ref is None:
         raise DamagedArtifact(f"the converted model {location.place} is gone; run again to make it anew")
-    return _lay_out(job, ref)
+    return _lay_out(store, ref)
 
 
 def materialized(job: Job, name: str) -> Path:
     """A single input laid out as a directory with its file names."""
-    return _lay_out(job, job.ref(name))
+    return _lay_out(job.store, job.ref(name))
 
 
 def open_model(job: Job) -> StreamedModel:
@@ -57,6 +61,6 @@ def layer_weights(job: Job, structure: ModelStructure, layer: int) -> dict[str, 
     return load_layer_weights(model_dir(job), structure, layer)
 
 
-def _lay_out(job: Job, ref: ArtifactRef) -> Path:
+def _lay_out(store: ArtifactStore, ref: ArtifactRef) -> Path:
     with _laying_out:
-        return job.store.materialize(ref, job.store.local_dir / "laid-out" / ref.sha256[:32])
+        return store.materialize(ref, store.local_dir / "laid-out" / ref.sha256[:32])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import functools
 import importlib.metadata
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
-from lmq.errors import LmqError
+from lmq.errors import InputError, LmqError
 from lmq_storage import ArtifactRef, ArtifactStore, artifact_key
 
 JsonDict = dict[str, Any]
@@ -173,8 +175,8 @@ def run_stage(stage: Stage, key: str, site: Site, config: Mapping[str, Any], inp
                 versions=library_versions(),
                 seconds=time.perf_counter() - started,
             )
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
+    except (OSError, SafetensorError) as error:
+        if not _is_disk_full(error):
             raise
         raise LmqError(
             f"no space left in the store {site.store_url} during {stage.name}; nothing half-written was kept. "
@@ -182,10 +184,25 @@ def run_stage(stage: Stage, key: str, site: Site, config: Mapping[str, Any], inp
         ) from error
 
 
+def _is_disk_full(error: OSError | SafetensorError) -> bool:
+    """safetensors tells of the system's error in words only."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "errno", None) in full or any(os.strerror(code) in str(error) for code in full)
+
+
 @functools.lru_cache(maxsize=8)
 def open_store(url: str) -> ArtifactStore:
-    """The store of a URL, one object per process, so that a file is verified once."""
-    return ArtifactStore(url)
+    """The store of a URL, one object per process, so that a file is verified once.
+
+    Raises InputError for a URL that no file system here understands.
+    """
+    try:
+        return ArtifactStore(url)
+    except (ValueError, ImportError) as error:
+        raise InputError(
+            f"the store {url!r} cannot be opened ({error}); give a directory, or a URL of a file system "
+            "whose fsspec package is installed"
+        ) from error
 
 
 @functools.cache
