@@ -16,9 +16,10 @@ from typing import Any
 from prefect.futures import PrefectFuture
 from prefect.states import State
 
+from lmq.errors import InputError
 from lmq_flows.graph import Graph, Node, resolve_inputs
 from lmq_storage import ArtifactRef
-from lmq_tasks.engine import DAMAGED_INPUT, stage_task
+from lmq_tasks.engine import BAD_INPUT, DAMAGED_INPUT, stage_task
 from lmq_tasks.stage import open_store, stage_key
 
 
@@ -43,7 +44,8 @@ def execute(graph: Graph, *, in_flight: int, watch: Watcher) -> dict[Node, Outco
     """Run all nodes inside the current flow run; returns the outcome of each.
 
     `in_flight` nodes are with the task runner at a time. A failed node leaves what does not need it alone.
-    Raises DamagedInput when an artifact that a node relied on turned out to be damaged.
+    Raises DamagedInput when an artifact that a node relied on turned out to be damaged, and InputError when a
+    node that all variants share finds that it cannot work with what the user gave.
     """
     walk = _Walk(graph, watch)
     while walk.unfinished:
@@ -102,7 +104,7 @@ class _Walk:
         node = self._results.get()
         future = self.running.pop(node)
         self._finished[node] = future
-        self._settle(node, _outcome(future, node in self._was_there))
+        self._settle(node, _outcome(node, future, node in self._was_there))
 
     def _settle(self, node: Node, outcome: Outcome) -> None:
         self.outcomes[node] = outcome
@@ -118,12 +120,13 @@ class _Walk:
                 self._make_ready(child)
 
 
-def _outcome(future: PrefectFuture[Any], was_there: bool) -> Outcome:
+def _outcome(node: Node, future: PrefectFuture[Any], was_there: bool) -> Outcome:
     future.wait()
     state: State[Any] = future.state
     if state.is_completed():
-        ref = ArtifactRef.from_json(state.result())
-        return Outcome("cached" if was_there else "ran", ref)
+        return Outcome("cached" if was_there else "ran", ArtifactRef.from_json(state.result()))
     if state.name == DAMAGED_INPUT:
         raise DamagedInput(state.message)
+    if state.name == BAD_INPUT and node.variant is None:
+        raise InputError(state.message)
     return Outcome("failed", error=state.message or "failed without a message")

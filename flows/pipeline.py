@@ -73,8 +73,9 @@ class Measurements:
 def resolve_budgets(config: RunConfig, model: PreparedModel) -> dict[str, int]:
     """Bytes of every budget for a model. Raises InfeasibleBudget or InputError before anything is measured."""
     budgets = {text: Budget.parse(text).resolve(model.structure) for text in config.budgets}
-    for budget_bytes in budgets.values():
-        check_feasible(budget_bytes, model.structure, model.menu)
+    for text, budget_bytes in budgets.items():
+        what = f"the budget {text!r} of model {model.config.name}"
+        check_feasible(budget_bytes, model.structure, model.menu, what=what)
     return budgets
 
 
@@ -100,7 +101,7 @@ class _ModelGraph:
         self._config = config
         self._model = model
         self._texts = texts
-        self._needs = {need for item in config.strategies for need in strategy(item.name, **item.options).needs}
+        self._needs = config.needs
         self.measurements = self._measure()
 
     def _add(self, stage: str, what: str, config: dict[str, Any], inputs: dict[str, Any], **options: Any) -> Node:
@@ -131,7 +132,8 @@ class _ModelGraph:
 
     def _measure(self) -> Measurements:
         measure = self._config.measure
-        specs = sorted({*self._model.menu, QuantSpec.parse(measure.sensitivity_spec)}, key=lambda s: s.bits_per_weight)
+        also = {QuantSpec.parse(measure.sensitivity_spec)} if "sensitivity" in self._needs else set()
+        specs = sorted({*self._model.menu, *also}, key=lambda spec: spec.bits_per_weight)
         quantizer = {"name": measure.quantizer, "axis": measure.axis}
         menu = [spec.name for spec in specs]
         frobenius = self._per_layer("frobenius", {"menu": menu, "quantizer": quantizer}, self._grid_bytes(specs))

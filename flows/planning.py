@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from lmq.structure import ModelStructure
 from lmq_flows.graph import Graph, Node, resolve_inputs
-from lmq_flows.pipeline import build_graph, resolve_budgets
+from lmq_flows.pipeline import PreparedModel, TextIdentity, build_graph, resolve_budgets
 from lmq_flows.plan import PlannedNode, plan_graph
 from lmq_flows.prepare import (
+    absolute_store_url,
+    check_directory,
+    check_texts,
     identify_models,
     identify_texts,
     preparation_graph,
     prepared_model,
+    read_structure_of,
     resolve_device,
 )
-from lmq_flows.run_config import ModelConfig, RunConfig, StrategyConfig
+from lmq_flows.run_config import RunConfig, parse_run_config
 from lmq_storage import ArtifactRef
 from lmq_tasks.stage import open_store, run_stage, stage_key
 
@@ -28,40 +34,69 @@ def execute_directly(graph: Graph) -> dict[Node, ArtifactRef]:
     return refs
 
 
+def check_run(config: RunConfig) -> None:
+    """Refuse what can be refused before Prefect starts and anything is measured. Raises InputError.
+
+    Models that must be converted first are checked once they are. Reads no weights.
+    """
+    check_directory(config.run_dir, "runs_dir")
+    _Ready.of(config)
+
+
 def plan_run(config: RunConfig) -> tuple[list[PlannedNode], list[str]]:
     """What a run would do, and the names of models that must be converted before more can be said.
 
-    A model that needs no conversion is inspected on the way, which reads no weights.
+    A model that needs no conversion is inspected on the way, which reads no weights. Raises InputError as a
+    run would.
     """
-    texts = identify_texts(config)
-    identified = identify_models(config)
-    planned = plan_graph(preparation_graph(config, identified)[0])
-    to_convert = {item.node.label for item in planned if item.node.stage.name == "convert" and not item.cached}
-    prepared = []
-    for model in identified:
-        if model.config.name in to_convert:
-            continue
-        only, nodes = preparation_graph(config, [model])
-        node = nodes[model.config.name]
-        prepared.append(prepared_model(config, model.config, node, execute_directly(only)[node], _device(config)))
-    for ready in prepared:
-        resolve_budgets(config, ready)
-    if prepared:
-        whole, _, _ = build_graph(config, prepared, texts)
-        planned += plan_graph(whole)
-    return planned, sorted(to_convert)
+    ready = _Ready.of(config)
+    planned = ready.preparation
+    if ready.models:
+        whole, _, _ = build_graph(config, ready.models, ready.texts)
+        planned = planned + plan_graph(whole)
+    return planned, ready.to_convert
 
 
-def inspect_model(model: ModelConfig, store: str) -> ModelStructure:
+@dataclass(frozen=True, kw_only=True)
+class _Ready:
+    """What a run starts from, as far as it can be had without a conversion, and checked."""
+
+    texts: dict[str, TextIdentity]
+    preparation: list[PlannedNode]
+    models: list[PreparedModel]
+    to_convert: list[str]
+
+    @classmethod
+    def of(cls, config: RunConfig) -> _Ready:
+        device = resolve_device(config.runner.device)
+        texts = identify_texts(config)
+        identified = identify_models(config)
+        preparation = plan_graph(preparation_graph(config, identified)[0])
+        to_convert = {item.node.label for item in preparation if item.node.stage.name == "convert" and not item.cached}
+        models = []
+        for model in identified:
+            if model.config.name in to_convert:
+                continue
+            only, nodes = preparation_graph(config, [model])
+            node = nodes[model.config.name]
+            models.append(prepared_model(config, model.config, node, execute_directly(only)[node], device))
+        for ready in models:
+            resolve_budgets(config, ready)
+        check_texts(config, models)
+        return cls(texts=texts, preparation=preparation, models=models, to_convert=sorted(to_convert))
+
+
+def inspect_model(source: str, store: str) -> ModelStructure:
     """Structure of a model; a GGUF file is converted into the store first."""
-    config = RunConfig(
-        name="inspect", models=(model,), strategies=(StrategyConfig(name="uniform"),), budgets=("8",), store=store
+    config = parse_run_config(
+        {
+            "name": "inspect",
+            "models": [{"name": "model", "source": source}],
+            "strategies": ["uniform"],
+            "budgets": ["8 bpw"],
+            "store": store,
+        }
     )
-    identified = identify_models(config)
-    graph, structures = preparation_graph(config, identified)
-    node = structures[model.name]
-    return prepared_model(config, model, node, execute_directly(graph)[node], "cpu").structure
-
-
-def _device(config: RunConfig) -> str:
-    return resolve_device(config.runner.device)
+    graph, structures = preparation_graph(config, identify_models(config))
+    ref = execute_directly(graph)[structures["model"]]
+    return read_structure_of(open_store(absolute_store_url(store)), ref)

@@ -11,14 +11,16 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig
 
-from lmq.calibration import PYDOC_TOPICS, TextSource, documents
+from lmq.budget import module_sizes
+from lmq.calibration import PYDOC_TOPICS, TextSource, documents, load_tokenizer, pack_tokens, token_stream
 from lmq.errors import InputError
 from lmq.model_source import LocatedModel, ModelSource, locate, needs_conversion, source_digest
+from lmq.perplexity import full_windows
 from lmq.quant_spec import QuantSpec
 from lmq.structure import ModelStructure
 from lmq_flows.graph import Graph, Input, Node
 from lmq_flows.pipeline import PreparedModel, TextIdentity
-from lmq_flows.run_config import ModelConfig, RunConfig
+from lmq_flows.run_config import CalibrationConfig, EvaluationConfig, ModelConfig, RunConfig
 from lmq_storage import ArtifactRef, ArtifactStore, canonical_json, file_sha256, text_sha256
 from lmq_tasks import STAGES
 from lmq_tasks.opened import located_dir
@@ -135,11 +137,13 @@ def prepared_model(
 ) -> PreparedModel:
     """A model whose structure artifact is there, ready for the graph of the run.
 
-    Raises InputError when the model's context does not hold the sequences it would be measured on.
+    Raises InputError when the model's context does not hold the sequences it would be measured on, or the
+    configuration of the sensitivity measurement does not fit a module.
     """
     store = open_store(node.site.store_url)
     structure = read_structure_of(store, structure_ref)
     assert node.site.model is not None
+    _check_sensitivity_spec(config, structure)
     _check_context(config, located_dir(store, node.site.model))
     site = Site(
         store_url=node.site.store_url,
@@ -160,8 +164,11 @@ def read_structure_of(store: ArtifactStore, structure_ref: ArtifactRef) -> Model
 
 def check_context(model_dir: Path, tokens: int, key: str) -> None:
     """Raise InputError naming the key when `tokens` at once are more than the model's positions."""
-    config = AutoConfig.from_pretrained(model_dir, local_files_only=True).get_text_config()
-    positions = getattr(config, "max_position_embeddings", None)
+    try:
+        config = AutoConfig.from_pretrained(model_dir, local_files_only=True)
+    except (ValueError, OSError, LookupError) as error:
+        raise InputError(f"{model_dir}/config.json describes no model that transformers has: {error}") from error
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if isinstance(positions, int) and tokens > positions > 0:
         raise InputError(
             f"{key} = {tokens} is more than the {positions} tokens that {model_dir} sees at once "
@@ -169,7 +176,34 @@ def check_context(model_dir: Path, tokens: int, key: str) -> None:
         )
 
 
+def check_texts(config: RunConfig, models: list[PreparedModel]) -> None:
+    """Raise InputError for text files that cannot be read, are empty, or hold fewer tokens than are asked for.
+
+    Data sets of the hub are not fetched for that.
+    """
+    for text in (config.calibration, config.evaluation):
+        if text.source.startswith("dataset:"):
+            continue
+        found = documents(TextSource(**text.model_dump(include={"source", "column", "part", "seed"})))
+        for model in models:
+            assert model.site.model is not None
+            tokenizer = load_tokenizer(located_dir(open_store(model.site.store_url), model.site.model))
+            if isinstance(text, EvaluationConfig):
+                full_windows(len(token_stream(found, tokenizer, text.tokens)), text.window, text.stride)
+            elif isinstance(text, CalibrationConfig) and config.needs_calibration:
+                sizes = text.model_dump(include={"sequence_length", "sequences", "seed"})
+                pack_tokens(found, tokenizer, **sizes)
+
+
+def _check_sensitivity_spec(config: RunConfig, structure: ModelStructure) -> None:
+    if "sensitivity" in config.needs:
+        try:
+            module_sizes(structure.modules, [QuantSpec.parse(config.measure.sensitivity_spec)])
+        except InputError as error:
+            raise InputError(f"measure.sensitivity_spec: {error}") from error
+
+
 def _check_context(config: RunConfig, model_dir: Path) -> None:
     check_context(model_dir, config.evaluation.window, "evaluation.window")
-    if config.needs & {"sensitivity", "fisher"}:
+    if config.needs_calibration:
         check_context(model_dir, config.calibration.sequence_length, "calibration.sequence_length")

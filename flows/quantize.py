@@ -52,7 +52,7 @@ _ATTEMPTS = 3
 def run(config: RunConfig) -> State[Any]:
     """Run a configuration as a Prefect flow, on the server that Prefect is set to (else one of its own)."""
     store_url = absolute_store_url(config.store)
-    runner: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(max_workers=config.runner.workers)
+    runner: Any = ThreadPoolTaskRunner(max_workers=config.runner.workers)
     configured = quantize_models.with_options(
         task_runner=runner,
         flow_run_name=config.name,
@@ -255,8 +255,11 @@ def _check_disk_space(graph: Graph) -> None:
 
 def _copy_atomically(source: Path, target: Path) -> None:
     partial = target.with_name(f".{target.name}.partial")
-    shutil.copyfile(source, partial)
-    partial.replace(target)
+    try:
+        shutil.copyfile(source, partial)
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _lines(items: Sequence[str]) -> str:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -14,7 +13,9 @@ from lmq.budget import Budget
 from lmq.errors import InputError
 from lmq.quant_spec import STOPS, QuantSpec
 from lmq.strategies import strategy
+from lmq_flows.config_problems import problem_texts
 from lmq_flows.names import slug
+from lmq_flows.overrides import apply_override
 
 T = TypeVar("T")
 
@@ -200,6 +201,23 @@ class RunConfig(_Section):
         """Names of the measurements that the strategies use."""
         return frozenset().union(*(strategy(item.name, **item.options).needs for item in self.strategies))
 
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether a strategy uses what is measured on calibration text."""
+        return bool(self.needs & {"sensitivity", "fisher"})
+
+
+_SECTIONS: dict[str, type[BaseModel]] = {
+    "": RunConfig,
+    "models": ModelConfig,
+    "strategies": StrategyConfig,
+    "calibration": CalibrationConfig,
+    "measure": MeasureConfig,
+    "evaluation": EvaluationConfig,
+    "runner": RunnerConfig,
+}
+"""What each section of the file is read as, by its first key."""
+
 
 def load_run_config(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
     """Read a YAML run configuration, with `a.b=value` overrides. Raises InputError naming what is wrong."""
@@ -215,7 +233,7 @@ def load_run_config(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
         what = "nothing" if data is None else f"one {type(data).__name__}"
         raise InputError(f"{path} holds {what}, not the keys of a run configuration: name, models, strategies, ...")
     for override in overrides:
-        _apply_override(data, override)
+        apply_override(data, override)
     return parse_run_config(data)
 
 
@@ -224,7 +242,7 @@ def parse_run_config(data: dict[str, Any]) -> RunConfig:
     try:
         return RunConfig.model_validate(data)
     except ValidationError as error:
-        raise InputError("; ".join(_problems(error))) from error
+        raise InputError("; ".join(problem_texts(error, _SECTIONS))) from error
 
 
 def preset_path(name: str) -> Path:
@@ -240,96 +258,3 @@ def preset_names() -> list[str]:
 def _presets_dir() -> Path:
     checkout = Path(__file__).parent.parent / "deployments" / "presets"
     return checkout if checkout.is_dir() else Path(__file__).parent / "presets"
-
-
-def _apply_override(data: dict[str, Any], override: str) -> None:
-    key, separator, value = override.partition("=")
-    if not separator or not key:
-        raise InputError(f"--set {override!r} is not of the form a.b=value")
-    try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise InputError(f"--set {override!r}: {value!r} is not a YAML value; close its brackets and quotes") from error
-    target: Any = data
-    *parents, last = key.split(".")
-    for name in parents:
-        target = target[_index(target, name, override)] if isinstance(target, list) else target.setdefault(name, {})
-        if not isinstance(target, dict | list):
-            raise InputError(f"--set {override!r}: {name!r} is a value, not a section")
-    target[_index(target, last, override) if isinstance(target, list) else last] = parsed
-
-
-def _index(items: list[Any], name: str, override: str) -> int:
-    if not name.isdecimal() or int(name) >= len(items):
-        allowed = f"0 to {len(items) - 1}" if items else "none, the list is empty"
-        raise InputError(f"--set {override!r}: {name!r} is not an entry of the list (allowed: {allowed})")
-    return int(name)
-
-
-_RULES = {
-    "tuple_type": "must be a list",
-    "string_type": "must be text; quote it where YAML reads it as something else",
-    "string_too_short": "must not be empty",
-    "string_pattern_mismatch": "may hold letters, digits, '.', '_' and '-', and begins with a letter or digit",
-    "int_type": "must be a whole number",
-    "int_parsing": "must be a whole number",
-    "int_from_float": "must be a whole number",
-    "greater_than_equal": "must be at least {ge}",
-    "too_short": "must have at least one entry",
-    "literal_error": "must be {expected}",
-    "model_type": "must be a section with keys of its own",
-    "dict_type": "must be a section with keys of its own",
-}
-"""What a value must be, by pydantic's name of the problem."""
-
-
-def _problems(error: ValidationError) -> list[str]:
-    """Every problem in words; a list is not called short because its entries are wrong."""
-    found = error.errors()
-    places = [item["loc"] for item in found]
-    return [
-        _problem_text(item)
-        for item in found
-        if item["type"] != "too_short" or not any(_is_inside(place, item["loc"]) for place in places)
-    ]
-
-
-def _is_inside(place: Sequence[str | int], section: Sequence[str | int]) -> bool:
-    return len(place) > len(section) and place[: len(section)] == section
-
-
-def _problem_text(item: Any) -> str:
-    """One problem in words, with the nearest known key for a misspelt one."""
-    place = ".".join(str(part) for part in item["loc"])
-    if item["type"] == "extra_forbidden":
-        known = _known_keys(item["loc"][:-1])
-        near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        return f"unknown key {place!r}{hint} (allowed: {', '.join(known)})"
-    if item["type"] == "missing":
-        return f"key {place!r} is missing"
-    if item["type"] == "value_error":
-        message = item["msg"].removeprefix("Value error, ")
-        return f"{place}: {message}" if place else message
-    rule = _RULES.get(item["type"], item["msg"]).format(**item.get("ctx", {}))
-    return f"{place} = {_short(item['input'])}: {rule}"
-
-
-def _short(value: Any) -> str:
-    text = repr(list(value) if isinstance(value, tuple) else value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _known_keys(location: tuple[str | int, ...]) -> list[str]:
-    section: type[BaseModel] = RunConfig
-    sections: dict[str, type[BaseModel]] = {
-        "models": ModelConfig,
-        "strategies": StrategyConfig,
-        "calibration": CalibrationConfig,
-        "measure": MeasureConfig,
-        "evaluation": EvaluationConfig,
-        "runner": RunnerConfig,
-    }
-    for part in location:
-        section = sections.get(str(part), section)
-    return sorted(section.model_fields)

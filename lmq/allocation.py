@@ -176,13 +176,13 @@ def solve(costs: ArrayLike, sizes_bytes: ArrayLike, budget_bytes: int, *, method
     return _continue_with_highs(cost_table, size_table, capacity, solution)
 
 
-def check_budget(budget_bytes: int, sizes_bytes: np.ndarray) -> None:
+def check_budget(budget_bytes: int, sizes_bytes: np.ndarray, *, what: str = "the budget") -> None:
     """Raise InfeasibleBudget if no choice of sizes [modules, configurations] fits, InputError if it is no number."""
     if not math.isfinite(budget_bytes):
         raise InputError(f"a budget of {budget_bytes} bytes is not a number of bytes; give a positive whole number")
     smallest, largest = int(sizes_bytes.min(axis=1).sum()), int(sizes_bytes.max(axis=1).sum())
     if budget_bytes < smallest:
-        raise InfeasibleBudget(math.floor(budget_bytes), smallest, largest)
+        raise InfeasibleBudget(math.floor(budget_bytes), smallest, largest, what)
 
 
 def relative_gap(objective: float, lower_bound: float) -> float:

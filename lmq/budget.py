@@ -118,9 +118,14 @@ def feasible_range(structure: ModelStructure, menu: Sequence[QuantSpec]) -> tupl
     return int(sizes.min(axis=1).sum()), int(sizes.max(axis=1).sum())
 
 
-def check_feasible(budget_bytes: int, structure: ModelStructure, menu: Sequence[QuantSpec]) -> None:
-    """Raise InfeasibleBudget if no allocation from the menu fits, InputError if a configuration fits no module."""
-    check_budget(budget_bytes, module_sizes(structure.modules, menu))
+def check_feasible(
+    budget_bytes: int, structure: ModelStructure, menu: Sequence[QuantSpec], *, what: str = "the budget"
+) -> None:
+    """Raise InfeasibleBudget naming `what` if no allocation from the menu fits.
+
+    Raises InputError if a configuration does not fit a module.
+    """
+    check_budget(budget_bytes, module_sizes(structure.modules, menu), what=what)
 
 
 def _size_bytes(module: ModuleInfo, spec: QuantSpec) -> int:

@@ -99,11 +99,14 @@ class ArtifactStore:
         if manifest is not None and self._is_laid_out(manifest, directory):
             return directory
         partial = directory.with_name(f".{directory.name}.{uuid.uuid4().hex[:8]}")
-        for name, blob in self.files(ref).items():
-            target = partial / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            _link_or_copy(blob, target)
-        _replace_directory(partial, directory)
+        try:
+            for name, blob in self.files(ref).items():
+                target = partial / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                _link_or_copy(blob, target)
+            _replace_directory(partial, directory)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
         return directory
 
     def _is_laid_out(self, manifest: Manifest, directory: Path) -> bool:
@@ -296,13 +299,15 @@ class ArtifactStore:
             self._fs.pipe_file(path, data)
             return
         partial = Path(path).with_name(f".{uuid.uuid4().hex[:12]}")
-        partial.write_bytes(data)
-        if replace:
-            partial.replace(path)
-            return
-        with contextlib.suppress(FileExistsError):
-            os.link(partial, path)
-        partial.unlink()
+        try:
+            partial.write_bytes(data)
+            if replace:
+                partial.replace(path)
+            else:
+                with contextlib.suppress(FileExistsError):
+                    os.link(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def file_sha256(path: Path) -> str:

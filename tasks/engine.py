@@ -13,15 +13,18 @@ from prefect.concurrency.sync import concurrency
 from prefect.context import TaskRunContext
 from prefect.states import Failed, State
 
-from lmq.errors import LmqError
+from lmq.errors import InputError, LmqError
 from lmq_storage import DamagedArtifact, StoreError
-from lmq_tasks.stage import JsonDict, Site, Stage, run_stage
+from lmq_tasks.stage import JsonDict, Site, run_stage
 
 GPU_LIMIT = "lmq-gpu"
 """Prefect concurrency limit that GPU work occupies; `flows` creates it with one slot."""
 
 DAMAGED_INPUT = "DamagedInput"
 """Name of the state of a task whose input turned out to be damaged: the run has to look again."""
+
+BAD_INPUT = "BadInput"
+"""Name of the state of a task that cannot work with what the user gave."""
 
 
 def _given_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
@@ -51,7 +54,8 @@ def stage_task(name: str) -> Task[..., Any]:
         except DamagedArtifact as error:
             return Failed(name=DAMAGED_INPUT, message=str(error))
         except (LmqError, StoreError) as error:
-            return Failed(name=type(error).__name__, message=f"{label}: {error}")
+            name = BAD_INPUT if isinstance(error, InputError) else "Failed"
+            return Failed(name=name, message=f"{label}: {error}")
 
     return run
 
@@ -64,6 +68,3 @@ def _gpu_slot(device: str) -> Iterator[None]:
         return
     with concurrency(GPU_LIMIT, occupy=1, strict=True):
         yield
-
-
-__all__ = ["DAMAGED_INPUT", "GPU_LIMIT", "Stage", "stage_task"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
+from torch import Tensor, nn
+
 from lmq.capture import read_gradients, read_hidden_states
 from lmq.fisher import FISHER_SCHEMA, fast_matmul_dtype, token_fisher, trace_modules
 from lmq.frobenius import load_grids
@@ -29,7 +31,7 @@ def measure_sensitivity(job: Job) -> None:
     modules = model.structure.in_layer(layer)
     with model.block(layer) as block:
         quantized = {
-            module.id.kind: grids[module.id][spec].to(job.device).round_trip(block.get_submodule(module.id.kind).weight)
+            module.id.kind: grids[module.id][spec].to(job.device).round_trip(_weight(block, module.id.kind))
             for module in modules
         }
         scores = part_sensitivities(block, model.block_inputs(hidden.shape[1])[layer], hidden, modules, quantized)
@@ -62,7 +64,7 @@ def measure_fisher(job: Job) -> None:
         kinds = [module.id.kind for module in modules]
         traces = trace_modules(block, inputs, hidden, gradient, kinds, fast_matmul_dtype(job.device))
         for module in modules:
-            weight = block.get_submodule(module.id.kind).weight.detach()
+            weight = _weight(block, module.id.kind)
             for spec in menu:
                 error = grids[module.id][spec].to(job.device).round_trip(weight) - weight
                 rows.append(
@@ -94,3 +96,7 @@ def read_profile(job: Job, name: str, schema: TableSchema) -> dict[ModuleId, flo
         return {}
     rows = [row for path in job.inputs(name, f"{name}.parquet") for row in read_rows(path, schema)]
     return {ModuleId(row["layer"], row["kind"]): row[name] for row in rows}
+
+
+def _weight(block: nn.Module, kind: str) -> Tensor:
+    return block.get_parameter(f"{kind}.weight").detach()

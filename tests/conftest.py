@@ -48,6 +48,9 @@ TINY_SHAPE: dict[str, Any] = {
 """Rows of 64 and 128 weights: groups of 128 straddle the rows of some matrices and fit those of others."""
 
 
+torch.set_num_threads(1)  # as one worker of a run; tiny tensors gain nothing from more
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Reference vectors and texts that may lie beside the checkout."""

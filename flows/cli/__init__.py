@@ -58,9 +58,13 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint of lmq or a plain model")
     evaluate.add_argument("--text", default="pydoc-topics", help="text file or data set (default: %(default)s)")
     evaluate.add_argument("--column", default="text", help="field of jsonl, parquet, data sets (default: %(default)s)")
-    evaluate.add_argument("--tokens", type=int, default=8192, help="tokens to use (default: %(default)s)")
-    evaluate.add_argument("--window", type=int, default=1024, help="tokens seen at once (default: %(default)s)")
-    evaluate.add_argument("--stride", type=int, default=512, help="tokens scored per window (default: %(default)s)")
+    evaluate.add_argument("--tokens", type=_at_least(1), default=8192, help="tokens to use (default: %(default)s)")
+    evaluate.add_argument(
+        "--window", type=_at_least(1), default=1024, help="tokens seen at once (default: %(default)s)"
+    )
+    evaluate.add_argument(
+        "--stride", type=_at_least(1), default=512, help="tokens scored per window (default: %(default)s)"
+    )
     report = _add(commands, "report", "report_command", "print a run's table and where its report is")
     report.add_argument("run", type=Path, metavar="RUN", help="run directory (runs/demo) or its name")
     report.add_argument("--markdown", action="store_true", help="print the table as Markdown")
@@ -83,7 +87,12 @@ def _add_config(
     parser = _add(commands, name, function, text)
     parser.add_argument("config", metavar="CONFIG", help="run configuration (YAML), or the name of a preset")
     parser.add_argument(
-        "--set", action="append", default=[], dest="overrides", metavar="A.B=VALUE", help="override a key; repeatable"
+        "--set",
+        action="append",
+        default=[],
+        dest="overrides",
+        metavar="A.B=VALUE",
+        help="override a key, as in evaluation.tokens=4096; repeatable",
     )
     if name == "plan":
         parser.add_argument("--layers", action="store_true", help="one line per layer instead of per stage")
@@ -95,13 +104,32 @@ def _add_store(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     ls = _add(actions, "ls", "store_ls_command", "what is there, by stage and size")
     verify = _add(actions, "verify", "store_verify_command", "read every byte and name what is damaged")
     gc = _add(actions, "gc", "store_gc_command", "remove what the newest runs do not need")
-    gc.add_argument("--keep-runs", type=int, default=3, metavar="N", help="runs to keep (default: %(default)s)")
     gc.add_argument(
-        "--keep-hours", type=float, default=24.0, metavar="H", help="keep what is newer (default: %(default)s)"
+        "--keep-runs", type=_at_least(0), default=3, metavar="N", help="runs to keep (default: %(default)s)"
+    )
+    gc.add_argument(
+        "--keep-hours",
+        type=_at_least(0, float),
+        default=24.0,
+        metavar="H",
+        help="keep what is newer (default: %(default)s)",
     )
     gc.add_argument("--dry-run", action="store_true", help="only say what would be removed")
     for parser in (ls, verify, gc):
         parser.add_argument("--store", default="store", help="directory or URL (default: %(default)s)")
+
+
+def _at_least(least: int, kind: type[int] | type[float] = int) -> Callable[[str], float]:
+    """A type of argument: a number that is not below `least`."""
+
+    def convert(text: str) -> float:
+        number = kind(text)
+        if number < least:
+            raise argparse.ArgumentTypeError(f"{number} is not allowed; give {least} or more")
+        return number
+
+    convert.__name__ = {int: "whole number", float: "number"}[kind]
+    return convert
 
 
 def _lazy(function: str) -> Command:
@@ -113,7 +141,3 @@ def _lazy(function: str) -> Command:
         return getattr(commands, function)(arguments)
 
     return call
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -11,24 +11,23 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from lmq.errors import InputError
+from lmq.errors import InputError, LmqError
 from lmq.results import markdown_table, read_results, results_table
 from lmq_flows.plan import PlannedNode
-from lmq_flows.run_config import ModelConfig, RunConfig, load_run_config, parse_run_config, preset_names, preset_path
-from lmq_storage import ArtifactStore
+from lmq_flows.run_config import RunConfig, load_run_config, preset_names, preset_path
+from lmq_storage import ArtifactStore, StoreError
+from lmq_tasks.stage import open_store
 
 console = Console() if sys.stdout.isatty() else Console(width=140)
 
 
 def run_command(arguments: argparse.Namespace) -> int:
     """Run a configuration to the end and print its table."""
-    from lmq_flows.prepare import identify_models, identify_texts, resolve_device
+    from lmq_flows.planning import check_run
     from lmq_flows.quantize import run
 
     config = _load(arguments)
-    resolve_device(config.runner.device)
-    identify_texts(config)
-    identify_models(config)
+    check_run(config)
     console.print(f"run [bold]{config.name}[/bold]: starting Prefect, then the stages", highlight=False)
     started = time.monotonic()
     state = run(config)
@@ -45,10 +44,9 @@ def run_command(arguments: argparse.Namespace) -> int:
 def _explain_failure(state) -> int:  # type: ignore[no-untyped-def]
     """Raise what stopped the flow, so that it ends as one message and an exit code."""
     result = state.result(raise_on_failure=False)
-    if isinstance(result, BaseException):
+    if isinstance(result, LmqError | StoreError | OSError | KeyboardInterrupt):
         raise result
-    console.print(f"lmq: {state.message}", highlight=False)
-    return 1
+    raise LmqError(f"the run failed: {state.message}; `prefect server start` shows the trace of the flow run")
 
 
 def plan_command(arguments: argparse.Namespace) -> int:
@@ -66,8 +64,7 @@ def inspect_command(arguments: argparse.Namespace) -> int:
     """Print a model's modules and the size of every uniform configuration."""
     from lmq_flows.planning import inspect_model
 
-    model = ModelConfig(name="model", source=arguments.model)
-    structure = inspect_model(model, arguments.store)
+    structure = inspect_model(arguments.model, arguments.store)
     console.print(
         f"{structure.architecture}: {structure.layers} layers, hidden size {structure.hidden_size}, "
         f"vocabulary {structure.vocabulary_size:,}, {structure.dtype}, "
@@ -109,7 +106,10 @@ def _uniform_sizes(structure) -> Table:  # type: ignore[no-untyped-def]
 def evaluate_command(arguments: argparse.Namespace) -> int:
     """Print the perplexity of a checkpoint."""
     from lmq.evaluation import evaluate_checkpoint
+    from lmq_flows.prepare import check_context
 
+    if (arguments.checkpoint / "config.json").is_file():
+        check_context(arguments.checkpoint, arguments.window, "--window")
     evaluation = evaluate_checkpoint(
         arguments.checkpoint,
         text=arguments.text,
@@ -188,7 +188,7 @@ def store_gc_command(arguments: argparse.Namespace) -> int:
 def _store(arguments: argparse.Namespace) -> ArtifactStore:
     if "://" not in arguments.store and not Path(arguments.store).is_dir():
         raise InputError(f"there is no store {arguments.store}; pass --store DIRECTORY or URL")
-    return ArtifactStore(arguments.store)
+    return open_store(arguments.store)
 
 
 def _load(arguments: argparse.Namespace) -> RunConfig:
@@ -229,6 +229,3 @@ def _print_plan(planned: list[PlannedNode], by_layer: bool) -> None:
 
 def _stage_reason(item: PlannedNode, by_layer: bool) -> str:
     return item.reason if by_layer else item.reason.partition(" layer ")[0].removesuffix(" will be made")
-
-
-__all__ = [name for name in dir() if name.endswith("_command")] + ["parse_run_config"]

@@ -6,6 +6,7 @@ import time
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from lmq_storage import ArtifactRef, ArtifactStore, DamagedArtifact, StoreError, artifact_key, canonical_json
 
 
