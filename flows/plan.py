@@ -55,7 +55,7 @@ def _reason(node: Node, key: str, digests: Mapping[str, Any], earlier: list[Mani
     if not earlier:
         return "never made"
     differences = [_differences(node, digests, manifest) for manifest in earlier]
-    return "; ".join(min(differences, key=lambda found: len(found)))
+    return "; ".join(sorted(differences, key=len)[0])
 
 
 def _differences(node: Node, digests: Mapping[str, Any], manifest: Manifest) -> list[str]:

@@ -45,6 +45,9 @@ from lmq_tasks import STAGES
 from lmq_tasks.engine import GPU_LIMIT
 from lmq_tasks.stage import Site, open_store
 
+SOME_VARIANTS_FAILED = "SomeVariantsFailed"
+"""Name of the state of a run that wrote its report, but could not make every variant."""
+
 _ATTEMPTS = 3
 """Walks over the graph when artifacts turn out to be damaged in mid run."""
 
@@ -112,7 +115,7 @@ class _Run:
         publish_results(run_dir)
         failed = [variant for variant in variants if _evaluation_failed(variant, outcomes)]
         message = f"{len(variants) - len(failed)} of {len(variants)} variants; report: {run_dir / 'report.html'}"
-        return Failed(message=message) if failed else Completed(message=message)
+        return Failed(name=SOME_VARIANTS_FAILED, message=message) if failed else Completed(message=message)
 
     def _execute(self, graph: Graph) -> dict[Node, Outcome]:
         self.progress.expect(graph)

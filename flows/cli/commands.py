@@ -24,16 +24,14 @@ console = Console() if sys.stdout.isatty() else Console(width=140)
 def run_command(arguments: argparse.Namespace) -> int:
     """Run a configuration to the end and print its table."""
     from lmq_flows.planning import check_run
-    from lmq_flows.quantize import run
+    from lmq_flows.quantize import SOME_VARIANTS_FAILED, run
 
     config = _load(arguments)
     check_run(config)
     console.print(f"run [bold]{config.name}[/bold]: starting Prefect, then the stages", highlight=False)
     started = time.monotonic()
     state = run(config)
-    if not (config.run_dir / "results.json").is_file() or (
-        state.is_failed() and "report:" not in (state.message or "")
-    ):
+    if not state.is_completed() and state.name != SOME_VARIANTS_FAILED:
         return _explain_failure(state)
     _print_table(config.run_dir)
     console.print(f"{time.monotonic() - started:.0f} s")

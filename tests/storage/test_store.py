@@ -47,7 +47,7 @@ def test_unknown_artifact_is_a_miss(store):
 
 
 def test_unknown_file_names_those_there_are(store):
-    with pytest.raises(StoreError, match="has no file 'b.txt'; it has a.txt"):
+    with pytest.raises(StoreError, match=r"has no file 'b\.txt'; it has a\.txt"):
         store.path(publish(store), "b.txt")
 
 
@@ -92,11 +92,18 @@ def test_missing_remote_blob_is_a_miss(tmp_path):
 
 
 def test_nothing_is_left_when_the_writer_fails(store):
-    with pytest.raises(RuntimeError), store.workspace() as folder:
-        (folder / "a.txt").write_text("half")
-        raise RuntimeError
+    folders = []
+
+    def fail():
+        with store.workspace() as folder:
+            folders.append(folder)
+            (folder / "a.txt").write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     assert list(store.manifests()) == []
-    assert not folder.exists()
+    assert not folders[0].exists()
 
 
 def test_materialize_lays_files_out_and_replaces(store, tmp_path):

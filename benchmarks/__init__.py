@@ -1,0 +1,1 @@
+"""Side-by-side comparisons of speed, memory and quality; each prints a table."""

@@ -1,0 +1,8 @@
+"""All benchmarks with their default settings: `make bench`."""
+
+import subprocess
+import sys
+
+for name in ("frobenius", "allocation", "memory"):
+    print(f"\n== {name}", flush=True)
+    subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], check=True)

@@ -1,0 +1,164 @@
+"""Refine an allocation by measured loss: cautious steps, each kept only when the loss on a validation slice falls.
+
+Around the current choice p the loss of another choice c is, to second order in the weight errors,
+
+    L(c) ≈ L(p) + Σ_m first_order[m, c_m] + Σ_m second_order[m, c_m] + cross terms of modules that change together.
+
+The cross terms are not measured. Solving the program for the first two sums alone changes most modules at once,
+where the cross terms decide, and makes the loss worse; so the second order is multiplied by a caution above 1,
+which keeps only changes whose first-order gain is well above their curvature. The caution is tried from bold to
+careful, and only the measured loss decides.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from lmq.allocation import solve
+from lmq.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+UNIFORM = "uniform"
+
+MeasuredLoss = Callable[[np.ndarray], float]
+"""Loss of a choice [modules] on the validation slice, in nats per token."""
+
+
+@dataclass(frozen=True, eq=False)
+class LocalCosts:
+    """What changing one module does to the loss, others kept: [modules, configurations], nats per token.
+
+    `first_order` is the inner product of the loss gradient at the quantized point with the change of weights,
+    `second_order` (not negative) the curvature along that change; both are 0 at the current choice.
+    """
+
+    first_order: np.ndarray
+    second_order: np.ndarray
+
+
+MeasuredLocalCosts = Callable[[np.ndarray], LocalCosts]
+"""Local costs around a choice [modules], measured on calibration text outside the validation slice."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefineOptions:
+    """How far to look.
+
+    rounds: how often the local costs are measured anew. cautions: factors of the second order, bold to careful.
+    """
+
+    rounds: int = 4
+    cautions: tuple[float, ...] = (1.5, 3.0, 6.0)
+
+    def __post_init__(self) -> None:
+        if self.rounds < 0:
+            raise InputError(f"rounds = {self.rounds} is negative; give 0 (choose among the candidates) or more")
+        if not self.cautions or min(self.cautions) < 1 or list(self.cautions) != sorted(set(self.cautions)):
+            raise InputError(
+                f"cautions = {self.cautions} must be rising factors of at least 1, such as (1.5, 3.0, 6.0)"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """A choice that was measured: its origin (a candidate's name or `round 1, caution 3`), changes, and loss."""
+
+    origin: str
+    choice: np.ndarray
+    changed_modules: int
+    loss: float
+
+
+@dataclass(frozen=True, eq=False)
+class Refinement:
+    """The best choice that was measured, its loss, that of uniform at the same budget, and all that was tried."""
+
+    choice: np.ndarray
+    loss: float
+    uniform_loss: float
+    tried: tuple[Step, ...]
+
+    @property
+    def gain_over_uniform(self) -> float:
+        """Nats per token by which the loss on the validation slice is below uniform's; never negative."""
+        return self.uniform_loss - self.loss
+
+
+def refine(
+    candidates: Mapping[str, np.ndarray],
+    sizes_bytes: np.ndarray,
+    budget_bytes: int,
+    *,
+    measured_loss: MeasuredLoss,
+    local_costs: MeasuredLocalCosts,
+    options: RefineOptions | None = None,
+) -> Refinement:
+    """The candidate of least measured loss, improved by cautious steps while its measured loss falls.
+
+    `candidates` are choices [modules] of columns of `sizes_bytes` [modules, configurations], one of them named
+    `uniform`: what is returned is never worse than any of them, as measured. Raises InputError for a candidate
+    that is missing, of the wrong shape or over the budget.
+    """
+    options = options or RefineOptions()
+    _check(candidates, sizes_bytes, budget_bytes)
+    tried = [Step(name, choice, 0, measured_loss(choice)) for name, choice in candidates.items()]
+    uniform_loss = next(step.loss for step in tried if step.origin == UNIFORM)
+    best = _least(tried)
+    for number in range(1, options.rounds + 1):
+        costs = local_costs(best.choice)
+        steps = _cautious_steps(best.choice, costs, sizes_bytes, budget_bytes, options.cautions)
+        measured = [
+            Step(
+                f"round {number}, caution {caution:g}",
+                choice,
+                int((choice != best.choice).sum()),
+                measured_loss(choice),
+            )
+            for caution, choice in steps.items()
+        ]
+        tried += measured
+        if not measured or _least(measured).loss >= best.loss:
+            break
+        best = _least(measured)
+        logger.info("%s changed %d modules: loss %.4f", best.origin, best.changed_modules, best.loss)
+    return Refinement(best.choice, best.loss, uniform_loss, tuple(tried))
+
+
+def _cautious_steps(
+    current: np.ndarray, costs: LocalCosts, sizes_bytes: np.ndarray, budget_bytes: int, cautions: tuple[float, ...]
+) -> dict[float, np.ndarray]:
+    """The different choices that each caution proposes, but for the current one."""
+    proposals: dict[float, np.ndarray] = {}
+    for caution in cautions:
+        change = costs.first_order + caution * costs.second_order
+        # the solver's gap is relative to the objective, which therefore must not be near 0
+        above_zero = change - change.min(axis=1, keepdims=True) + np.abs(change).mean()
+        choice = solve(above_zero, sizes_bytes, budget_bytes).choice
+        if not any(np.array_equal(choice, known) for known in (current, *proposals.values())):
+            proposals[caution] = choice
+    return proposals
+
+
+def _least(steps: list[Step]) -> Step:
+    return min(steps, key=lambda step: step.loss)
+
+
+def _check(candidates: Mapping[str, np.ndarray], sizes_bytes: np.ndarray, budget_bytes: int) -> None:
+    if UNIFORM not in candidates:
+        raise InputError(f"the candidates {sorted(candidates)} lack {UNIFORM!r}, which the result is measured against")
+    for name, choice in candidates.items():
+        if choice.shape != (len(sizes_bytes),):
+            raise InputError(
+                f"candidate {name!r} has shape {choice.shape}; give one column per module: ({len(sizes_bytes)},)"
+            )
+        size_bytes = int(np.take_along_axis(sizes_bytes, choice[:, None], axis=1).sum())
+        if size_bytes > budget_bytes:
+            raise InputError(
+                f"candidate {name!r} takes {size_bytes:,} bytes of a budget of {budget_bytes:,}; "
+                "leave it out or give its own budget"
+            )

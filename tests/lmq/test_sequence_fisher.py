@@ -1,0 +1,122 @@
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from lmq.discovery import discover
+from lmq.errors import InputError
+from lmq.fisher import ModuleTrace, trace_modules
+from lmq.quant_spec import QuantSpec
+from lmq.sequence_fisher import sampled_loss_gradient, sequence_fisher
+from lmq.streaming import StreamedModel
+
+SEQUENCES, LENGTH = 2, 12
+SMALL, LARGE = QuantSpec(3, 64), QuantSpec(4, 64)
+
+
+def tokens() -> Tensor:
+    return torch.randint(2, 500, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(1))
+
+
+def open_both(path: Path) -> tuple[PreTrainedModel, StreamedModel]:
+    plain = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    return plain, StreamedModel.open(path, discover(path, weights_sha256="0"))
+
+
+def last_block_states(plain: PreTrainedModel, streamed: StreamedModel) -> Tensor:
+    """States that leave the last block of the whole model, before the final norm."""
+    kept: list[Tensor] = []
+    last = plain.get_submodule(f"{streamed.structure.layers_path}.{streamed.structure.layers - 1}")
+    handle = last.register_forward_hook(
+        lambda _, __, output: kept.append(output[0] if isinstance(output, tuple) else output)
+    )
+    with torch.no_grad():
+        plain(tokens())
+    handle.remove()
+    return kept[0]
+
+
+def trace_by_hand(sequences: int, length: int, seed: int = 0) -> ModuleTrace:
+    generator = torch.Generator().manual_seed(seed)
+    count = sequences * length
+    return ModuleTrace(torch.randn(count, 8, generator=generator), torch.randn(count, 6, generator=generator))
+
+
+def squares_by_hand(trace: ModuleTrace, error: Tensor, length: int) -> float:
+    """½ Σ_sequences (Σ_tokens g · E x)², in float64, token by token."""
+    total = 0.0
+    for start in range(0, len(trace.inputs), length):
+        change = 0.0
+        for token in range(start, start + length):
+            output = error.double() @ trace.inputs[token].double()
+            change += (trace.gradients[token].double() @ output).item()
+        total += 0.5 * change**2
+    return total
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 5e-2)])
+def test_cost_is_that_of_a_float64_loop_over_tokens(dtype: torch.dtype, tolerance: float) -> None:
+    exact = trace_by_hand(3, 7)
+    trace = ModuleTrace(exact.inputs.to(dtype), exact.gradients.to(dtype))
+    errors = {spec: torch.randn(6, 8, generator=torch.Generator().manual_seed(spec.bits)) for spec in (SMALL, LARGE)}
+    found = sequence_fisher(trace, errors, sequence_length=7)
+    assert list(found) == [SMALL, LARGE]
+    for spec, error in errors.items():
+        assert found[spec] == pytest.approx(squares_by_hand(exact, error, 7), rel=tolerance)
+
+
+def test_sequences_of_one_token_give_half_the_sum_over_tokens() -> None:
+    trace = trace_by_hand(5, 1)
+    error = torch.randn(6, 8, generator=torch.Generator().manual_seed(3))
+    change = ((trace.inputs @ error.t()) * trace.gradients).sum(dim=1)
+    found = sequence_fisher(trace, {SMALL: error}, sequence_length=1)
+    assert found[SMALL] == pytest.approx(0.5 * change.square().sum().item(), rel=1e-5)
+
+
+def test_a_trace_of_broken_sequences_is_refused() -> None:
+    with pytest.raises(InputError, match="a trace of 21 tokens is not made of sequences of 8"):
+        sequence_fisher(trace_by_hand(3, 7), {SMALL: torch.zeros(6, 8)}, sequence_length=8)
+
+
+def test_drawn_gradients_average_to_zero_and_depend_on_the_seed_alone(tiny_model: Path) -> None:
+    plain, streamed = open_both(tiny_model)
+    hidden = last_block_states(plain, streamed)
+    first = sampled_loss_gradient(streamed, hidden, seed=1)
+    assert first.shape == hidden.shape
+    assert first.dtype == torch.float32
+    assert torch.equal(first, sampled_loss_gradient(streamed, hidden, seed=1))
+    assert not torch.equal(first, sampled_loss_gradient(streamed, hidden, seed=2))
+    assert not first[:, -1].any()
+    draws = torch.stack([sampled_loss_gradient(streamed, hidden, seed=seed) for seed in range(200)])
+    assert draws.mean(dim=0).norm() < 3 * draws.flatten(1).norm(dim=1).mean() / 200**0.5
+
+
+def test_mean_cost_over_draws_is_the_divergence_of_a_small_error(tiny_model: Path) -> None:
+    plain, streamed = open_both(tiny_model)
+    last = streamed.structure.layers - 1
+    kind = streamed.structure.in_layer(last)[0].id.kind
+    linear = plain.get_submodule(f"{streamed.structure.layers_path}.{last}.{kind}")
+    error = 1e-2 * torch.randn(linear.weight.shape, generator=torch.Generator().manual_seed(5))
+    hidden = last_block_states(plain, streamed)
+    entering: list[Tensor] = []
+    block_of_plain = plain.get_submodule(f"{streamed.structure.layers_path}.{last}")
+    block_of_plain.register_forward_pre_hook(lambda _, args: entering.append(args[0].detach()))
+    reference = log_probabilities(plain)
+    linear.weight.data += error
+    changed = log_probabilities(plain)
+    divergence = (reference.exp() * (reference - changed))[:, :-1].sum().item()
+    costs = []
+    inputs = streamed.block_inputs(LENGTH)[last]
+    with streamed.block(last) as block:
+        for seed in range(150):
+            gradient = sampled_loss_gradient(streamed, hidden, seed=seed)
+            trace = trace_modules(block, inputs, entering[0], gradient, [kind], torch.float32)[kind]
+            costs.append(sequence_fisher(trace, {SMALL: error}, sequence_length=LENGTH)[SMALL])
+    assert sum(costs) / len(costs) == pytest.approx(divergence, rel=0.35)
+
+
+@torch.no_grad()
+def log_probabilities(model: nn.Module) -> Tensor:
+    return model(tokens()).logits.double().log_softmax(-1)
