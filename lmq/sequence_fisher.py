@@ -2,19 +2,19 @@
 
 For small weight errors E = Ŵ − W the divergence of the changed model from the model itself is, to second order,
 
-    Σ KL(p ‖ p_E) = ½ E_labels [ ⟨∇_W L, E⟩² ],
+    Σ_tokens KL(p ‖ p_E) = ½ E_labels [ ⟨∇_W L, E⟩² ],
 
 L being the summed next-token loss of a sequence for labels drawn from the model's own predictions p (the true
 Fisher, which is the Gauss-Newton matrix of the divergence). The square is taken of the sum over the whole
 sequence: an error acts on all tokens at once, and where tokens mix (values, and what reads them) its effects
-add up. A sum of squares over single tokens misses two thirds of what values cost, and labels taken from the
-text instead of p add a term that is no curvature.
+add up. A sum of squares over single tokens misses half and more of what errors of values cost.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +22,23 @@ from lmq.errors import InputError
 from lmq.fisher import ModuleTrace
 from lmq.quant_spec import QuantSpec
 from lmq.streaming import StreamedModel
+from lmq.tables import MODULE_FIELDS, SPEC_FIELDS, TableSchema
+
+SEQUENCE_FISHER_SCHEMA = TableSchema(
+    "sequence-fisher",
+    1,
+    pa.schema(
+        [
+            *MODULE_FIELDS,
+            *SPEC_FIELDS,
+            pa.field("parameters", pa.int64(), nullable=False),
+            pa.field("size_bytes", pa.int64(), nullable=False),
+            pa.field("fisher", pa.float64()),
+            pa.field("loss_changes", pa.list_(pa.float64()), nullable=False),
+        ]
+    ),
+)
+"""`fisher` in nats per token, from `loss_changes`: one per draw of labels and sequence, sequences fastest."""
 
 _LOGITS_AT_ONCE = 1 << 24
 """Logits held at a time (64 MB in float32), whatever the vocabulary."""
@@ -49,12 +66,12 @@ def sampled_loss_gradient(model: StreamedModel, hidden: Tensor, *, seed: int) ->
     return gradient
 
 
-def sequence_fisher(
+def sequence_loss_changes(
     trace: ModuleTrace, errors: Mapping[QuantSpec, Tensor], *, sequence_length: int
-) -> dict[QuantSpec, float]:
-    """½ Σ_sequences ⟨∇_W L, E⟩² for the weight errors E = Ŵ − W [out_features, in_features] of one module.
+) -> dict[QuantSpec, Tensor]:
+    """⟨∇_W L, E⟩ of every sequence, float64 [sequences], for weight errors E = Ŵ − W [out_features, in_features].
 
-    In nats, summed over the sequences of the trace, whose tokens lie one after the other; its gradients are of
+    The tokens of the trace are whole sequences, one after the other, and its gradients come from
     `sampled_loss_gradient`. One weight gradient per sequence serves every configuration. Products are taken in
     the trace's dtype. Raises InputError where the trace is not made of whole sequences.
     """
@@ -63,12 +80,16 @@ def sequence_fisher(
             f"a trace of {len(trace.inputs)} tokens is not made of sequences of {sequence_length}; "
             "pass the sequence length that was captured"
         )
-    dtype = trace.inputs.dtype
-    stacked = torch.stack([error.to(dtype).flatten() for error in errors.values()])
-    totals = torch.zeros(len(stacked), dtype=torch.float64)
+    stacked = torch.stack([error.to(trace.inputs).flatten() for error in errors.values()])
     pairs = zip(trace.gradients.split(sequence_length), trace.inputs.split(sequence_length), strict=True)
-    for gradients, inputs in pairs:
-        weight_gradient = gradients.t() @ inputs
-        loss_changes = stacked @ weight_gradient.flatten()
-        totals += loss_changes.cpu().double().square()
-    return dict(zip(errors, (0.5 * totals).tolist(), strict=True))
+    changes = [stacked @ (gradients.t() @ inputs).flatten() for gradients, inputs in pairs]
+    return dict(zip(errors, torch.stack(changes, dim=1).double().cpu(), strict=True))
+
+
+def sequence_fisher(loss_changes: Tensor, *, tokens_per_sequence: int, around: Tensor | None = None) -> float:
+    """½ E[(⟨∇_W L, E⟩ − ⟨∇_W L, E₀⟩)²] per token: the divergence in nats that replacing E₀ by E costs.
+
+    `loss_changes` [draws · sequences] are those of E, `around` those of E₀ (none: full precision).
+    """
+    change = loss_changes if around is None else loss_changes - around
+    return 0.5 * change.square().mean().item() / tokens_per_sequence

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import threading
 from pathlib import Path
@@ -34,12 +35,18 @@ def located_dir(store: ArtifactStore, location: ModelLocation) -> Path:
     if location.kind == "directory":
         return Path(location.place)
     if location.kind == "hub":
-        return locate(ModelSource.parse(location.place)).path
+        return _hub_dir(location.place)
     stage, _, key = location.place.partition("/")
     ref = store.find(stage, key)
     if ref is None:
         raise DamagedArtifact(f"the converted model {location.place} is gone; run again to make it anew")
     return _lay_out(store, ref)
+
+
+@functools.cache
+def _hub_dir(place: str) -> Path:
+    """Local snapshot of a hub revision; the hub is asked once per process."""
+    return locate(ModelSource.parse(place)).path
 
 
 def materialized(job: Job, name: str) -> Path:
