@@ -32,7 +32,7 @@ from lmq.perplexity import full_windows
 from lmq.quant_spec import STOPS, QuantSpec
 from lmq.refine import LocalCosts, Refinement, RefineOptions, refine
 from lmq.sensitivity import part_sensitivities
-from lmq.sequence_fisher import sequence_fisher, sequence_loss_changes
+from lmq.sequence_fisher import sequence_loss_changes
 from lmq.strategies import Measurements, strategy
 from lmq.streaming import StreamedModel
 from lmq.structure import ModuleId
@@ -40,8 +40,12 @@ from lmq.structure import ModuleId
 MENU = tuple(spec for spec in STOPS if spec.name not in ("b4g32", "b8g32"))
 SIZES = ("b4g64", "b4g128", "b3g32")
 SENSITIVITY_SPEC = QuantSpec(4, 64)
-STRATEGIES = ("structural", "sensi-boost", "kurt-boost", "mxq", "loss-aware")
-TOKEN_WISE = "loss-aware, token-wise"
+STRATEGIES: dict[str, tuple[str, dict[str, str]]] = {
+    **{name: (name, {}) for name in ("uniform", "structural", "sensi-boost", "kurt-boost", "mxq")},
+    "loss-aware, token-wise": ("loss-aware", {"fisher": "token"}),
+    "loss-aware, sequence-wise": ("loss-aware", {"fisher": "sequence"}),
+}
+"""Label in the table → strategy and its options."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -55,10 +59,9 @@ class Texts:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Measured:
-    """Measurements with each of the two Fisher costs, and the loss changes [draws, modules, configurations]."""
+    """What strategies ask for, and the loss changes [sequences · draws, modules, configurations]."""
 
-    sequence_wise: Measurements
-    token_wise: Measurements
+    measurements: Measurements
     loss_changes: np.ndarray
 
 
@@ -130,38 +133,37 @@ def _read_texts(model_dir: Path, options: argparse.Namespace) -> Texts:
 def _measure(model: WholeModel, model_dir: Path, calibration: Tensor, draws: int) -> Measured:
     """Everything that the strategies ask for."""
     modules = model.structure.modules
-    tokens = np.zeros((len(modules), len(MENU)))
-    changes = np.zeros((len(calibration) * draws, len(modules), len(MENU)))
+    token_costs, changes = _fisher(model, calibration, draws)
+    tokens_per_sequence = calibration.shape[1] - 1
+    costs = 0.5 * np.square(changes).mean(axis=0) / tokens_per_sequence
+    frobenius = [frobenius_errors(model.weights[m.id], [model.grids[m.id][spec] for spec in MENU]) for m in modules]
+    measurements = Measurements(
+        modules=modules,
+        menu=MENU,
+        kurtosis={module: kurtosis(weight) for module, weight in model.weights.items()},
+        sensitivity=_sensitivity(model, model_dir, calibration),
+        frobenius=_table(model, np.array(frobenius)),
+        fisher=_table(model, token_costs),
+        sequence_fisher=_table(model, costs),
+    )
+    return Measured(measurements=measurements, loss_changes=changes)
+
+
+def _fisher(model: WholeModel, calibration: Tensor, draws: int) -> tuple[np.ndarray, np.ndarray]:
+    """Token-wise costs [modules, configurations]; loss changes [sequences · draws, modules, configurations]."""
+    modules = model.structure.modules
+    token_costs = np.zeros((len(modules), len(MENU)))
+    changes = np.zeros((len(calibration), draws, len(modules), len(MENU)))
     generator = torch.Generator().manual_seed(0)
     for number, sequence in enumerate(calibration):
-        for draw, trace_of in enumerate(model.traces(sequence, draws, generator)):
-            for row, module in enumerate(modules):
-                trace, errors = trace_of(module.id), model.errors[module.id]
-                if draw == 0:
-                    tokens[row] += [token_fisher(trace, errors[spec]) for spec in MENU]
-                else:
-                    found = sequence_loss_changes(trace, errors, sequence_length=len(trace.inputs))
-                    changes[number * draws + draw - 1, row] = [float(found[spec]) for spec in MENU]
-    costs = [
-        [
-            sequence_fisher(torch.from_numpy(changes[:, row, column]), tokens_per_sequence=calibration.shape[1] - 1)
-            for column in range(len(MENU))
-        ]
-        for row in range(len(modules))
-    ]
-    frobenius = [frobenius_errors(model.weights[m.id], [model.grids[m.id][spec] for spec in MENU]) for m in modules]
-    common = {
-        "modules": modules,
-        "menu": MENU,
-        "kurtosis": {module: kurtosis(weight) for module, weight in model.weights.items()},
-        "sensitivity": _sensitivity(model, model_dir, calibration),
-        "frobenius": _table(model, np.array(frobenius)),
-    }
-    return Measured(
-        sequence_wise=Measurements(**common, fisher=_table(model, np.array(costs))),
-        token_wise=Measurements(**common, fisher=_table(model, tokens)),
-        loss_changes=changes,
-    )
+        own_labels, *drawn_labels = model.traces(sequence, draws, generator)
+        for row, module in enumerate(modules):
+            errors = model.errors[module.id]
+            token_costs[row] += [token_fisher(own_labels(module.id), errors[spec]) for spec in MENU]
+            for draw, trace_of in enumerate(drawn_labels):
+                found = sequence_loss_changes(trace_of(module.id), errors, sequence_length=len(sequence))
+                changes[number, draw, row] = [float(found[spec]) for spec in MENU]
+    return token_costs, changes.reshape(-1, *changes.shape[2:])
 
 
 def _table(model: WholeModel, costs: np.ndarray) -> ErrorTable:
@@ -171,7 +173,8 @@ def _table(model: WholeModel, costs: np.ndarray) -> ErrorTable:
 
 def _sensitivity(model: WholeModel, model_dir: Path, calibration: Tensor) -> dict[ModuleId, float]:
     streamed = StreamedModel.open(model_dir, model.structure)
-    hidden, inputs, found = streamed.embed(calibration), streamed.block_inputs(calibration.shape[1]), {}
+    hidden, inputs = streamed.embed(calibration), streamed.block_inputs(calibration.shape[1])
+    found: dict[ModuleId, float] = {}
     for layer in range(model.structure.layers):
         modules = model.structure.in_layer(layer)
         quantized = {m.id.kind: model.grids[m.id][SENSITIVITY_SPEC].round_trip(model.weights[m.id]) for m in modules}
@@ -183,11 +186,10 @@ def _sensitivity(model: WholeModel, model_dir: Path, calibration: Tensor) -> dic
 
 
 def _plans(measured: Measured, budget_bytes: int) -> dict[str, dict[ModuleId, QuantSpec]]:
-    def plan(name: str, measurements: Measurements) -> dict[ModuleId, QuantSpec]:
-        return strategy(name).allocate(measurements, budget_bytes).specs
-
-    plans = {name: plan(name, measured.sequence_wise) for name in ("uniform", *STRATEGIES)}
-    return {**plans, TOKEN_WISE: plan("loss-aware", measured.token_wise)}
+    return {
+        label: strategy(name, **options).allocate(measured.measurements, budget_bytes).specs
+        for label, (name, options) in STRATEGIES.items()
+    }
 
 
 def _refine(

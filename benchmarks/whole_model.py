@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -114,7 +115,7 @@ class WholeModel:
             for labels in (sequence[1:].long(), *drawn.unbind(1)):
                 loss = nn.functional.nll_loss(predictions, labels, reduction="sum")
                 gradients = dict(zip(seen, torch.autograd.grad(loss, outputs, retain_graph=True), strict=True))
-                yield lambda module, of=gradients: ModuleTrace(seen[module][0], of[module][0])
+                yield partial(_trace, seen, gradients)
 
     @contextmanager
     def _watch(self) -> Iterator[dict[ModuleId, tuple[Tensor, Tensor]]]:
@@ -135,3 +136,10 @@ class WholeModel:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _trace(
+    seen: Mapping[ModuleId, tuple[Tensor, Tensor]], gradients: Mapping[ModuleId, Tensor], module: ModuleId
+) -> ModuleTrace:
+    inputs, _ = seen[module]
+    return ModuleTrace(inputs, gradients[module][0])

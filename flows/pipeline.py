@@ -67,6 +67,7 @@ class Measurements:
     kurtosis: list[Node]
     sensitivity: list[Node]
     fisher: list[Node]
+    sequence_fisher: list[Node]
     outliers: Node | None
 
 
@@ -140,23 +141,37 @@ class _ModelGraph:
         kurtosis = self._per_layer("kurtosis", {}) if "kurtosis" in self._needs else []
         sensitivity: list[Node] = []
         fisher: list[Node] = []
-        if self._needs & {"sensitivity", "fisher"}:
+        sequence_fisher: list[Node] = []
+        if self._config.needs_calibration:
             hidden, last, tokens = self._capture_forward()
+            keep = last.expected_bytes
             if "sensitivity" in self._needs:
                 spec = {"spec": measure.sensitivity_spec}
                 sensitivity = self._per_layer("sensitivity", spec, frobenius=frobenius, hidden=hidden)
+            menu = [spec.name for spec in self._model.menu]
             if "fisher" in self._needs:
-                gradients = self._capture_backward(hidden, last, tokens)
-                menu = [spec.name for spec in self._model.menu]
+                gradient = self._add("loss-gradient", "", {}, {"hidden": last, "tokens": tokens}, expected_bytes=keep)
+                gradients = self._capture_backward(hidden, gradient)
                 fisher = self._per_layer(
                     "fisher", {"menu": menu}, frobenius=frobenius, hidden=hidden, gradient=gradients
+                )
+            if "sequence_fisher" in self._needs:
+                draws = [self._capture_draw(draw, hidden, last) for draw in range(measure.label_draws)]
+                by_layer = [list(gradients) for gradients in zip(*draws, strict=True)]
+                sequence_fisher = self._per_layer(
+                    "sequence-fisher", {"menu": menu}, frobenius=frobenius, hidden=hidden, gradient=by_layer
                 )
         outliers = None
         if kurtosis or sensitivity:
             signals = {"kurtosis": kurtosis, "sensitivity": sensitivity}
             outliers = self._add("outliers", "", {}, {name: nodes for name, nodes in signals.items() if nodes})
         return Measurements(
-            frobenius=frobenius, kurtosis=kurtosis, sensitivity=sensitivity, fisher=fisher, outliers=outliers
+            frobenius=frobenius,
+            kurtosis=kurtosis,
+            sensitivity=sensitivity,
+            fisher=fisher,
+            sequence_fisher=sequence_fisher,
+            outliers=outliers,
         )
 
     def _capture_forward(self) -> tuple[list[Node], Node, Node]:
@@ -176,14 +191,20 @@ class _ModelGraph:
             hidden.append(node)
         return hidden[:-1], hidden[-1], tokens
 
-    def _capture_backward(self, hidden: list[Node], last: Node, tokens: Node) -> list[Node]:
-        """Gradient of the calibration loss at every block's output."""
+    def _capture_draw(self, draw: int, hidden: list[Node], last: Node) -> list[Node]:
+        """Gradient at every block's output for one draw of labels."""
+        config = {"draw": self._config.calibration.seed + draw}
         keep = last.expected_bytes
-        gradient = self._add("loss-gradient", "", {}, {"hidden": last, "tokens": tokens}, expected_bytes=keep)
+        gradient = self._add("sampled-loss-gradient", f"draw {draw}", config, {"hidden": last}, expected_bytes=keep)
+        return self._capture_backward(hidden, gradient, f"draw {draw} ")
+
+    def _capture_backward(self, hidden: list[Node], gradient: Node, what: str = "") -> list[Node]:
+        """Gradient at every block's output, from the one at the last block's."""
         gradients = [gradient]
         for layer in range(self._model.structure.layers - 1, 0, -1):
             inputs = {"hidden": hidden[layer], "gradient": gradients[-1]}
-            node = self._add("backward", f"layer {layer}", {"layer": layer}, inputs, expected_bytes=keep)
+            config = {"layer": layer}
+            node = self._add("backward", f"{what}layer {layer}", config, inputs, expected_bytes=gradient.expected_bytes)
             gradients.append(node)
         return gradients[::-1]
 

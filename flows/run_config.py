@@ -111,6 +111,9 @@ class MeasureConfig(_Section):
     menu: Menu = Field(tuple(spec.name for spec in STOPS), description="Configurations")
     quantizer: Literal["hqq", "rtn", "hqq-package"] = "hqq"
     axis: Literal[0, 1] = Field(1, description="1: groups along in_features; 0: along out_features, as in the papers")
+    label_draws: int = Field(
+        default=2, ge=1, description="Draws of labels per calibration sequence, for the sequence-wise Fisher cost"
+    )
     sensitivity_spec: SpecName = Field("b4g64", description="Configuration that activation sensitivity is measured at")
 
 
@@ -204,7 +207,7 @@ class RunConfig(_Section):
     @property
     def needs_calibration(self) -> bool:
         """Whether a strategy uses what is measured on calibration text."""
-        return bool(self.needs & {"sensitivity", "fisher"})
+        return bool(self.needs & {"sensitivity", "fisher", "sequence_fisher"})
 
 
 _SECTIONS: dict[str, type[BaseModel]] = {

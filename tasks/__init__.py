@@ -1,6 +1,17 @@
 """One task per stage: open inputs from the store, call the library, publish the output."""
 
-from lmq_tasks import capture, evaluation, models, planning, quantization, reporting, signals, texts, weights
+from lmq_tasks import (
+    capture,
+    evaluation,
+    models,
+    planning,
+    quantization,
+    reporting,
+    sequence_fisher,
+    signals,
+    texts,
+    weights,
+)
 from lmq_tasks.stage import Stage
 
 STAGES: dict[str, Stage] = {
@@ -18,6 +29,8 @@ STAGES: dict[str, Stage] = {
         weights.measure_frobenius,
         signals.measure_sensitivity,
         signals.measure_fisher,
+        sequence_fisher.sampled_gradient,
+        sequence_fisher.measure_sequence_fisher,
         signals.find_outliers,
         planning.allocate,
         quantization.quantize,

@@ -13,6 +13,7 @@ from lmq.frobenius import FROBENIUS_SCHEMA
 from lmq.kurtosis import KURTOSIS_SCHEMA
 from lmq.quant_spec import QuantSpec
 from lmq.sensitivity import SENSITIVITY_SCHEMA
+from lmq.sequence_fisher import SEQUENCE_FISHER_SCHEMA
 from lmq.strategies import Measurements, strategy
 from lmq.structure import ModelStructure, ModuleId
 from lmq.tables import TableSchema, read_rows, write_rows
@@ -53,17 +54,18 @@ def read_measurements(job: Job, structure: ModelStructure) -> Measurements:
         menu=menu,
         kurtosis=read_profile(job, "kurtosis", KURTOSIS_SCHEMA) or None,
         sensitivity=read_profile(job, "sensitivity", SENSITIVITY_SCHEMA) or None,
-        frobenius=_error_table(job, "frobenius", FROBENIUS_SCHEMA, "frobenius_error", menu),
-        fisher=_error_table(job, "fisher", FISHER_SCHEMA, "fisher", menu),
+        frobenius=_error_table(job, "frobenius", "frobenius.parquet", FROBENIUS_SCHEMA, "frobenius_error", menu),
+        fisher=_error_table(job, "fisher", "fisher.parquet", FISHER_SCHEMA, "fisher", menu),
+        sequence_fisher=_error_table(job, "sequence_fisher", "fisher.parquet", SEQUENCE_FISHER_SCHEMA, "fisher", menu),
     )
 
 
 def _error_table(
-    job: Job, name: str, schema: TableSchema, column: str, menu: tuple[QuantSpec, ...]
+    job: Job, name: str, file: str, schema: TableSchema, column: str, menu: tuple[QuantSpec, ...]
 ) -> ErrorTable | None:
     if not job.has(name):
         return None
-    rows = [row for path in job.inputs(name, f"{name}.parquet") for row in read_rows(path, schema)]
+    rows = [row for path in job.inputs(name, file) for row in read_rows(path, schema)]
     return ErrorTable.from_rows([row for row in rows if spec_of(row) in menu], column)
 
 

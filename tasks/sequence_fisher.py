@@ -53,7 +53,7 @@ def measure_sequence_fisher(job: Job) -> None:
             traces = trace_modules(block, inputs, hidden, read_gradients(path), kinds, fast_matmul_dtype(job.device))
             for module in modules:
                 weight = block.get_submodule(module.id.kind).get_parameter("weight").detach()
-                errors = {spec: grids[module.id][spec].round_trip(weight) - weight for spec in menu}
+                errors = {spec: grids[module.id][spec].to(job.device).round_trip(weight) - weight for spec in menu}
                 changes[module.id].append(sequence_loss_changes(traces[module.id.kind], errors, sequence_length=length))
     rows = [
         _row(module, spec, torch.cat([draw[spec] for draw in changes[module.id]]), length)

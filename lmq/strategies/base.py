@@ -15,15 +15,15 @@ from lmq.errors import InputError
 from lmq.quant_spec import QuantSpec
 from lmq.structure import ModuleId, ModuleInfo
 
-MEASUREMENTS = ("kurtosis", "sensitivity", "frobenius", "fisher")
+MEASUREMENTS = ("kurtosis", "sensitivity", "frobenius", "fisher", "sequence_fisher")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Measurements:
     """The modules to allocate, the configurations to choose from, and what was measured; None is not measured.
 
-    `kurtosis` and `sensitivity` hold one number per module; `frobenius` (norm of the weight error) and `fisher`
-    (loss-aware, token-wise) are error tables.
+    `kurtosis` and `sensitivity` hold one number per module; `frobenius` (norm of the weight error), `fisher`
+    (loss-aware, token-wise) and `sequence_fisher` (sequence-wise) are error tables.
     """
 
     modules: tuple[ModuleInfo, ...]
@@ -32,6 +32,7 @@ class Measurements:
     sensitivity: Mapping[ModuleId, float] | None = None
     frobenius: ErrorTable | None = None
     fisher: ErrorTable | None = None
+    sequence_fisher: ErrorTable | None = None
 
 
 class Strategy(Protocol):

@@ -8,27 +8,42 @@ from typing import ClassVar
 import numpy as np
 
 from lmq.allocation import Allocation
+from lmq.errors import unknown_name
 from lmq.strategies.base import Choices, Measurements, solve_program, table_costs
+
+_TABLES = {"token": "fisher", "sequence": "sequence_fisher"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossAware:
-    """Least sum of token-wise Fisher costs, made non-increasing in size per module."""
+    """Least sum of Fisher costs, made non-increasing in size per module.
+
+    `fisher` says which: "token" squares the change of the loss token by token (`lmq.fisher`), "sequence" sequence
+    by sequence, for labels that the model draws itself (`lmq.sequence_fisher`).
+    """
 
     name: ClassVar[str] = "loss-aware"
-    summary: ClassVar[str] = "least sum of loss-aware costs (token-wise Fisher) within the budget"
+    summary: ClassVar[str] = "least sum of loss-aware costs (token- or sequence-wise Fisher) within the budget"
     source: ClassVar[str] = "score as in NVIDIA Model Optimizer's gradient scorer; program of MXQ"
+
+    fisher: str = "token"
+
+    def __post_init__(self) -> None:
+        if self.fisher not in _TABLES:
+            raise unknown_name("loss-aware fisher", str(self.fisher), _TABLES)
 
     @property
     def needs(self) -> frozenset[str]:
-        """The Fisher error table."""
-        return frozenset({"fisher"})
+        """The error table of the chosen cost."""
+        return frozenset({_TABLES[self.fisher]})
 
     def allocate(self, measurements: Measurements, budget_bytes: int) -> Allocation:
         """Solve the program for the monotone costs. Raises InfeasibleBudget, InputError."""
 
+        name = _TABLES[self.fisher]
+
         def costs_of(choices: Choices) -> np.ndarray:
-            return non_increasing(table_costs(measurements.fisher, "fisher", choices), choices.sizes_bytes)
+            return non_increasing(table_costs(getattr(measurements, name), name, choices), choices.sizes_bytes)
 
         return solve_program(measurements, budget_bytes, costs_of)
 

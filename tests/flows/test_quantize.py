@@ -99,6 +99,13 @@ def test_unchanged_run_is_cached_throughout(again):
             {"allocate", "quantize", "checkpoint", "evaluate", "report"},
         ),
         (
+            {"strategies": [{"name": "loss-aware", "options": {"fisher": "sequence"}}]},
+            {
+                *("sampled-loss-gradient", "backward", "sequence-fisher"),
+                *("allocate", "quantize", "checkpoint", "evaluate", "report"),
+            },
+        ),
+        (
             {"budgets": ["uniform b4g64", "uniform b3g64"]},
             {"allocate", "quantize", "checkpoint", "evaluate", "report"},
         ),

@@ -1,0 +1,109 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from lmq.calibration import write_tokens
+from lmq.capture import read_gradients, read_hidden_states
+from lmq.discovery import discover
+from lmq.fisher import fast_matmul_dtype, trace_modules
+from lmq.frobenius import load_grids
+from lmq.quant_spec import QuantSpec
+from lmq.sequence_fisher import SEQUENCE_FISHER_SCHEMA, sequence_fisher, sequence_loss_changes
+from lmq.streaming import StreamedModel
+from lmq.tables import read_rows
+from lmq_storage import ArtifactRef, ArtifactStore
+from lmq_tasks.capture import GRADIENTS_FILE, HIDDEN_STATES_FILE, backward, embed, forward
+from lmq_tasks.models import discover_structure
+from lmq_tasks.sequence_fisher import measure_sequence_fisher, sampled_gradient
+from lmq_tasks.stage import ModelLocation, Site, Stage, as_inputs, run_stage
+from lmq_tasks.texts import TOKENS_FILE
+from lmq_tasks.weights import measure_frobenius
+
+SEQUENCES, LENGTH, DRAWS, LAYER = 2, 12, 3, 2
+MENU = ["b3g64", "b4g64"]
+
+
+class Runner:
+    """Runs stages one after the other in a store of its own; keys are counted, not hashed."""
+
+    def __init__(self, store_dir: Path, model_dir: Path):
+        self.store = ArtifactStore(store_dir.as_uri())
+        self.site = Site(store_url=store_dir.as_uri(), model=ModelLocation(kind="directory", place=str(model_dir)))
+        self._count = 0
+
+    def run(self, stage: Stage, config: dict[str, object], **inputs: ArtifactRef | list[ArtifactRef]) -> ArtifactRef:
+        self._count += 1
+        return run_stage(stage, f"{self._count:064x}", self.site, config, as_inputs(inputs))
+
+    def tokens(self, path: Path) -> ArtifactRef:
+        token_ids = torch.randint(2, 500, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(1))
+        write_tokens(path, token_ids)
+        return self.store.publish(
+            stage="calibration", key="0" * 64, schema="tokens/1", files={TOKENS_FILE: path}, algorithm_version=1
+        )
+
+
+@pytest.fixture
+def runner(tmp_path: Path, tiny_qwen: Path) -> Runner:
+    return Runner(tmp_path / "store", tiny_qwen)
+
+
+def test_costs_of_a_layer_come_from_the_gradients_of_every_draw(
+    runner: Runner, tmp_path: Path, tiny_qwen: Path
+) -> None:
+    structure = runner.run(discover_structure, {"weights_sha256": "0"})
+    hidden = [runner.run(embed, {}, structure=structure, tokens=runner.tokens(tmp_path / "tokens.parquet"))]
+    for layer in range(4):
+        hidden.append(runner.run(forward, {"layer": layer}, structure=structure, hidden=hidden[-1]))
+    gradients = []
+    for draw in range(DRAWS):
+        last = runner.run(sampled_gradient, {"draw": draw}, structure=structure, hidden=hidden[-1])
+        gradients.append(runner.run(backward, {"layer": 3}, structure=structure, hidden=hidden[3], gradient=last))
+    frobenius = runner.run(
+        measure_frobenius,
+        {"layer": LAYER, "menu": MENU, "quantizer": {"name": "hqq", "axis": 1}},
+        structure=structure,
+    )
+    found = runner.run(
+        measure_sequence_fisher,
+        {"layer": LAYER, "menu": MENU},
+        structure=structure,
+        frobenius=frobenius,
+        hidden=hidden[LAYER],
+        gradient=gradients,
+    )
+    rows = read_rows(runner.store.path(found, "fisher.parquet"), SEQUENCE_FISHER_SCHEMA)
+    assert len(rows) == 7 * len(MENU)
+    for row in (row for row in rows if row["kind"] == "self_attn.v_proj"):
+        changes = _by_the_library(runner, tiny_qwen, hidden[LAYER], gradients, frobenius, row)
+        assert len(changes) == DRAWS * SEQUENCES
+        assert row["loss_changes"] == pytest.approx(changes.tolist())
+        assert row["fisher"] == pytest.approx(sequence_fisher(changes, tokens_per_sequence=LENGTH - 1))
+        assert row["fisher"] > 0
+
+
+def _by_the_library(
+    runner: Runner,
+    model_dir: Path,
+    hidden: ArtifactRef,
+    gradients: list[ArtifactRef],
+    frobenius: ArtifactRef,
+    row: dict[str, int],
+) -> torch.Tensor:
+    model = StreamedModel.open(model_dir, discover(model_dir, weights_sha256="0"))
+    module = next(m for m in model.structure.in_layer(LAYER) if m.id.kind == row["kind"])
+    spec = QuantSpec(row["bits"], row["group_size"])
+    states = read_hidden_states(runner.store.path(hidden, HIDDEN_STATES_FILE))
+    changes = []
+    with model.block(LAYER) as block:
+        weight = block.get_submodule(module.id.kind).get_parameter("weight")
+        grid = load_grids(runner.store.path(frobenius, "grids.safetensors"))[module.id][spec]
+        error = {spec: grid.round_trip(weight) - weight}
+        for ref in gradients:
+            gradient = read_gradients(runner.store.path(ref, GRADIENTS_FILE))
+            inputs = model.block_inputs(LENGTH)[LAYER]
+            dtype = fast_matmul_dtype(torch.device("cpu"))
+            trace = trace_modules(block, inputs, states, gradient, [module.id.kind], dtype)[module.id.kind]
+            changes.append(sequence_loss_changes(trace, error, sequence_length=LENGTH)[spec])
+    return torch.cat(changes)
