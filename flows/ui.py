@@ -18,7 +18,7 @@ from lmq_flows.names import slug
 
 def publish_results(run_dir: Path) -> None:
     """Put the run's table, pictures and report as artifacts on the flow run."""
-    key = slug(run_dir.name).replace(".", "-")
+    key = _key(run_dir.name)
     headers, rows = results_table(read_results(run_dir / "results.json"))
     create_table_artifact(
         key=f"{key}-results", table=[dict(zip(headers, row, strict=True)) for row in rows], description="Variants"
@@ -28,5 +28,10 @@ def publish_results(run_dir: Path) -> None:
     for picture in sorted(run_dir.glob("*.png")):
         data = base64.b64encode(picture.read_bytes()).decode()
         create_image_artifact(
-            key=f"{key}-{slug(picture.stem)}", image_url=f"data:image/png;base64,{data}", description=picture.stem
+            key=f"{key}-{_key(picture.stem)}", image_url=f"data:image/png;base64,{data}", description=picture.stem
         )
+
+
+def _key(text: str) -> str:
+    """Artifact keys hold lower-case letters, digits and dashes only."""
+    return slug(text).replace(".", "-").replace("_", "-")

@@ -13,6 +13,7 @@ from prefect.client.orchestration import get_client
 import lmq
 from lmq.checkpoint import quantized_bytes
 from lmq.results import read_results
+from lmq_flows.ui import _key
 from lmq_storage import ArtifactStore
 from tests.flows.conftest import promised, run_and_look, tiny_config
 
@@ -80,6 +81,10 @@ def test_artifacts_are_on_the_flow_run(finished):
         artifacts = client.read_artifacts()
     kinds = {item.type for item in artifacts if item.flow_run_id == done.state.state_details.flow_run_id}
     assert {"table", "markdown", "image", "progress"} <= kinds
+
+
+def test_artifact_keys_are_what_prefect_allows():
+    assert _key("kurtosis-SmolLM2_135M-mlp.down_proj") == "kurtosis-smollm2-135m-mlp-down-proj"
 
 
 def test_unchanged_run_is_cached_throughout(again):
