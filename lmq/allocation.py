@@ -171,8 +171,9 @@ def solve(costs: ArrayLike, sizes_bytes: ArrayLike, budget_bytes: int, *, method
     if method == "highs":
         return _solution(cost_table, size_table, *solve_milp(cost_table, size_table, capacity))
     solution = _solution(cost_table, size_table, *solve_knapsack(cost_table, size_table, capacity))
-    if solution.gap <= PROVEN_GAP:
-        return solution
+    unproven = solution.objective - solution.lower_bound
+    if unproven <= PROVEN_GAP * max(abs(solution.objective), float(np.abs(cost_table).max())):
+        return solution  # relative to the costs where they cancel to an objective near 0
     return _continue_with_highs(cost_table, size_table, capacity, solution)
 
 

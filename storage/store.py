@@ -3,17 +3,17 @@
     blobs/<2 hex>/<sha256>           the bytes of files, named by their content
     manifests/<stage>/<key>.json     what an artifact consists of; written last
     records/                         the workflow engine's own notes of finished tasks
-    tmp/                             files being written, on this machine
+    tmp/, locks/                     files being written and locks, on this machine
 
 Bytes are written under a temporary name and get their final name by rename (or, on object stores, by one
 upload); the manifest comes last, so an artifact either is there whole or is not there. Two writers of one
-key do not disturb each other: blobs of equal content are equal, and the first manifest stays. Nothing is
+key do not disturb each other: blobs of equal content are equal, and on a local store the first manifest stays. Nothing is
 synced to the platter: bytes lost with the power are noticed by size and digest, and made again.
 """
 
 from __future__ import annotations
 
-import contextlib
+import fcntl
 import hashlib
 import os
 import platform
@@ -283,17 +283,29 @@ class ArtifactStore:
 
     def _publish_manifest(self, manifest: Manifest) -> ArtifactRef:
         """Write the manifest unless a sound artifact is there; the first of two writers wins."""
-        path = self._manifest_path(manifest.stage, manifest.key)
-        existing = self.find(manifest.stage, manifest.key)
-        if existing is not None:
-            return existing
-        if self.is_local:
-            Path(path).unlink(missing_ok=True)  # its bytes were damaged
-        self._write_atomically(path, manifest.to_text().encode(), replace=False)
-        published = self.manifest(manifest.stage, manifest.key)
-        return published.ref if published is not None else manifest.ref
+        with self._only_publisher(manifest.stage):
+            existing = self.find(manifest.stage, manifest.key)
+            if existing is None:
+                path = self._manifest_path(manifest.stage, manifest.key)
+                self._write_atomically(path, manifest.to_text().encode())
+        return existing or manifest.ref
 
-    def _write_atomically(self, path: str, data: bytes, replace: bool = True) -> None:
+    @contextmanager
+    def _only_publisher(self, stage: str) -> Iterator[None]:
+        """Hold a local store's lock of a stage, which the system releases when its holder dies.
+
+        A remote store has none: of two writers at the same moment the last one's manifest stays.
+        """
+        if not self.is_local:
+            yield
+            return
+        lock = Path(self._root) / "locks" / stage
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with lock.open("w") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            yield
+
+    def _write_atomically(self, path: str, data: bytes) -> None:
         self._fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
         if not self.is_local:
             self._fs.pipe_file(path, data)
@@ -301,11 +313,7 @@ class ArtifactStore:
         partial = Path(path).with_name(f".{uuid.uuid4().hex[:12]}")
         try:
             partial.write_bytes(data)
-            if replace:
-                partial.replace(path)
-            else:
-                with contextlib.suppress(FileExistsError):
-                    os.link(partial, path)
+            partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
 

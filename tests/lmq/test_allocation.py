@@ -194,3 +194,12 @@ def test_an_allocation_survives_its_table(tmp_path):
     assert Allocation.from_rows(rows).gap is None
     assert list(allocation.specs) == [ModuleId(0, "mlp.up_proj"), ModuleId(1, "mlp.up_proj")]
     assert allocation.bits_per_weight == 8 * allocation.size_bytes / 8192
+
+
+def test_optimum_of_zero_among_large_costs_is_proven_without_a_second_solver(caplog):
+    costs = np.array([[5.0, 0.0, -3.0], [4.0, 0.0, 7.0], [3.0, 0.0, 6.0]])
+    sizes = np.array([[1, 2, 9], [1, 2, 9], [1, 2, 9]])
+    solution = solve(costs, sizes, 6)
+    assert solution.objective == 0.0
+    assert solution.size_bytes == 6
+    assert not caplog.records

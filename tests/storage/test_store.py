@@ -122,7 +122,8 @@ def test_materialize_lays_files_out_and_replaces(store, tmp_path):
     ]
 
 
-def test_many_writers_of_one_key_agree(tmp_path):
+@pytest.mark.parametrize("repetition", range(20))
+def test_many_writers_of_one_key_agree(tmp_path, repetition):
     store_url = str(tmp_path / "store")
     refs = []
 
