@@ -7,8 +7,9 @@
 
 Bytes are written under a temporary name and get their final name by rename (or, on object stores, by one
 upload); the manifest comes last, so an artifact either is there whole or is not there. Two writers of one
-key do not disturb each other: blobs of equal content are equal, and on a local store the first manifest stays. Nothing is
-synced to the platter: bytes lost with the power are noticed by size and digest, and made again.
+key do not disturb each other: blobs of equal content are equal, and on a local store the first manifest
+stays. Nothing is synced to the platter: bytes lost with the power are noticed by size and digest, and made
+again.
 """
 
 from __future__ import annotations
