@@ -42,8 +42,6 @@ WINDOWS_SCHEMA = TableSchema(
     ),
 )
 
-_LOGITS_AT_ONCE = 1 << 24
-"""Logits held at a time (64 MB in float32), whatever the vocabulary."""
 
 BlockPreparation = Callable[[nn.Module, int], None]
 """Called with a freshly loaded block and its layer, before it is used: puts quantized weights in place."""
@@ -83,7 +81,7 @@ def score_windows(
     `reference` are the full-precision model's states of the same shape, or None. Raises NotFiniteError naming
     a window whose logits are not finite.
     """
-    step = max(1, _LOGITS_AT_ONCE // model.structure.vocabulary_size)
+    step = model.tokens_at_once
     rows = []
     for index, window in enumerate(windows):
         last = tokens.shape[1] - 1

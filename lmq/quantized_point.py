@@ -16,9 +16,6 @@ from lmq.capture import forward_block
 from lmq.finite import require_finite
 from lmq.streaming import BlockInputs, StreamedModel
 
-_LOGITS_AT_ONCE = 1 << 24
-"""Logits held at a time (64 MB in float32), whatever the vocabulary."""
-
 LayerWeights = Callable[[int], Mapping[str, Tensor]]
 """Weights [out_features, in_features] of a layer by module kind, as a choice has them."""
 
@@ -64,7 +61,7 @@ def divergence_gradient(model: StreamedModel, hidden: Tensor, reference_states: 
     The last position of every sequence counts for nothing, as in the loss.
     """
     gradient = torch.zeros_like(hidden, dtype=torch.float32)
-    step = max(1, _LOGITS_AT_ONCE // model.structure.vocabulary_size)
+    step = model.tokens_at_once
     states, reference = (part[:, :-1].flatten(0, 1).split(step) for part in (hidden, reference_states))
     pieces = []
     for piece, reference_piece in zip(states, reference, strict=True):

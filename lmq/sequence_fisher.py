@@ -40,9 +40,6 @@ SEQUENCE_FISHER_SCHEMA = TableSchema(
 )
 """`fisher` in nats per token, from `loss_changes`: one per draw of labels and sequence, sequences fastest."""
 
-_LOGITS_AT_ONCE = 1 << 24
-"""Logits held at a time (64 MB in float32), whatever the vocabulary."""
-
 
 def sampled_loss_gradient(model: StreamedModel, hidden: Tensor, *, seed: int) -> Tensor:
     """Gradient of the summed loss, for labels the model draws itself, at the states that leave the last block.
@@ -55,7 +52,7 @@ def sampled_loss_gradient(model: StreamedModel, hidden: Tensor, *, seed: int) ->
     gradient = torch.zeros_like(hidden, dtype=torch.float32)
     states = hidden[:, :-1].flatten(0, 1)
     pieces = []
-    for piece in states.split(max(1, _LOGITS_AT_ONCE // model.structure.vocabulary_size)):
+    for piece in states.split(model.tokens_at_once):
         leaving = piece.detach().to(model.device, model.dtype).requires_grad_(True)
         with torch.enable_grad():
             logits = model.head_logits(leaving).float()

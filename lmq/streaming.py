@@ -99,6 +99,11 @@ class StreamedModel:
         model = build_skeleton(model_dir)
         return cls(model, structure, match_tensors(model, read_headers(model_dir)), torch.device(device), dtype)
 
+    @property
+    def tokens_at_once(self) -> int:
+        """Tokens whose logits are held at a time."""
+        return max(1, _LOGITS_AT_ONCE // self.structure.vocabulary_size)
+
     @contextmanager
     def block(self, layer: int) -> Iterator[nn.Module]:
         """A decoder block with its weights in `dtype`; they are released on leaving, whoever still holds it.
@@ -174,7 +179,7 @@ class StreamedModel:
         gradient = torch.zeros_like(hidden, dtype=torch.float32)
         states, targets = hidden[:, :-1].flatten(0, 1), token_ids[:, 1:].flatten().to(self.device).long()
         pieces, loss_sum = [], 0.0
-        step = max(1, _LOGITS_AT_ONCE // self.structure.vocabulary_size)
+        step = self.tokens_at_once
         for start in range(0, len(states), step):
             piece = states[start : start + step].detach().to(self.device, self.dtype).requires_grad_(True)
             with torch.enable_grad():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import lmq
-from lmq import evaluation
+from lmq import streaming
 from lmq.calibration import bos_prefix
 from lmq.checkpoint import write_checkpoint
 from lmq.discovery import discover
@@ -123,7 +123,7 @@ def test_a_large_vocabulary_is_scored_piece_by_piece(
     tiny_qwen: Path, stream: Tensor, logits_at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = rows_against_full_precision(tiny_qwen, stream, STRIDE, None)
-    monkeypatch.setattr(evaluation, "_LOGITS_AT_ONCE", logits_at_once)
+    monkeypatch.setattr(streaming, "_LOGITS_AT_ONCE", logits_at_once)
     for row, expected in zip(rows_against_full_precision(tiny_qwen, stream, STRIDE, None), whole, strict=True):
         assert row == pytest.approx(expected, rel=1e-5)
 
