@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,6 +74,14 @@ class Graph:
 
     def __len__(self) -> int:
         return len(self.nodes)
+
+    def leading_to(self, wanted: Sequence[Node]) -> list[Node]:
+        """The wanted nodes and all that they are made from, in order."""
+        needed = set(wanted)
+        for node in reversed(self.nodes):
+            if node in needed:
+                needed.update(node.parents)
+        return [node for node in self.nodes if node in needed]
 
     def children(self) -> dict[Node, list[Node]]:
         """For every node, the nodes that take it as input."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lmq.budget import Budget, check_feasible
+from lmq.allocation import check_feasible_program
+from lmq.budget import Budget, check_feasible, module_sizes
+from lmq.module_divergence import default_specs
 from lmq.quant_spec import QuantSpec
 from lmq.strategies import strategy
 from lmq.structure import ModelStructure
 from lmq_flows.graph import FileOf, Graph, Input, Node
-from lmq_flows.run_config import ModelConfig, RunConfig, StrategyConfig, TextConfig
+from lmq_flows.run_config import CalibrationConfig, ModelConfig, RunConfig, StrategyConfig, TextConfig
 from lmq_storage import ArtifactRef
 from lmq_tasks import STAGES
 from lmq_tasks.stage import Site
@@ -68,7 +70,10 @@ class Measurements:
     sensitivity: list[Node]
     fisher: list[Node]
     sequence_fisher: list[Node]
+    divergence: list[Node]
     outliers: Node | None
+    trials: dict[str, Input | list[Input]]
+    """Inputs of the stage that tries plans on the model, beside the tables of its candidates."""
 
 
 def resolve_budgets(config: RunConfig, model: PreparedModel) -> dict[str, int]:
@@ -77,6 +82,10 @@ def resolve_budgets(config: RunConfig, model: PreparedModel) -> dict[str, int]:
     for text, budget_bytes in budgets.items():
         what = f"the budget {text!r} of model {model.config.name}"
         check_feasible(budget_bytes, model.structure, model.menu, what=what)
+        if config.constraints.plain:
+            modules = model.structure.modules
+            constraints = config.constraints.parsed().compile(modules, model.menu)
+            check_feasible_program(module_sizes(modules, model.menu), budget_bytes, constraints)
     return budgets
 
 
@@ -125,11 +134,11 @@ class _ModelGraph:
             for layer in range(self._model.structure.layers)
         ]
 
-    def _tokens(self, stage: str, text: TextConfig, sizes: dict[str, int]) -> Node:
+    def _tokens(self, stage: str, text: TextConfig, sizes: dict[str, int], what: str = "") -> Node:
         identity = self._texts[text.source]
         config = {"text": identity.identity, "column": text.column, "part": text.part, "seed": text.seed, **sizes}
         site = replace(self._model.site, text=identity.location)
-        return self._add(stage, "", config, {}, site=site, expected_bytes=12 * sizes["tokens"])
+        return self._add(stage, what, config, {}, site=site, expected_bytes=12 * sizes["tokens"])
 
     def _measure(self) -> Measurements:
         measure = self._config.measure
@@ -142,9 +151,13 @@ class _ModelGraph:
         sensitivity: list[Node] = []
         fisher: list[Node] = []
         sequence_fisher: list[Node] = []
+        divergence: list[Node] = []
+        trials: dict[str, Input | list[Input]] = {}
         if self._config.needs_calibration:
             hidden, last, tokens = self._capture_forward()
             keep = last.expected_bytes
+            if "trials" in self._needs:
+                trials = {"tokens": tokens, "hidden": last, "validation": self._validation_tokens()}
             if "sensitivity" in self._needs:
                 spec = {"spec": measure.sensitivity_spec}
                 sensitivity = self._per_layer("sensitivity", spec, frobenius=frobenius, hidden=hidden)
@@ -156,11 +169,14 @@ class _ModelGraph:
                     "fisher", {"menu": menu}, frobenius=frobenius, hidden=hidden, gradient=gradients
                 )
             if "sequence_fisher" in self._needs:
-                draws = [self._capture_draw(draw, hidden, last) for draw in range(measure.label_draws)]
-                by_layer = [list(gradients) for gradients in zip(*draws, strict=True)]
+                gradients = self._capture_draws(hidden, last)
                 sequence_fisher = self._per_layer(
-                    "sequence-fisher", {"menu": menu}, frobenius=frobenius, hidden=hidden, gradient=by_layer
+                    "sequence-fisher", {"menu": menu}, frobenius=frobenius, hidden=hidden, gradient=gradients
                 )
+            if "divergence" in self._needs:
+                alone = {"specs": self._kl_specs(), "sequences": measure.kl_sequences}
+                lasts = [last] * len(hidden)
+                divergence = self._per_layer("module-divergence", alone, frobenius=frobenius, hidden=hidden, last=lasts)
         outliers = None
         if kurtosis or sensitivity:
             signals = {"kurtosis": kurtosis, "sensitivity": sensitivity}
@@ -171,17 +187,15 @@ class _ModelGraph:
             sensitivity=sensitivity,
             fisher=fisher,
             sequence_fisher=sequence_fisher,
+            divergence=divergence,
             outliers=outliers,
+            trials=trials,
         )
 
     def _capture_forward(self) -> tuple[list[Node], Node, Node]:
         """States entering every block, states leaving the last one, and the calibration tokens."""
         calibration = self._config.calibration
-        sizes = {
-            "tokens": calibration.sequences * calibration.sequence_length,
-            "sequences": calibration.sequences,
-            "sequence_length": calibration.sequence_length,
-        }
+        sizes = _sizes(calibration, calibration.sequences)
         tokens = self._tokens("calibration", calibration, sizes)
         keep = sizes["tokens"] * self._model.structure.hidden_size * FLOAT32_BYTES
         hidden = [self._add("embed", "", {}, {"tokens": tokens}, expected_bytes=keep)]
@@ -191,20 +205,31 @@ class _ModelGraph:
             hidden.append(node)
         return hidden[:-1], hidden[-1], tokens
 
-    def _capture_draw(self, draw: int, hidden: list[Node], last: Node) -> list[Node]:
-        """Gradient at every block's output for one draw of labels."""
-        config = {"draw": self._config.calibration.seed + draw}
-        keep = last.expected_bytes
-        gradient = self._add("sampled-loss-gradient", f"draw {draw}", config, {"hidden": last}, expected_bytes=keep)
-        return self._capture_backward(hidden, gradient, f"draw {draw} ")
+    def _kl_specs(self) -> list[str]:
+        given = self._config.measure.kl_specs
+        return list(given) if given else [spec.name for spec in default_specs(self._model.menu)]
 
-    def _capture_backward(self, hidden: list[Node], gradient: Node, what: str = "") -> list[Node]:
+    def _validation_tokens(self) -> Node:
+        """Sequences of the calibration text after those that are measured on."""
+        calibration = self._config.calibration
+        sizes = _sizes(calibration, calibration.validation_sequences)
+        return self._tokens("calibration", calibration, {**sizes, "skipped": calibration.sequences}, "validation")
+
+    def _capture_draws(self, hidden: list[Node], last: Node) -> list[Node]:
+        """Gradients at every block's output for labels that the model draws."""
+        draws = self._config.measure.label_draws
+        config = {"draws": draws, "seed": self._config.calibration.seed}
+        keep = draws * (last.expected_bytes or 0)
+        gradient = self._add("sampled-loss-gradient", "", config, {"hidden": last}, expected_bytes=keep)
+        return self._capture_backward(hidden, gradient, "sampled-backward")
+
+    def _capture_backward(self, hidden: list[Node], gradient: Node, stage: str = "backward") -> list[Node]:
         """Gradient at every block's output, from the one at the last block's."""
         gradients = [gradient]
         for layer in range(self._model.structure.layers - 1, 0, -1):
             inputs = {"hidden": hidden[layer], "gradient": gradients[-1]}
             config = {"layer": layer}
-            node = self._add("backward", f"{what}layer {layer}", config, inputs, expected_bytes=gradient.expected_bytes)
+            node = self._add(stage, f"layer {layer}", config, inputs, expected_bytes=gradient.expected_bytes)
             gradients.append(node)
         return gradients[::-1]
 
@@ -228,17 +253,24 @@ class _ModelGraph:
         assert variant.strategy is not None
         what = f"{variant.strategy.label} @ {variant.budget}"
         label = variant.label
-        needs = strategy(variant.strategy.name, **variant.strategy.options).needs
+        chosen = strategy(variant.strategy.name, **variant.strategy.options)
+        needs = chosen.needs
         config = {
             "strategy": variant.strategy.name,
             "options": variant.strategy.options,
             "budget_bytes": variant.budget_bytes,
             "menu": [spec.name for spec in self._model.menu],
         }
-        signals: dict[str, Input | list[Input]] = {
-            need: list(getattr(self.measurements, need)) for need in sorted(needs)
+        if self._config.constraints.plain and chosen.keeps_constraints:
+            config["constraints"] = self._config.constraints.plain
+        inputs: dict[str, Input | list[Input]] = {
+            need: list(getattr(self.measurements, need)) for need in sorted(needs - {"trials"})
         }
-        variant.allocation = self._add("allocate", what, config, signals, variant=label)
+        stage = "allocate"
+        if "trials" in needs:
+            stage = "refine"
+            inputs |= self.measurements.trials
+        variant.allocation = self._add(stage, what, config, inputs, variant=label)
         for layer, frobenius in enumerate(self.measurements.frobenius):
             choice = FileOf(variant.allocation, layer_choice_file(layer))
             inputs = {"choice": choice, "frobenius": frobenius}
@@ -264,6 +296,14 @@ class _ModelGraph:
         modules = self._model.structure.in_layer(0)
         sizes = [spec.size_bytes(m.parameters) - m.parameters * spec.bits // 8 for spec in specs for m in modules]
         return sum(sizes)
+
+
+def _sizes(calibration: CalibrationConfig, sequences: int) -> dict[str, int]:
+    return {
+        "tokens": sequences * calibration.sequence_length,
+        "sequences": sequences,
+        "sequence_length": calibration.sequence_length,
+    }
 
 
 def layer_choice_file(layer: int) -> str:

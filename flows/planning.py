@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lmq.structure import ModelStructure
 from lmq_flows.graph import Graph, Node, resolve_inputs
 from lmq_flows.pipeline import PreparedModel, TextIdentity, build_graph, resolve_budgets
 from lmq_flows.plan import PlannedNode, plan_graph
 from lmq_flows.prepare import (
-    absolute_store_url,
     check_directory,
     check_texts,
     identify_models,
     identify_texts,
     preparation_graph,
     prepared_model,
-    read_structure_of,
     resolve_device,
 )
-from lmq_flows.run_config import RunConfig, parse_run_config
+from lmq_flows.run_config import RunConfig
 from lmq_storage import ArtifactRef
 from lmq_tasks.stage import open_store, run_stage, stage_key
 
 
-def execute_directly(graph: Graph) -> dict[Node, ArtifactRef]:
-    """Run all nodes one after the other in this thread, without Prefect; errors are raised as they are."""
+def execute_directly(graph: Graph, wanted: Sequence[Node] | None = None) -> dict[Node, ArtifactRef]:
+    """Run nodes one after the other in this thread, without Prefect; errors are raised as they are.
+
+    `wanted` and what they are made from; None: all.
+    """
     refs: dict[Node, ArtifactRef] = {}
-    for node in graph:
+    for node in graph if wanted is None else graph.leading_to(wanted):
         inputs = resolve_inputs(node, {done: ref.to_json() for done, ref in refs.items()})
         key = stage_key(open_store(node.site.store_url), node.stage, node.config, inputs)
         refs[node] = run_stage(node.stage, key, node.site, node.config, inputs)
@@ -57,6 +58,17 @@ def plan_run(config: RunConfig) -> tuple[list[PlannedNode], list[str]]:
     return planned, ready.to_convert
 
 
+def ready_models(config: RunConfig) -> tuple[list[PreparedModel], dict[str, TextIdentity]]:
+    """The models of a run, converted and inspected where that was not done, and its texts, checked.
+
+    Raises InputError as a run would.
+    """
+    graph, _ = preparation_graph(config, identify_models(config))
+    execute_directly(graph)
+    ready = _Ready.of(config)
+    return ready.models, ready.texts
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Ready:
     """What a run starts from, as far as it can be had without a conversion, and checked."""
@@ -84,19 +96,3 @@ class _Ready:
             resolve_budgets(config, ready)
         check_texts(config, models)
         return cls(texts=texts, preparation=preparation, models=models, to_convert=sorted(to_convert))
-
-
-def inspect_model(source: str, store: str) -> ModelStructure:
-    """Structure of a model; a GGUF file is converted into the store first."""
-    config = parse_run_config(
-        {
-            "name": "inspect",
-            "models": [{"name": "model", "source": source}],
-            "strategies": ["uniform"],
-            "budgets": ["8 bpw"],
-            "store": store,
-        }
-    )
-    graph, structures = preparation_graph(config, identify_models(config))
-    ref = execute_directly(graph)[structures["model"]]
-    return read_structure_of(open_store(absolute_store_url(store)), ref)

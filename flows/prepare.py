@@ -191,8 +191,8 @@ def check_texts(config: RunConfig, models: list[PreparedModel]) -> None:
             if isinstance(text, EvaluationConfig):
                 full_windows(len(token_stream(found, tokenizer, text.tokens)), text.window, text.stride)
             elif isinstance(text, CalibrationConfig) and config.needs_calibration:
-                sizes = text.model_dump(include={"sequence_length", "sequences", "seed"})
-                pack_tokens(found, tokenizer, **sizes)
+                sizes = text.model_dump(include={"sequence_length", "seed"})
+                pack_tokens(found, tokenizer, sequences=config.calibration_sequences, **sizes)
 
 
 def _check_sensitivity_spec(config: RunConfig, structure: ModelStructure) -> None:

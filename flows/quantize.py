@@ -218,7 +218,7 @@ def _report_inputs(
         inputs[f"{name} structure"] = model.structure_ref
         of_model = [node for node in outcomes if node.site.model == model.site.model]
         inputs[f"{name} all"] = there(of_model)
-        for signal in ("kurtosis", "sensitivity", "frobenius", "fisher"):
+        for signal in ("kurtosis", "sensitivity", "frobenius", "fisher", "sequence_fisher"):
             nodes = getattr(measured[name], signal)
             if nodes and len(there(nodes)) == len(nodes):
                 inputs[f"{name} {signal}"] = there(nodes)

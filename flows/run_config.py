@@ -10,9 +10,12 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from lmq.budget import Budget
+from lmq.constraints import Constraints
+from lmq.constraints_text import parse_constraints
 from lmq.errors import InputError
 from lmq.quant_spec import STOPS, QuantSpec
-from lmq.strategies import strategy
+from lmq.strategies import STRATEGIES, strategy
+from lmq.strategies.uniform import Uniform
 from lmq_flows.config_problems import problem_texts
 from lmq_flows.names import slug
 from lmq_flows.overrides import apply_override
@@ -86,6 +89,9 @@ class CalibrationConfig(TextConfig):
     part: Literal["all", "first", "second"] = "first"
     sequences: int = Field(16, ge=1)
     sequence_length: int = Field(512, ge=8)
+    validation_sequences: int = Field(
+        6, ge=1, description="More sequences of the same text, on which `auto` compares plans and nothing is measured"
+    )
 
 
 class EvaluationConfig(TextConfig):
@@ -112,8 +118,12 @@ class MeasureConfig(_Section):
     quantizer: Literal["hqq", "rtn", "hqq-package"] = "hqq"
     axis: Literal[0, 1] = Field(1, description="1: groups along in_features; 0: along out_features, as in the papers")
     label_draws: int = Field(
-        default=2, ge=1, description="Draws of labels per calibration sequence, for the sequence-wise Fisher cost"
+        default=4, ge=1, description="Draws of labels per calibration sequence, for the sequence-wise Fisher cost"
     )
+    kl_specs: Menu | None = Field(
+        None, description="Configurations whose divergence `kl` measures; default: one per bit width up to 4"
+    )
+    kl_sequences: int = Field(2, ge=1, description="Calibration sequences that `kl` measures on")
     sensitivity_spec: SpecName = Field("b4g64", description="Configuration that activation sensitivity is measured at")
 
 
@@ -134,6 +144,32 @@ class StrategyConfig(_Section):
         return " ".join([self.name, *(f"{key}={value}" for key, value in sorted(self.options.items()))])
 
 
+class ConstraintsConfig(_Section):
+    """What allocations keep beside the budget; strategies that solve a program keep them, uniform ignores them."""
+
+    alike: tuple[str | tuple[str, ...], ...] = Field(
+        (), description="Kinds with one configuration per layer: qkv, gate-up, or lists of kinds"
+    )
+    fixed: dict[str, SpecName] = Field({}, description='Pattern over LAYER.KIND → configuration: {"0.*": b8g64}')
+    floor: dict[str, SpecName] = Field({}, description="Pattern → least configuration")
+    most_configurations: int | None = Field(None, description="How many different configurations may be in use")
+    device_limits: dict[str, str] = Field({}, description='Layers → bytes: {"0-15": 1.5 GB}')
+
+    @model_validator(mode="after")
+    def _is_readable(self) -> ConstraintsConfig:
+        _checked(self.parsed)
+        return self
+
+    def parsed(self) -> Constraints:
+        """The constraints as the library takes them."""
+        return parse_constraints(self.model_dump())
+
+    @property
+    def plain(self) -> dict[str, Any]:
+        """What was set, as plain values."""
+        return self.model_dump(mode="json", exclude_defaults=True)
+
+
 class RunnerConfig(_Section):
     """How work is spread. Changes no result's key."""
 
@@ -151,6 +187,7 @@ class RunConfig(_Section):
     budgets: Annotated[tuple[BudgetText, ...], AfterValidator(_without_repeats)] = Field(
         min_length=1, description='"4.25" (bits per weight), "80 MB", "uniform b4g64 + 2%"'
     )
+    constraints: ConstraintsConfig = ConstraintsConfig()
     calibration: CalibrationConfig = CalibrationConfig()
     measure: MeasureConfig = MeasureConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -194,6 +231,24 @@ class RunConfig(_Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _strategies_keep_the_constraints(self) -> RunConfig:
+        if not self.constraints.plain:
+            return self
+        for item in self.strategies:
+            if item.name != Uniform.name and not STRATEGIES[item.name].keeps_constraints:
+                able = ", ".join(name for name, each in STRATEGIES.items() if each.keeps_constraints)
+                raise ValueError(f"strategy {item.label!r} keeps no constraints; those that do: {able}")
+        return self
+
+    @model_validator(mode="after")
+    def _kl_specs_are_on_the_menus(self) -> RunConfig:
+        for menu in (model.menu or self.measure.menu for model in self.models):
+            missing = [spec for spec in self.measure.kl_specs or () if spec not in menu]
+            if missing:
+                raise ValueError(f"measure.kl_specs has {missing[0]}, which is not on the menu {', '.join(menu)}")
+        return self
+
     @property
     def run_dir(self) -> Path:
         """Where this run's results are written."""
@@ -207,13 +262,20 @@ class RunConfig(_Section):
     @property
     def needs_calibration(self) -> bool:
         """Whether a strategy uses what is measured on calibration text."""
-        return bool(self.needs & {"sensitivity", "fisher", "sequence_fisher"})
+        return bool(self.needs & {"sensitivity", "fisher", "sequence_fisher", "divergence", "trials"})
+
+    @property
+    def calibration_sequences(self) -> int:
+        """Sequences taken from the calibration text: those measured on, and those that plans are tried on."""
+        validation = self.calibration.validation_sequences if "trials" in self.needs else 0
+        return self.calibration.sequences + validation
 
 
 _SECTIONS: dict[str, type[BaseModel]] = {
     "": RunConfig,
     "models": ModelConfig,
     "strategies": StrategyConfig,
+    "constraints": ConstraintsConfig,
     "calibration": CalibrationConfig,
     "measure": MeasureConfig,
     "evaluation": EvaluationConfig,

@@ -5,16 +5,18 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import ArrayLike
 
+from lmq.column_sets import smallest_choice, solve_column_sets
 from lmq.errors import InfeasibleBudget, InputError, unknown_name
-from lmq.knapsack import solve_knapsack, total
+from lmq.knapsack import total
 from lmq.milp import solve_milp
+from lmq.program import Program, ProgramConstraints
 from lmq.quant_spec import QuantSpec
 from lmq.structure import ModuleId
 from lmq.tables import MODULE_FIELDS, SPEC_FIELDS, TableSchema
@@ -24,8 +26,8 @@ logger = logging.getLogger(__name__)
 METHODS = ("knapsack", "highs")
 PROVEN_GAP = 1e-9
 """A relative gap up to this counts as proven optimal."""
-FALLBACK_TIME_LIMIT_S = 120.0
-"""What HiGHS gets for the rare table on which the knapsack search needs too much memory."""
+TIME_LIMIT_S = 120.0
+"""What HiGHS gets for limits, and for the rare table on which the knapsack search needs too much memory."""
 
 ALLOCATION_SCHEMA = TableSchema(
     "allocation",
@@ -149,15 +151,22 @@ class Allocation:
         return cls(assignments=assignments, objective=objective, lower_bound=lower_bound)
 
 
-def solve(costs: ArrayLike, sizes_bytes: ArrayLike, budget_bytes: int, *, method: str = "knapsack") -> Solution:
+def solve(
+    costs: ArrayLike,
+    sizes_bytes: ArrayLike,
+    budget_bytes: int,
+    *,
+    method: str = "knapsack",
+    constraints: ProgramConstraints | None = None,
+) -> Solution:
     """Choose one configuration per module with the least total cost and a total size within the budget.
 
     `costs` float and `sizes_bytes` int, both [modules, configurations]. Both methods prove the optimum to a relative
     gap of 1e-9: `knapsack` in milliseconds (`lmq.knapsack`), `highs` through PuLP in seconds to minutes (`lmq.milp`).
-    Where the knapsack search would need too much memory, HiGHS takes over for at most two minutes; `gap` says
-    what is proven. Source: MXQ equations 1 to 3.
-    Raises InfeasibleBudget if even the smallest choice is over the budget, InputError for costs that are not finite,
-    sizes that are not positive whole numbers, or shapes that differ.
+    Where the knapsack search would need too much memory, and for constraints with limits, HiGHS takes over for at
+    most two minutes; `gap` says what is proven. Source: MXQ equations 1 to 3.
+    Raises InfeasibleBudget if even the smallest choice is over the budget or a limit, InputError for costs that are
+    not finite, sizes that are not positive whole numbers, shapes that differ, or constraints that contradict.
     """
     if method not in METHODS:
         raise unknown_name("method", method, METHODS)
@@ -166,15 +175,29 @@ def solve(costs: ArrayLike, sizes_bytes: ArrayLike, budget_bytes: int, *, method
         raise InputError(
             f"costs have shape {cost_table.shape} and sizes {size_table.shape}; both must be [modules, configurations]"
         )
-    check_budget(budget_bytes, size_table)
-    capacity = min(math.floor(budget_bytes), int(size_table.max(axis=1).sum()))
+    program = Program.of(cost_table, size_table, constraints)
+    smallest = _smallest_within(program, budget_bytes)
+    capacity = min(math.floor(budget_bytes), program.size_bytes(program.largest))
     if method == "highs":
-        return _solution(cost_table, size_table, *solve_milp(cost_table, size_table, capacity))
-    solution = _solution(cost_table, size_table, *solve_knapsack(cost_table, size_table, capacity))
+        return _solution(cost_table, size_table, program, *solve_milp(program, capacity, smallest))
+    if program.limits:
+        milp = solve_milp(program, capacity, smallest, time_limit_s=TIME_LIMIT_S)
+        return _solution(cost_table, size_table, program, *milp)
+    choice, lower_bound = solve_column_sets(program, capacity)
+    solution = _solution(cost_table, size_table, program, choice, lower_bound)
     unproven = solution.objective - solution.lower_bound
     if unproven <= PROVEN_GAP * max(abs(solution.objective), float(np.abs(cost_table).max())):
         return solution  # relative to the costs where they cancel to an objective near 0
-    return _continue_with_highs(cost_table, size_table, capacity, solution)
+    logger.warning("knapsack search needs too much memory at a gap of %.1e; continuing with HiGHS", solution.gap)
+    found, bound = solve_milp(program, capacity, choice, time_limit_s=TIME_LIMIT_S)
+    better = min(found, choice, key=lambda candidate: total(program.costs, candidate))
+    return _solution(cost_table, size_table, program, better, max(bound, lower_bound))
+
+
+def check_feasible_program(sizes_bytes: ArrayLike, budget_bytes: int, constraints: ProgramConstraints) -> None:
+    """Raise what `solve` would for this budget and these constraints, before anything has a cost."""
+    sizes = _checked_sizes(sizes_bytes)
+    _smallest_within(Program.of(np.zeros(sizes.shape), sizes, constraints), budget_bytes)
 
 
 def check_budget(budget_bytes: int, sizes_bytes: np.ndarray, *, what: str = "the budget") -> None:
@@ -193,14 +216,41 @@ def relative_gap(objective: float, lower_bound: float) -> float:
     return (objective - lower_bound) / abs(objective) if objective else math.inf
 
 
-def _continue_with_highs(costs: np.ndarray, sizes: np.ndarray, capacity: int, found: Solution) -> Solution:
-    logger.warning("knapsack search needs too much memory at a gap of %.1e; continuing with HiGHS", found.gap)
-    choice, bound = solve_milp(costs, sizes, capacity, time_limit_s=FALLBACK_TIME_LIMIT_S)
-    better = min(choice, found.choice, key=lambda candidate: total(costs, candidate))
-    return _solution(costs, sizes, better, max(bound, found.lower_bound))
+def _smallest_within(program: Program, budget_bytes: int) -> np.ndarray:
+    """The smallest choice [rows] that keeps the constraints, checked to be within the budget and every limit."""
+    if not math.isfinite(budget_bytes):
+        raise InputError(f"a budget of {budget_bytes} bytes is not a number of bytes; give a positive whole number")
+    for limit in program.limits:
+        least, most = (program.size_bytes(choice, limit.rows) for choice in (program.smallest, program.largest))
+        if limit.size_bytes < least:
+            raise InfeasibleBudget(limit.size_bytes, least, most, limit.name)
+    smallest = smallest_choice(program)
+    if smallest is None:
+        limits = " and ".join(["", *(limit.name for limit in program.limits)])
+        raise InputError(
+            f"no allocation keeps at most {program.most_configurations} different configurations{limits} together; "
+            "allow more of them, or relax what is fixed, floored or limited"
+        )
+    if budget_bytes < program.size_bytes(smallest):
+        what = "under the constraints the budget" if program.is_constrained else "the budget"
+        largest_bytes = _largest_bytes(program, smallest)
+        raise InfeasibleBudget(math.floor(budget_bytes), program.size_bytes(smallest), largest_bytes, what)
+    return smallest
 
 
-def _solution(costs: np.ndarray, sizes: np.ndarray, choice: np.ndarray, lower_bound: float) -> Solution:
+def _largest_bytes(program: Program, smallest: np.ndarray) -> int:
+    """The largest size of any choice that keeps the constraints."""
+    by_size = replace(program, costs=-program.sizes.astype(np.float64))
+    capacity = program.size_bytes(program.largest)
+    if program.limits:
+        return program.size_bytes(solve_milp(by_size, capacity, smallest, time_limit_s=TIME_LIMIT_S)[0])
+    return program.size_bytes(solve_column_sets(by_size, capacity)[0])
+
+
+def _solution(
+    costs: np.ndarray, sizes: np.ndarray, program: Program, choice_of_rows: np.ndarray, lower_bound: float
+) -> Solution:
+    choice = choice_of_rows[program.row_of]
     objective = float(total(costs, choice))
     return Solution(choice, objective, min(lower_bound, objective), int(total(sizes, choice)))
 

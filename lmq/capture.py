@@ -51,16 +51,22 @@ def backward_block(
 ) -> Tensor:
     """Loss gradient at the states that enter a block, from the one at those that leave it.
 
-    The block is run again on `hidden` [sequences, sequence_length, hidden], which entered it; `gradient` and the
-    result have the same shape. Weights get no gradient. Raises NotFiniteError naming the layer.
+    The block is run again on `hidden` [sequences, sequence_length, hidden], which entered it, once for all draws;
+    `gradient` and the result are [draws · sequences, sequence_length, hidden], sequences fastest. Weights get no
+    gradient. Raises NotFiniteError naming the layer.
     """
-    entering_gradient = torch.empty_like(hidden, dtype=torch.float32)
+    entering_gradient = torch.empty_like(gradient, dtype=torch.float32)
+    draws = range(0, len(gradient), len(hidden))
     for start in range(0, len(hidden), batch):
-        piece = slice(start, start + batch)
-        entering = hidden[piece].detach().requires_grad_(True)
+        count = len(hidden[start : start + batch])
+        entering = hidden[start : start + count].detach().requires_grad_(True)
         with torch.enable_grad():
             leaving = inputs.run(block, entering)
-        (entering_gradient[piece],) = torch.autograd.grad(leaving, entering, gradient[piece].to(leaving))
+        for draw in draws:
+            piece = slice(draw + start, draw + start + count)
+            (entering_gradient[piece],) = torch.autograd.grad(
+                leaving, entering, gradient[piece].to(leaving), retain_graph=draw != draws[-1]
+            )
     require_finite(entering_gradient, f"the loss gradient at the states that enter layer {layer}")
     return entering_gradient
 

@@ -7,13 +7,14 @@ grid contains that one reproduces the weights for nothing, which says nothing ab
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lmq.quant_spec import QuantSpec
+from lmq.structure import ModuleId
 
 GROUP_SIZES = (256, 128, 64, 32, 16)
 MOST_BITS = 8
@@ -58,6 +59,24 @@ def unfair_configurations(found: CoarseGrid | None, menu: Iterable[QuantSpec], *
     if found is None or axis != 1:
         return []
     return [spec for spec in menu if found.group_size % spec.group_size == 0 and spec.bits >= found.bits]
+
+
+def coarse_grid_warnings(
+    found: Mapping[ModuleId, CoarseGrid | None], menu: Sequence[QuantSpec], *, axis: int = 1
+) -> list[str]:
+    """A sentence for every kind of grid that makes configurations of the menu unfair, naming these; often none."""
+    warnings = []
+    for grid in sorted({grid for grid in found.values() if grid is not None}, key=lambda grid: grid.bits_per_weight):
+        unfair = unfair_configurations(grid, menu, axis=axis)
+        if unfair:
+            count = sum(other == grid for other in found.values())
+            warnings.append(
+                f"{count} of {len(found)} matrices already lie on a grid of {grid.bits} bits in groups of "
+                f"{grid.group_size}, as in a model opened from a quantized file: "
+                f"{', '.join(spec.name for spec in unfair)} can rebuild them almost exactly, which says nothing about "
+                "these configurations. Take them out of the menu, or start from the unquantized model."
+            )
+    return warnings
 
 
 def _grid_in_groups(weight: Tensor, group_size: int) -> CoarseGrid | None:

@@ -29,5 +29,9 @@ def score_tokens(logits: Tensor, targets: Tensor, reference_logits: Tensor | Non
         return TokenScores(nll.double(), None, None)
     reference = torch.log_softmax(reference_logits.float(), dim=-1)
     agrees = reference.argmax(dim=-1) == log_probabilities.argmax(dim=-1)
-    kl = (reference.exp() * (reference - log_probabilities)).sum(dim=-1)
-    return TokenScores(nll.double(), kl.double(), agrees)
+    return TokenScores(nll.double(), divergence(reference, log_probabilities), agrees)
+
+
+def divergence(reference: Tensor, log_probabilities: Tensor) -> Tensor:
+    """KL(p_reference ‖ p) of every token in nats, float64 [tokens], from log-probabilities [tokens, vocabulary]."""
+    return (reference.exp() * (reference - log_probabilities)).sum(dim=-1).double()

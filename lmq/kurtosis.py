@@ -2,24 +2,10 @@
 
 from __future__ import annotations
 
-import pyarrow as pa
 import torch
 
 from lmq.errors import InputError
 from lmq.finite import finite_sum
-from lmq.tables import MODULE_FIELDS, TableSchema
-
-KURTOSIS_SCHEMA = TableSchema(
-    "kurtosis",
-    1,
-    pa.schema(
-        [
-            *MODULE_FIELDS,
-            pa.field("parameters", pa.int64(), nullable=False),
-            pa.field("kurtosis", pa.float64(), nullable=False),
-        ]
-    ),
-)
 
 _CHUNK_ELEMENTS = 1 << 16
 _CONSTANT_VARIANCE = 1e-26

@@ -1,7 +1,9 @@
 """The budget program as a mixed-integer linear program, solved by HiGHS through PuLP.
 
 MXQ equation 3: a 0/1 variable per (module, configuration), one configuration per module, total size within the
-budget. This is the second, independent road to the optimum; `lmq.knapsack` is the fast one.
+budget. This is the second, independent road to the optimum; `lmq.knapsack` is the fast one. It is the only one
+for bytes limits of some modules: one more row each. At most k different configurations take one 0/1 variable per
+configuration, which every use of that configuration must be below.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import numpy as np
 import pulp
 
 from lmq.errors import LmqError
+from lmq.program import Program
 
 RELATIVE_GAP = 1e-9
 INTEGRALITY = 1e-9
@@ -21,26 +24,26 @@ TYPICAL_OBJECTIVE = 1e3
 
 
 @dataclass(frozen=True, eq=False)
-class _Program:
+class _Milp:
+    """`cells` [variables, 2] are the allowed (row, configuration) pairs, each with its 0/1 variable."""
+
     problem: pulp.LpProblem
-    variables: list[list[pulp.LpVariable]]
+    cells: np.ndarray
+    variables: list[pulp.LpVariable]
 
 
 def solve_milp(
-    costs: np.ndarray, sizes: np.ndarray, capacity: int, *, time_limit_s: float | None = None
+    program: Program, capacity: int, start: np.ndarray, *, time_limit_s: float | None = None
 ) -> tuple[np.ndarray, float]:
-    """Return the configuration of each module [modules] that costs least and fits, and the lower bound HiGHS proved.
+    """Return the configuration of each row [rows] that costs least and fits, and the lower bound HiGHS proved.
 
-    `costs` float64 and `sizes` int64 [modules, configurations]. The smallest choice must fit `capacity`, and is
-    what comes back if the time limit passes before HiGHS has found any. Raises LmqError if HiGHS breaks the budget.
+    `start` [rows] must fit `capacity` and keep the constraints; it is what comes back if the time limit passes
+    before HiGHS has found any other. Raises LmqError if HiGHS breaks the budget or a constraint.
     """
-    smallest = sizes.argmin(axis=1)
-    rows = np.arange(len(sizes))
-    least_costs, least_sizes = costs.min(axis=1, keepdims=True), sizes.min(axis=1, keepdims=True)
-    extra_cost, extra_size, room = costs - least_costs, sizes - least_sizes, capacity - int(least_sizes.sum())
-    scale = TYPICAL_OBJECTIVE / (float(extra_cost[rows, smallest].sum()) or 1.0)
-    unit = max(int(np.gcd.reduce(extra_size, axis=None)), 1)
-    program = _build(extra_cost * scale, extra_size // unit, room // unit)
+    least_costs = np.where(program.allowed, program.costs, np.inf).min(axis=1, keepdims=True)
+    extra_cost = program.costs - least_costs
+    scale = TYPICAL_OBJECTIVE / (float(np.take_along_axis(extra_cost, program.smallest[:, None], axis=1).sum()) or 1.0)
+    milp = _build(program, extra_cost * scale, capacity)
     solver = pulp.HiGHS(
         msg=False,
         gapRel=RELATIVE_GAP,
@@ -50,29 +53,57 @@ def solve_milp(
         mip_feasibility_tolerance=INTEGRALITY,
         random_seed=0,
     )
-    status = program.problem.solve(solver)
-    choice = _chosen(program) if status == pulp.LpStatusOptimal else smallest
-    if int(extra_size[rows, choice].sum()) > room:
-        raise LmqError("HiGHS returned an allocation over the budget; solve with method='knapsack'")
-    bound = program.problem.solverModel.getInfo().mip_dual_bound / scale + float(least_costs.sum())
+    status = milp.problem.solve(solver)
+    choice = _chosen(milp) if status == pulp.LpStatusOptimal else start
+    if status == pulp.LpStatusInfeasible or not program.keeps(choice, capacity):
+        raise LmqError(
+            "HiGHS called a feasible program infeasible, or its allocation breaks the budget or a constraint; "
+            "solve with method='knapsack' and without limits"
+        )
+    bound = milp.problem.solverModel.getInfo().mip_dual_bound / scale + float(least_costs.sum())
     return choice, bound
 
 
-def _build(costs: np.ndarray, sizes: np.ndarray, capacity: int) -> _Program:
-    modules, configurations = costs.shape
+def _build(program: Program, costs: np.ndarray, capacity: int) -> _Milp:
     problem = pulp.LpProblem("budget", pulp.LpMinimize)
-    variables = [
-        [problem.add_variable(f"x_{module}_{column}", cat=pulp.LpBinary) for column in range(configurations)]
-        for module in range(modules)
-    ]
-    flat = [variable for row in variables for variable in row]
-    problem += pulp.LpAffineExpression(zip(flat, costs.ravel().tolist(), strict=True))
-    problem += pulp.LpAffineExpression(zip(flat, sizes.ravel().tolist(), strict=True)) <= capacity
-    for row in variables:
-        problem += pulp.LpAffineExpression((variable, 1) for variable in row) == 1
-    return _Program(problem, variables)
+    cells = np.argwhere(program.allowed)
+    variables = [problem.add_variable(f"x_{row}_{column}", cat=pulp.LpBinary) for row, column in cells.tolist()]
+    milp = _Milp(problem, cells, variables)
+    problem += pulp.LpAffineExpression(zip(variables, costs[program.allowed].tolist(), strict=True))
+    _limit_size(milp, program, np.arange(len(costs)), capacity)
+    for limit in program.limits:
+        _limit_size(milp, program, np.array(limit.rows, np.int64), limit.size_bytes)
+    for row in range(len(costs)):
+        problem += pulp.LpAffineExpression((variables[cell], 1) for cell in np.flatnonzero(cells[:, 0] == row)) == 1
+    if program.binding_count is not None:
+        _limit_configurations(milp, program.binding_count)
+    return milp
 
 
-def _chosen(program: _Program) -> np.ndarray:
+def _limit_size(milp: _Milp, program: Program, rows: np.ndarray, size_bytes: int) -> None:
+    """Σ size of the rows within `size_bytes`, counted above the smallest choice and in the largest whole unit."""
+    smallest = np.take_along_axis(program.sizes, program.smallest[:, None], axis=1)
+    extra_size = (program.sizes - smallest)[program.allowed]
+    used = np.flatnonzero(np.isin(milp.cells[:, 0], rows) & (extra_size > 0))
+    room = size_bytes - int(smallest[rows].sum())
+    unit = max(int(np.gcd.reduce(extra_size[used], initial=0)), 1)
+    terms = ((milp.variables[cell], int(extra_size[cell]) // unit) for cell in used)
+    milp.problem.addConstraint(pulp.LpAffineExpression(terms) <= room // unit)
+
+
+def _limit_configurations(milp: _Milp, most: int) -> None:
+    """At most `most` configurations in use: x[row, column] ≤ y[column], Σ y ≤ most."""
+    in_use = {
+        column: milp.problem.add_variable(f"y_{column}", cat=pulp.LpBinary)
+        for column in np.unique(milp.cells[:, 1]).tolist()
+    }
+    milp.problem.addConstraint(pulp.LpAffineExpression((variable, 1) for variable in in_use.values()) <= most)
+    for (_, column), variable in zip(milp.cells.tolist(), milp.variables, strict=True):
+        milp.problem.addConstraint(variable <= in_use[column])
+
+
+def _chosen(milp: _Milp) -> np.ndarray:
     """The configuration whose variable is nearest to 1: HiGHS leaves traces like 1e-15 on the others."""
-    return np.array([[variable.value() for variable in row] for row in program.variables]).argmax(axis=1)
+    values = np.full(milp.cells.max(axis=0) + 1, -1.0)
+    values[milp.cells[:, 0], milp.cells[:, 1]] = [variable.value() for variable in milp.variables]
+    return values.argmax(axis=1)

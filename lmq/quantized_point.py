@@ -1,107 +1,231 @@
-"""How a quantized model's divergence changes with each configuration: gradients taken at the quantized point.
+"""A model quantized one way and another, without writing checkpoints: how far its predictions move, and why.
 
-The model is streamed block by block, forward with the weights of a choice, then back with the gradient of the
-divergence from the full-precision model, whose predictions are kept as the states that leave its last block.
+The model is streamed block by block. Each block's weights are rounded to the grids of a choice as it is loaded,
+so that trying a choice costs one pass over the model; the gradient of the divergence costs one more, backwards.
+The full-precision model's predictions are kept as the states that leave its last block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lmq.capture import forward_block
+from lmq.divergence import divergence
 from lmq.finite import require_finite
+from lmq.fisher import fast_products
+from lmq.grid import Grid
+from lmq.quant_spec import QuantSpec
 from lmq.streaming import BlockInputs, StreamedModel
+from lmq.structure import ModuleId
 
-LayerWeights = Callable[[int], Mapping[str, Tensor]]
-"""Weights [out_features, in_features] of a layer by module kind, as a choice has them."""
+Choice = Mapping[ModuleId, QuantSpec]
+"""Configuration of every module."""
 
-LayerErrors = Callable[[int], Mapping[str, Tensor]]
-"""Weight errors [configurations, out_features, in_features] of a layer by module kind."""
+GridsOfLayer = Callable[[int], Mapping[ModuleId, Mapping[QuantSpec, Grid]]]
+"""Grids of a layer's modules under every configuration of the menu."""
+
+_STATES_AT_ONCE = 1 << 28
+"""Values of entering states held at a time on the way back: 1 GiB in float32, whatever the model."""
 
 
-def divergence_slopes(
-    model: StreamedModel, token_ids: Tensor, reference_states: Tensor, weights: LayerWeights, errors: LayerErrors
-) -> list[dict[str, Tensor]]:
-    """⟨∇_W KL(p ‖ p_choice), E⟩ of every layer's modules under every configuration, nats per token.
+class QuantizedPoint:
+    """Runs a model with the weights of a choice, over token ids [sequences, sequence_length].
 
-    `token_ids` [sequences, sequence_length]; `reference_states` [sequences, sequence_length, hidden] leave the last
-    block of the full-precision model. Each value is float64 [configurations]. The slope of replacing a module's
-    configuration is the difference of two of its entries. Raises NotFiniteError naming the layer.
+    Products are taken in `matmul_dtype`: unless given, bfloat16 where the processor is fast at it. Compare only
+    what was run with the same.
     """
-    inputs = model.block_inputs(token_ids.shape[1])
-    entering = [model.embed(token_ids)]
-    for layer in range(model.structure.layers):
-        with _block_of_choice(model, layer, weights) as (block, _):
-            entering.append(forward_block(block, inputs[layer], entering[-1], layer=layer))
-    gradient = divergence_gradient(model, entering.pop(), reference_states)
-    tokens = token_ids.shape[0] * (token_ids.shape[1] - 1)
-    slopes: list[dict[str, Tensor]] = []
-    for layer in reversed(range(model.structure.layers)):
-        with _block_of_choice(model, layer, weights) as (block, parameters):
-            gradient, weight_gradients = _backward(block, parameters, inputs[layer], entering.pop(), gradient)
-        require_finite(gradient, f"the divergence gradient at the states that enter layer {layer}")
-        layer_errors = errors(layer)
-        slopes.append(
-            {
-                kind: (layer_errors[kind].flatten(1).to(weight_gradient) @ weight_gradient.flatten()).double().cpu()
-                / tokens
-                for kind, weight_gradient in weight_gradients.items()
-            }
-        )
-    return slopes[::-1]
+
+    def __init__(self, model: StreamedModel, grids: GridsOfLayer, *, matmul_dtype: torch.dtype | None = None):
+        self._model = model
+        self._grids = grids
+        self._matmul_dtype = matmul_dtype
+
+    @torch.no_grad()
+    def last_states(self, token_ids: Tensor, choice: Choice | None = None) -> Tensor:
+        """States that leave the last block, float32 [sequences, sequence_length, hidden]; None: full precision.
+
+        Raises NotFiniteError naming the layer.
+        """
+        return self._entering_states(token_ids, choice, keep_all=False)[-1]
+
+    def divergence(self, token_ids: Tensor, reference_states: Tensor, choice: Choice) -> float:
+        """Mean KL(p ‖ p_choice) per token in nats; the last position of a sequence predicts nothing."""
+        return float(self._divergences(self.last_states(token_ids, choice), reference_states).mean())
+
+    @torch.no_grad()
+    def divergences_alone(
+        self, layer: int, entering: Tensor, reference_states: Tensor, pairs: Sequence[tuple[ModuleId, QuantSpec]]
+    ) -> Tensor:
+        """KL of the model with one module of a layer quantized, all others at full precision, exactly.
+
+        `entering` [sequences, sequence_length, hidden] are the full-precision states that enter the layer,
+        `reference_states` those that leave the last block. Float64 [pairs, sequences], mean nats per token of each
+        sequence. Every block from the layer on is loaded once and run for all pairs. Raises NotFiniteError.
+        """
+        inputs = self._model.block_inputs(entering.shape[1])
+        states: list[Tensor] = []
+        with self._block(layer, None) as (block, _), self._autocast():
+            grids = self._grids(layer)
+            for module, spec in pairs:
+                linear = block.get_submodule(module.kind)
+                weight = linear.get_parameter("weight")
+                linear.weight = nn.Parameter(grids[module][spec].to(self._model.device).round_trip(weight.detach()))
+                states.append(self._run(block, inputs[layer], entering.clone(), layer))
+                linear.weight = weight
+        for later in range(layer + 1, self._model.structure.layers):
+            with self._block(later, None) as (block, _), self._autocast():
+                for changed in states:
+                    self._run(block, inputs[later], changed, later)
+        return torch.stack([self._divergences(changed, reference_states) for changed in states])
+
+    def slopes(
+        self, token_ids: Tensor, reference_states: Tensor, choice: Choice, menu: Sequence[QuantSpec]
+    ) -> np.ndarray:
+        """⟨∇_W KL(p ‖ p_choice), Ŵ_c − Ŵ_choice⟩: float64 [modules, configurations], nats per token, model order.
+
+        What replacing one module's configuration does to the divergence, to first order. Raises NotFiniteError
+        naming the layer.
+        """
+        structure = self._model.structure
+        per_sequence = structure.layers * token_ids.shape[1] * structure.hidden_size
+        at_once = max(1, _STATES_AT_ONCE // per_sequence)
+        pairs = zip(token_ids.split(at_once), reference_states.split(at_once), strict=True)
+        sums = np.stack([self._slope_sums(*pair, choice, menu) for pair in pairs])
+        return sums.sum(axis=0) / _predicted(token_ids)
+
+    def _slope_sums(
+        self, token_ids: Tensor, reference_states: Tensor, choice: Choice, menu: Sequence[QuantSpec]
+    ) -> np.ndarray:
+        inputs = self._model.block_inputs(token_ids.shape[1])
+        entering = self._entering_states(token_ids, choice, keep_all=True)
+        gradient = self._divergence_gradient(entering.pop(), reference_states)
+        by_layer: list[list[list[float]]] = []
+        for layer in reversed(range(self._model.structure.layers)):
+            with self._block(layer, choice) as (block, weights):
+                gradient, weight_gradients = self._backward(block, weights, inputs[layer], entering.pop(), gradient)
+                require_finite(gradient, f"the divergence gradient at the states that enter layer {layer}")
+                grids = self._grids(layer)
+                by_layer.append(
+                    [
+                        _inner_products(
+                            weight_gradients[module.id], weights[module.id], grids[module.id], choice[module.id], menu
+                        )
+                        for module in self._model.structure.in_layer(layer)
+                    ]
+                )
+        return np.array([row for layer_rows in reversed(by_layer) for row in layer_rows])
+
+    def _entering_states(self, token_ids: Tensor, choice: Choice | None, *, keep_all: bool) -> list[Tensor]:
+        """States that enter every block, then those that leave the last; or these alone."""
+        inputs = self._model.block_inputs(token_ids.shape[1])
+        states = [self._model.embed(token_ids)]
+        for layer in range(self._model.structure.layers):
+            leaving = states[-1].clone() if keep_all else states.pop()
+            with self._block(layer, choice) as (block, _), torch.no_grad(), self._autocast():
+                states.append(self._run(block, inputs[layer], leaving, layer))
+        return states
+
+    @staticmethod
+    def _run(block: nn.Module, inputs: BlockInputs, hidden: Tensor, layer: int) -> Tensor:
+        """Put the states that leave a block in the place of those that enter it."""
+        for sequence in range(len(hidden)):
+            piece = slice(sequence, sequence + 1)
+            hidden[piece] = inputs.run(block, hidden[piece])
+        require_finite(hidden, f"the states that leave layer {layer}")
+        return hidden
+
+    @torch.no_grad()
+    def _divergences(self, states: Tensor, reference_states: Tensor) -> Tensor:
+        """Mean KL per token of each sequence, float64 [sequences]; the last position predicts nothing."""
+        step = self._model.tokens_at_once
+        pieces, reference = (part[:, :-1].flatten(0, 1).split(step) for part in (states, reference_states))
+        found = []
+        for piece, reference_piece in zip(pieces, reference, strict=True):
+            found.append(divergence(self._log_probabilities(reference_piece), self._log_probabilities(piece)))
+        return torch.cat(found).view(len(states), -1).mean(dim=1).cpu()
+
+    @contextmanager
+    def _block(self, layer: int, choice: Choice | None) -> Iterator[tuple[nn.Module, dict[ModuleId, Tensor]]]:
+        """A block with the weights of a choice, and the weights it had."""
+        with self._model.block(layer) as block:
+            weights: dict[ModuleId, Tensor] = {}
+            if choice is not None:
+                for module, by_spec in self._grids(layer).items():
+                    linear = block.get_submodule(module.kind)
+                    weights[module] = linear.get_parameter("weight").detach()
+                    grid = by_spec[choice[module]].to(self._model.device)
+                    linear.weight = nn.Parameter(grid.round_trip(weights[module]))
+            yield block, weights
+
+    def _divergence_gradient(self, hidden: Tensor, reference_states: Tensor) -> Tensor:
+        """Gradient of the summed KL(p ‖ p_hidden) at the states that leave the last block, float32, same shape.
+
+        It is 0 at the last position of every sequence, which predicts nothing.
+        """
+        gradient = torch.zeros_like(hidden, dtype=torch.float32)
+        step = self._model.tokens_at_once
+        states, reference = (part[:, :-1].flatten(0, 1).split(step) for part in (hidden, reference_states))
+        pieces = []
+        for piece, reference_piece in zip(states, reference, strict=True):
+            leaving = piece.detach().to(self._model.device, self._model.dtype).requires_grad_(True)
+            with torch.no_grad():
+                expected = self._log_probabilities(reference_piece)
+            with torch.enable_grad():
+                total = divergence(expected, self._log_probabilities(leaving)).sum()
+                pieces.append(torch.autograd.grad(total, leaving)[0].float())
+        gradient[:, :-1] = torch.cat(pieces).to(gradient.device).view_as(gradient[:, :-1])
+        return gradient
+
+    def _backward(
+        self,
+        block: nn.Module,
+        modules: Mapping[ModuleId, Tensor],
+        inputs: BlockInputs,
+        hidden: Tensor,
+        gradient: Tensor,
+    ) -> tuple[Tensor, dict[ModuleId, Tensor]]:
+        """Gradients at the states that enter a block and of its modules' weights, summed over the sequences."""
+        parameters = {module: block.get_submodule(module.kind).get_parameter("weight") for module in modules}
+        entering_gradient = torch.empty_like(hidden, dtype=torch.float32)
+        sums = {module: torch.zeros_like(parameter, dtype=torch.float32) for module, parameter in parameters.items()}
+        for sequence in range(len(hidden)):
+            piece = slice(sequence, sequence + 1)
+            entering = hidden[piece].detach().requires_grad_(True)
+            with torch.enable_grad(), self._autocast():
+                leaving = inputs.run(block, entering)
+            found = torch.autograd.grad(leaving, [entering, *parameters.values()], gradient[piece].to(leaving))
+            entering_gradient[piece] = found[0]
+            for total, weight_gradient in zip(sums.values(), found[1:], strict=True):
+                total += weight_gradient
+        return entering_gradient, sums
+
+    def _log_probabilities(self, states: Tensor) -> Tensor:
+        """Float32 [tokens, vocabulary] for states that leave the last block [tokens, hidden]."""
+        with self._autocast():
+            logits = self._model.head_logits(states)
+        return logits.float().log_softmax(-1)
+
+    def _autocast(self) -> torch.autocast:
+        return fast_products(self._model.device, self._matmul_dtype)
 
 
-def divergence_gradient(model: StreamedModel, hidden: Tensor, reference_states: Tensor) -> Tensor:
-    """Gradient of the summed KL(p ‖ p_hidden) at the states that leave the last block, float32, same shape.
-
-    The last position of every sequence counts for nothing, as in the loss.
-    """
-    gradient = torch.zeros_like(hidden, dtype=torch.float32)
-    step = model.tokens_at_once
-    states, reference = (part[:, :-1].flatten(0, 1).split(step) for part in (hidden, reference_states))
-    pieces = []
-    for piece, reference_piece in zip(states, reference, strict=True):
-        leaving = piece.detach().to(model.device, model.dtype).requires_grad_(True)
-        with torch.no_grad():
-            expected = model.head_logits(reference_piece).float().log_softmax(-1)
-        with torch.enable_grad():
-            found = model.head_logits(leaving).float().log_softmax(-1)
-            divergence = (expected.exp() * (expected - found)).sum()
-            pieces.append(torch.autograd.grad(divergence, leaving)[0].float())
-    gradient[:, :-1] = torch.cat(pieces).to(gradient.device).view_as(gradient[:, :-1])
-    return gradient
+def _inner_products(
+    gradient: Tensor, weight: Tensor, grids: Mapping[QuantSpec, Grid], chosen: QuantSpec, menu: Sequence[QuantSpec]
+) -> list[float]:
+    """⟨gradient, Ŵ_c − Ŵ_chosen⟩ for every configuration of the menu."""
+    current = grids[chosen].to(weight.device).round_trip(weight)
+    return [
+        0.0
+        if spec == chosen
+        else float((gradient * (grids[spec].to(weight.device).round_trip(weight) - current)).sum(dtype=torch.float64))
+        for spec in menu
+    ]
 
 
-@contextmanager
-def _block_of_choice(
-    model: StreamedModel, layer: int, weights: LayerWeights
-) -> Iterator[tuple[nn.Module, dict[str, nn.Parameter]]]:
-    with model.block(layer) as block:
-        parameters = {}
-        for kind, weight in weights(layer).items():
-            linear = block.get_submodule(kind)
-            parameters[kind] = nn.Parameter(weight.to(linear.get_parameter("weight")))
-            linear.weight = parameters[kind]
-        yield block, parameters
-
-
-def _backward(
-    block: nn.Module, parameters: Mapping[str, nn.Parameter], inputs: BlockInputs, hidden: Tensor, gradient: Tensor
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Gradients at the states that enter a block and of its weights, summed over the sequences."""
-    entering_gradient = torch.empty_like(hidden, dtype=torch.float32)
-    sums = {kind: torch.zeros_like(parameter, dtype=torch.float32) for kind, parameter in parameters.items()}
-    for sequence in range(len(hidden)):
-        piece = slice(sequence, sequence + 1)
-        entering = hidden[piece].detach().requires_grad_(True)
-        with torch.enable_grad():
-            leaving = inputs.run(block, entering)
-        found = torch.autograd.grad(leaving, [entering, *parameters.values()], gradient[piece].to(leaving))
-        entering_gradient[piece] = found[0]
-        for total, weight_gradient in zip(sums.values(), found[1:], strict=True):
-            total += weight_gradient
-    return entering_gradient, sums
+def _predicted(token_ids: Tensor) -> int:
+    sequences, sequence_length = token_ids.shape
+    return sequences * (sequence_length - 1)

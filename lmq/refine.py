@@ -13,13 +13,16 @@ careful, and only the measured loss decides.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from lmq.allocation import solve
 from lmq.errors import InputError
+from lmq.quant_spec import QuantSpec
+from lmq.structure import ModuleId
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +42,18 @@ class LocalCosts:
 
     first_order: np.ndarray
     second_order: np.ndarray
+
+
+class Trials(Protocol):
+    """Plans (module → configuration) tried on the model itself; `lmq.trials.ModelTrials` is one."""
+
+    def divergence(self, plan: Mapping[ModuleId, QuantSpec]) -> float:
+        """Loss on the validation slice, nats per token."""
+        ...
+
+    def local_costs(self, plan: Mapping[ModuleId, QuantSpec], menu: Sequence[QuantSpec]) -> LocalCosts:
+        """Local costs around the plan, [modules of the plan, menu]."""
+        ...
 
 
 MeasuredLocalCosts = Callable[[np.ndarray], LocalCosts]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,13 @@ class VariantResult:
                 )
 
     @property
+    def unused_bytes(self) -> int | None:
+        """Bytes of the budget that are left over, below 0 where the variant is larger than its budget."""
+        if self.budget_bytes is None or self.size_bytes is None:
+            return None
+        return self.budget_bytes - self.size_bytes
+
+    @property
     def label(self) -> str:
         """Name of the variant within its model: `full-precision`, `uniform b4g64`, `mxq @ uniform b4g64 +2%`."""
         if self.budget is None:
@@ -94,15 +101,19 @@ def read_results(path: Path) -> list[VariantResult]:
 
 def results_table(results: Sequence[VariantResult]) -> tuple[list[str], list[list[str]]]:
     """Headers and rows of text for the terminal, one row per variant in the order given."""
-    headers = ["Model", "Strategy", "Budget", "Bits/weight", "On disk", "Perplexity"]
-    headers += ["vs full precision", "KL to full precision", "Note"]
-    return headers, [_table_row(result, results) for result in results]
+    columns = _table_columns(results)
+    return list(columns), [[text(result) for text in columns.values()] for result in results]
+
+
+def is_number_column(header: str) -> bool:
+    """Whether a column of `results_table` holds numbers, to be aligned at the right."""
+    return header not in ("Model", "Strategy", "Budget", "Note")
 
 
 def markdown_table(results: Sequence[VariantResult]) -> str:
     """The same table in Markdown."""
     headers, rows = results_table(results)
-    alignment = ["---:" if 3 <= column < 8 else ":---" for column in range(len(headers))]
+    alignment = ["---:" if is_number_column(header) else ":---" for header in headers]
     cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in [headers, alignment, *cells]) + "\n"
 
@@ -125,6 +136,14 @@ def format_bytes(size_bytes: int | None) -> str:
     if size_bytes is None:
         return NOT_MEASURED
     return f"{size_bytes / 1e6:,.1f} MB" if size_bytes >= 100_000 else f"{size_bytes / 1e3:,.1f} kB"
+
+
+def format_difference(size_bytes: int | None) -> str:
+    """`564 B`, `−2.282 MB`: whole bytes below 1 kB, else four digits, with a true minus sign."""
+    if size_bytes is None:
+        return NOT_MEASURED
+    unit, divisor = _unit(size_bytes)
+    return f"{_four_digits(size_bytes, divisor)} {unit}"
 
 
 def format_number(value: float | None, decimals: int) -> str:
@@ -182,17 +201,45 @@ def _checked(value: Any, name: str, where: str) -> Any:
     return value
 
 
-def _table_row(result: VariantResult, results: Sequence[VariantResult]) -> list[str]:
-    is_reference = result.strategy == FULL_PRECISION
-    relative = "reference" if is_reference else format_percent(relative_perplexity(result, results), signed=True)
-    return [
-        result.model,
-        result.strategy,
-        result.budget or NOT_MEASURED,
-        format_number(result.bits_per_weight, 3),
-        format_bytes(result.checkpoint_bytes),
-        format_measured(result.perplexity, result.perplexity_stderr),
-        relative,
-        format_measured(result.kl_divergence, result.kl_divergence_stderr, decimals=4),
-        f"failed: {result.error}" if result.error else "",
-    ]
+def _table_columns(results: Sequence[VariantResult]) -> dict[str, Callable[[VariantResult], str]]:
+    """Text of every column of the table by its header."""
+
+    def relative(result: VariantResult) -> str:
+        if result.strategy == FULL_PRECISION:
+            return "reference"
+        return format_percent(relative_perplexity(result, results), signed=True)
+
+    return {
+        "Model": lambda result: result.model,
+        "Strategy": lambda result: result.strategy,
+        "Budget": lambda result: result.budget or NOT_MEASURED,
+        "Used of budget": _used,
+        "Unused": lambda result: format_difference(result.unused_bytes),
+        "Bits/weight": lambda result: format_number(result.bits_per_weight, 3),
+        "On disk": lambda result: format_bytes(result.checkpoint_bytes),
+        "Perplexity": lambda result: format_measured(result.perplexity, result.perplexity_stderr),
+        "vs full precision": relative,
+        "KL to full precision": lambda result: format_measured(
+            result.kl_divergence, result.kl_divergence_stderr, decimals=4
+        ),
+        "Note": lambda result: f"failed: {result.error}" if result.error else "",
+    }
+
+
+def _used(result: VariantResult) -> str:
+    """`56.40 of 56.46 MB`: both in one unit."""
+    if result.budget_bytes is None:
+        return NOT_MEASURED
+    unit, divisor = _unit(max(result.budget_bytes, result.size_bytes or 0))
+    used = NOT_MEASURED if result.size_bytes is None else _four_digits(result.size_bytes, divisor)
+    return f"{used} of {_four_digits(result.budget_bytes, divisor)} {unit}"
+
+
+def _unit(size_bytes: int) -> tuple[str, int]:
+    units = (("GB", 10**9), ("MB", 10**6), ("kB", 10**3))
+    return next(((unit, divisor) for unit, divisor in units if abs(size_bytes) >= divisor), ("B", 1))
+
+
+def _four_digits(size_bytes: int, divisor: int) -> str:
+    text = str(size_bytes) if divisor == 1 else f"{size_bytes / divisor:#,.4g}".removesuffix(".")
+    return text.replace("-", "−")

@@ -41,36 +41,38 @@ SEQUENCE_FISHER_SCHEMA = TableSchema(
 """`fisher` in nats per token, from `loss_changes`: one per draw of labels and sequence, sequences fastest."""
 
 
-def sampled_loss_gradient(model: StreamedModel, hidden: Tensor, *, seed: int) -> Tensor:
+def sampled_loss_gradient(model: StreamedModel, hidden: Tensor, *, draws: int, seed: int) -> Tensor:
     """Gradient of the summed loss, for labels the model draws itself, at the states that leave the last block.
 
-    `hidden` [sequences, sequence_length, hidden]; one label is drawn per position from the model's prediction
-    there, but for each last position, whose gradient is 0 (nothing follows it in the text). Same shape and
-    device as `hidden`, float32. Equal seeds draw equal labels.
+    `hidden` [sequences, sequence_length, hidden]; `draws` labels are drawn per position from the model's prediction
+    there, but for each last position, whose gradient is 0 (nothing follows it in the text). Float32 [draws ·
+    sequences, sequence_length, hidden], sequences fastest, on the device of `hidden`. Equal seeds draw equal labels.
     """
     generator = torch.Generator(model.device).manual_seed(seed)
-    gradient = torch.zeros_like(hidden, dtype=torch.float32)
+    gradient = torch.zeros(draws, *hidden.shape, dtype=torch.float32, device=hidden.device)
     states = hidden[:, :-1].flatten(0, 1)
     pieces = []
     for piece in states.split(model.tokens_at_once):
         leaving = piece.detach().to(model.device, model.dtype).requires_grad_(True)
         with torch.enable_grad():
             logits = model.head_logits(leaving).float()
-            labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-            loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
-            pieces.append(torch.autograd.grad(loss, leaving)[0].float())
-    gradient[:, :-1] = torch.cat(pieces).to(gradient.device).view_as(gradient[:, :-1])
-    return gradient
+            drawn = torch.multinomial(logits.detach().softmax(-1), draws, replacement=True, generator=generator)
+            losses = [nn.functional.cross_entropy(logits, labels, reduction="sum") for labels in drawn.t()]
+            found = [torch.autograd.grad(loss, leaving, retain_graph=True)[0].float() for loss in losses]
+        pieces.append(torch.stack(found))
+    gradient[:, :, :-1] = torch.cat(pieces, dim=1).to(gradient.device).view_as(gradient[:, :, :-1])
+    return gradient.flatten(0, 1)
 
 
 def sequence_loss_changes(
     trace: ModuleTrace, errors: Mapping[QuantSpec, Tensor], *, sequence_length: int
 ) -> dict[QuantSpec, Tensor]:
-    """⟨∇_W L, E⟩ of every sequence, float64 [sequences], for weight errors E = Ŵ − W [out_features, in_features].
+    """⟨∇_W L, E⟩ of every draw and sequence, float64 [draws · sequences], for weight errors E = Ŵ − W.
 
-    The tokens of the trace are whole sequences, one after the other, and its gradients come from
-    `sampled_loss_gradient`. One weight gradient per sequence serves every configuration. Products are taken in
-    the trace's dtype. Raises InputError where the trace is not made of whole sequences.
+    Errors are [out_features, in_features]. The tokens of the trace are whole sequences, one after the other, and
+    its gradients come from `sampled_loss_gradient`. One weight gradient per draw and sequence serves every
+    configuration. Products are taken in the trace's dtype. Raises InputError where the trace is not made of whole
+    sequences.
     """
     if len(trace.inputs) % sequence_length:
         raise InputError(
@@ -78,8 +80,11 @@ def sequence_loss_changes(
             "pass the sequence length that was captured"
         )
     stacked = torch.stack([error.to(trace.inputs).flatten() for error in errors.values()])
-    pairs = zip(trace.gradients.split(sequence_length), trace.inputs.split(sequence_length), strict=True)
-    changes = [stacked @ (gradients.t() @ inputs).flatten() for gradients, inputs in pairs]
+    inputs = trace.inputs.split(sequence_length)
+    gradients = trace.gradients.split(sequence_length)
+    changes = [
+        stacked @ (gradient.t() @ inputs[number % len(inputs)]).flatten() for number, gradient in enumerate(gradients)
+    ]
     return dict(zip(errors, torch.stack(changes, dim=1).double().cpu(), strict=True))
 
 

@@ -6,17 +6,20 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from lmq.allocation import ALLOCATION_SCHEMA
+from lmq.allocation import ALLOCATION_SCHEMA, Allocation
+from lmq.constraints_text import parse_constraints
 from lmq.error_table import ErrorTable
 from lmq.fisher import FISHER_SCHEMA
 from lmq.frobenius import FROBENIUS_SCHEMA
-from lmq.kurtosis import KURTOSIS_SCHEMA
+from lmq.module_divergence import MODULE_DIVERGENCE_SCHEMA
 from lmq.quant_spec import QuantSpec
+from lmq.refine import Trials
 from lmq.sensitivity import SENSITIVITY_SCHEMA
 from lmq.sequence_fisher import SEQUENCE_FISHER_SCHEMA
 from lmq.strategies import Measurements, strategy
 from lmq.structure import ModelStructure, ModuleId
 from lmq.tables import TableSchema, read_rows, write_rows
+from lmq.weight_statistics import WEIGHT_STATISTICS_SCHEMA
 from lmq_tasks.opened import read_structure
 from lmq_tasks.signals import read_profile
 from lmq_tasks.stage import Job, stage
@@ -29,34 +32,42 @@ def allocate(job: Job) -> None:
     Files: allocation.parquet (with costs), solution.json (objective, bound), and the bare choice, whole
     (choice.json) and by layer (layer-000.json, ...), so that equal choices share what follows.
     """
-    structure = read_structure(job)
     chosen = strategy(job.config["strategy"], **job.config["options"])
-    allocation = chosen.allocate(read_measurements(job, structure), job.config["budget_bytes"])
+    measurements = read_measurements(job, read_structure(job))
+    write_allocation(job, chosen.allocate(measurements, job.config["budget_bytes"]))
+
+
+def write_allocation(job: Job, allocation: Allocation, **found: float | None) -> None:
+    """Write the files of an allocation; `found` is added to solution.json."""
     write_rows(job.output / "allocation.parquet", ALLOCATION_SCHEMA, allocation.to_rows())
     solution = {
         "size_bytes": allocation.size_bytes,
         "objective": allocation.objective,
         "lower_bound": allocation.lower_bound,
         "gap": allocation.gap,
+        **found,
     }
     (job.output / "solution.json").write_text(json.dumps(solution))
     write_choice(job.output / "choice.json", allocation.specs)
-    for layer in range(structure.layers):
+    for layer in sorted({module.layer for module in allocation.specs}):
         in_layer = {module: spec for module, spec in allocation.specs.items() if module.layer == layer}
         write_choice(job.output / f"layer-{layer:03d}.json", in_layer)
 
 
-def read_measurements(job: Job, structure: ModelStructure) -> Measurements:
+def read_measurements(job: Job, structure: ModelStructure, *, trials: Trials | None = None) -> Measurements:
     """What was measured of the model, as far as the strategy needs it."""
     menu = tuple(QuantSpec.parse(name) for name in job.config["menu"])
     return Measurements(
         modules=structure.modules,
         menu=menu,
-        kurtosis=read_profile(job, "kurtosis", KURTOSIS_SCHEMA) or None,
+        kurtosis=read_profile(job, "kurtosis", WEIGHT_STATISTICS_SCHEMA) or None,
         sensitivity=read_profile(job, "sensitivity", SENSITIVITY_SCHEMA) or None,
         frobenius=_error_table(job, "frobenius", "frobenius.parquet", FROBENIUS_SCHEMA, "frobenius_error", menu),
         fisher=_error_table(job, "fisher", "fisher.parquet", FISHER_SCHEMA, "fisher", menu),
         sequence_fisher=_error_table(job, "sequence_fisher", "fisher.parquet", SEQUENCE_FISHER_SCHEMA, "fisher", menu),
+        divergence=_error_table(job, "divergence", "divergence.parquet", MODULE_DIVERGENCE_SCHEMA, "divergence", menu),
+        trials=trials,
+        constraints=parse_constraints(job.config.get("constraints", {})),
     )
 
 

@@ -9,27 +9,32 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from lmq.allocation import ALLOCATION_SCHEMA
+from lmq.coarse_grid import CoarseGrid, coarse_grid_warnings
 from lmq.error_table import ErrorTable
 from lmq.evaluation import WINDOWS_SCHEMA, Evaluation, paired_difference, summarize
 from lmq.fisher import FISHER_SCHEMA
 from lmq.frobenius import FROBENIUS_SCHEMA
-from lmq.kurtosis import KURTOSIS_SCHEMA
 from lmq.outliers import OUTLIERS_SCHEMA
 from lmq.plots import figure_png
 from lmq.report import ModelReport, PairedDifference, ReportData, StageTiming, build_report, report_pictures
 from lmq.results import FULL_PRECISION, UNIFORM, VariantResult, markdown_table, write_results
 from lmq.sensitivity import SENSITIVITY_SCHEMA
-from lmq.structure import ModelStructure
+from lmq.sequence_fisher import SEQUENCE_FISHER_SCHEMA
+from lmq.structure import ModelStructure, ModuleId
 from lmq.tables import TableSchema, read_rows
+from lmq.weight_statistics import WEIGHT_STATISTICS_SCHEMA
+from lmq_tasks.planning import spec_of
 from lmq_tasks.stage import Job, JsonDict, library_versions, stage
 
 PICTURE_DOTS_PER_INCH = 110
+WARNINGS_FILE = "warnings.txt"
+"""What makes measurements of the run unfair, a line each; empty when nothing does."""
 _DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
-@stage("report", version=1, schema="report/1")
+@stage("report", version=2, schema="report/1")
 def report(job: Job) -> None:
-    """Write results.json, report.html, summary.md and one CSV per allocation."""
+    """Write results.json, report.html, summary.md, warnings.txt and one CSV per allocation."""
     structures = {name: _structure(job, name) for name in job.config["models"]}
     variants = [_Variant(job, number, item, structures) for number, item in enumerate(job.config["variants"])]
     results = [variant.result for variant in variants]
@@ -38,10 +43,13 @@ def report(job: Job) -> None:
     for variant in variants:
         if variant.allocation:
             _write_csv(job, variant)
+    models = [_model_report(job, name, structures[name], variants) for name in structures]
+    warnings = [f"{model.name}: {warning}\n" for model in models for warning in model.warnings]
+    (job.output / WARNINGS_FILE).write_text("".join(warnings))
     data = ReportData(
         run=job.config["run"],
         results=results,
-        models=[_model_report(job, name, structures[name], variants) for name in structures],
+        models=models,
         paired=_paired(variants),
         stages=_stages(job),
         config=job.config["config"],
@@ -144,27 +152,46 @@ def _rows(job: Job, name: str, file: str, schema: TableSchema) -> list[JsonDict]
     return read_rows(job.input(name, file), schema) if job.has(name) else []
 
 
-def _layer_rows(job: Job, model: str, signal: str, schema: TableSchema) -> list[JsonDict]:
+def _layer_rows(job: Job, model: str, signal: str, schema: TableSchema, file: str | None = None) -> list[JsonDict]:
     name = f"{model} {signal}"
     if not job.has(name):
         return []
-    return [row for path in job.inputs(name, f"{signal}.parquet") for row in read_rows(path, schema)]
+    return [row for path in job.inputs(name, file or f"{signal}.parquet") for row in read_rows(path, schema)]
 
 
 def _model_report(job: Job, name: str, structure: ModelStructure, variants: Sequence[_Variant]) -> ModelReport:
     frobenius = _layer_rows(job, name, "frobenius", FROBENIUS_SCHEMA)
-    fisher = _layer_rows(job, name, "fisher", FISHER_SCHEMA)
+    sequence_fisher = _layer_rows(job, name, "sequence_fisher", SEQUENCE_FISHER_SCHEMA, "fisher.parquet")
+    fisher = sequence_fisher or _layer_rows(job, name, "fisher", FISHER_SCHEMA)
+    kurtosis = _layer_rows(job, name, "kurtosis", WEIGHT_STATISTICS_SCHEMA)
     own = [variant for variant in variants if variant.item["model"] == name and variant.allocation]
     return ModelReport(
         name=name,
         structure=structure,
-        kurtosis=_layer_rows(job, name, "kurtosis", KURTOSIS_SCHEMA),
+        kurtosis=kurtosis,
         sensitivity=_layer_rows(job, name, "sensitivity", SENSITIVITY_SCHEMA),
         outliers=_rows(job, f"{name} outliers", "outliers.parquet", OUTLIERS_SCHEMA),
         frobenius=ErrorTable.from_rows(frobenius, "frobenius_error") if frobenius else None,
         fisher=ErrorTable.from_rows(fisher, "fisher") if fisher else None,
         allocations={variant.result.label: variant.allocation for variant in own},
+        warnings=_coarse_grid_warnings(job, name, kurtosis, frobenius),
     )
+
+
+def _coarse_grid_warnings(
+    job: Job, name: str, statistics: Sequence[JsonDict], frobenius: Sequence[JsonDict]
+) -> list[str]:
+    """Sentences about measured configurations that the source's own quantization makes unfair."""
+    if not statistics or not frobenius:
+        return []
+    found = {
+        ModuleId(row["layer"], row["kind"]): row["grid_bits"] and CoarseGrid(row["grid_bits"], row["grid_group_size"])
+        for row in statistics
+    }
+    ref = job.refs(f"{name} frobenius")[0]
+    manifest = job.store.manifest(ref.stage, ref.key)
+    axis = manifest.config["quantizer"]["axis"] if manifest else 1
+    return coarse_grid_warnings(found, sorted({spec_of(row) for row in frobenius}), axis=axis)
 
 
 def _paired(variants: Sequence[_Variant]) -> list[PairedDifference]:

@@ -1,4 +1,7 @@
-"""Stages of the sequence-wise Fisher cost: gradients for drawn labels, and the cost of every configuration."""
+"""Stages of the sequence-wise Fisher cost: gradients for drawn labels, and the cost of every configuration.
+
+Matrix products are taken in bfloat16 where the processor is fast at it: the draws vary far more than its rounding.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,8 @@ from typing import Any
 
 import torch
 
-from lmq.capture import read_gradients, read_hidden_states, write_gradients
-from lmq.fisher import fast_matmul_dtype, trace_modules
+from lmq.capture import backward_block, read_gradients, read_hidden_states, write_gradients
+from lmq.fisher import fast_matmul_dtype, fast_products, trace_modules
 from lmq.frobenius import load_grids
 from lmq.quant_spec import QuantSpec
 from lmq.sequence_fisher import (
@@ -17,49 +20,57 @@ from lmq.sequence_fisher import (
     sequence_fisher,
     sequence_loss_changes,
 )
-from lmq.structure import ModuleId, ModuleInfo
+from lmq.structure import ModuleInfo
 from lmq.tables import write_rows
 from lmq_tasks.capture import GRADIENTS_FILE, HIDDEN_STATES_FILE
 from lmq_tasks.opened import open_model
 from lmq_tasks.stage import Job, stage
 
 
-@stage("sampled-loss-gradient", version=1, schema="gradients/1")
+@stage("sampled-loss-gradient", version=2, schema="gradients/1")
 def sampled_gradient(job: Job) -> None:
-    """Gradient of the loss for labels drawn by the model (seed: the draw) at the states that leave the last block."""
+    """Gradient of the loss for labels drawn by the model at the states that leave the last block, for every draw."""
     hidden = read_hidden_states(job.input("hidden", HIDDEN_STATES_FILE))
-    gradient = sampled_loss_gradient(open_model(job), hidden, seed=job.config["draw"])
+    with fast_products(job.device):
+        gradient = sampled_loss_gradient(open_model(job), hidden, draws=job.config["draws"], seed=job.config["seed"])
     write_gradients(job.output / GRADIENTS_FILE, gradient)
 
 
-@stage("sequence-fisher", version=1, schema=SEQUENCE_FISHER_SCHEMA.label)
-def measure_sequence_fisher(job: Job) -> None:
-    """Sequence-wise Fisher cost of every module of one layer under every configuration of the menu.
+@stage("sampled-backward", version=1, schema="gradients/1")
+def sampled_backward(job: Job) -> None:
+    """Those gradients at the states that enter one block, from the ones at the states that leave it."""
+    model = open_model(job)
+    layer = job.config["layer"]
+    hidden = read_hidden_states(job.input("hidden", HIDDEN_STATES_FILE))
+    gradient = read_gradients(job.input("gradient", GRADIENTS_FILE))
+    with model.block(layer) as block, fast_products(job.device):
+        inputs = model.block_inputs(hidden.shape[1])[layer]
+        entering = backward_block(block, inputs, hidden, gradient, layer=layer)
+    write_gradients(job.output / GRADIENTS_FILE, entering)
 
-    `gradient` is a list: one table per draw of labels, all at the states that leave this block.
-    """
+
+@stage("sequence-fisher", version=2, schema=SEQUENCE_FISHER_SCHEMA.label)
+def measure_sequence_fisher(job: Job) -> None:
+    """Sequence-wise Fisher cost of every module of one layer under every configuration of the menu."""
     model = open_model(job)
     layer = job.config["layer"]
     menu = [QuantSpec.parse(name) for name in job.config["menu"]]
     grids = load_grids(job.input("frobenius", "grids.safetensors"))
     hidden = read_hidden_states(job.input("hidden", HIDDEN_STATES_FILE))
+    gradient = read_gradients(job.input("gradient", GRADIENTS_FILE))
     length = hidden.shape[1]
     modules = model.structure.in_layer(layer)
-    changes: dict[ModuleId, list[dict[QuantSpec, torch.Tensor]]] = {module.id: [] for module in modules}
+    rows = []
     with model.block(layer) as block:
         inputs = model.block_inputs(length)[layer]
         kinds = [module.id.kind for module in modules]
-        for path in job.inputs("gradient", GRADIENTS_FILE):
-            traces = trace_modules(block, inputs, hidden, read_gradients(path), kinds, fast_matmul_dtype(job.device))
-            for module in modules:
-                weight = block.get_submodule(module.id.kind).get_parameter("weight").detach()
-                errors = {spec: grids[module.id][spec].to(job.device).round_trip(weight) - weight for spec in menu}
-                changes[module.id].append(sequence_loss_changes(traces[module.id.kind], errors, sequence_length=length))
-    rows = [
-        _row(module, spec, torch.cat([draw[spec] for draw in changes[module.id]]), length)
-        for module in modules
-        for spec in menu
-    ]
+        with fast_products(job.device):
+            traces = trace_modules(block, inputs, hidden, gradient, kinds, fast_matmul_dtype(job.device))
+        for module in modules:
+            weight = block.get_submodule(module.id.kind).get_parameter("weight").detach()
+            errors = {spec: grids[module.id][spec].to(job.device).round_trip(weight) - weight for spec in menu}
+            changes = sequence_loss_changes(traces.pop(module.id.kind), errors, sequence_length=length)
+            rows += [_row(module, spec, changes[spec], length) for spec in menu]
     write_rows(job.output / "fisher.parquet", SEQUENCE_FISHER_SCHEMA, rows)
 
 

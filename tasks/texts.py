@@ -23,16 +23,17 @@ PREFIX_FILE = "prefix.json"
 
 @stage("calibration", version=1, schema=TOKENS_SCHEMA.label)
 def draw_calibration(job: Job) -> None:
-    """Calibration tokens, packed into sequences."""
+    """Calibration tokens, packed into sequences; with `skipped`, those that come after as many others."""
     config = job.config
+    skipped = config.get("skipped", 0)
     tokens = pack_tokens(
         documents(_source(job)),
         load_tokenizer(model_dir(job)),
         sequence_length=config["sequence_length"],
-        sequences=config["sequences"],
+        sequences=skipped + config["sequences"],
         seed=config["seed"],
     )
-    write_tokens(job.output / TOKENS_FILE, tokens)
+    write_tokens(job.output / TOKENS_FILE, tokens[skipped:])
 
 
 @stage("evaluation-tokens", version=1, schema=TOKENS_SCHEMA.label)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -27,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns 0, 1 (the work failed) or 2 (what was given cannot be used)."""
     for name, value in _QUIET_LIBRARIES.items():
         os.environ.setdefault(name, value)
-    arguments = _parser().parse_args(argv)
+    arguments = _parse(argv)
     from lmq.errors import LmqError
     from lmq_storage import StoreError
 
@@ -44,17 +45,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parsed arguments. argparse ends a list of arguments at an option: what follows the option joins the list here."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and ("budgets" not in arguments or any(item.startswith("-") for item in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.budgets += rest
+    return arguments
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lmq", description="Make language models smaller with the least loss, under a byte budget."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_config(commands, "run", "run_command", "measure, allocate, quantize, evaluate and report")
-    _add_config(commands, "plan", "plan_command", "say what a run would do, what is cached, and why")
-    inspect = _add(commands, "inspect", "inspect_command", "show what a model is made of and what it weighs")
-    inspect.add_argument("model", metavar="MODEL", help="hub id, directory, .gguf file or package:NAME/FILE")
-    inspect.add_argument("--store", default="store", help="where a converted model is kept (default: %(default)s)")
-    evaluate = _add(commands, "evaluate", "evaluate_command", "perplexity of a checkpoint on a text")
+    _add_config(commands, "run", "commands.run_command", "measure, allocate, quantize, evaluate and report")
+    _add_config(commands, "plan", "commands.plan_command", "say what a run would do, what is cached, and why")
+    inspect = _add(commands, "inspect", "models.inspect_command", "show what a model is made of and what it weighs")
+    _add_model(inspect)
+    _add_budget(commands)
+    evaluate = _add(commands, "evaluate", "commands.evaluate_command", "perplexity of a checkpoint on a text")
     evaluate.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint of lmq or a plain model")
     evaluate.add_argument("--text", default="pydoc-topics", help="text file or data set (default: %(default)s)")
     evaluate.add_argument("--column", default="text", help="field of jsonl, parquet, data sets (default: %(default)s)")
@@ -65,10 +77,11 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--stride", type=_at_least(1), default=512, help="tokens scored per window (default: %(default)s)"
     )
-    report = _add(commands, "report", "report_command", "print a run's table and where its report is")
+    report = _add(commands, "report", "commands.report_command", "print a run's table and where its report is")
     report.add_argument("run", type=Path, metavar="RUN", help="run directory (runs/demo) or its name")
     report.add_argument("--markdown", action="store_true", help="print the table as Markdown")
-    _add(commands, "strategies", "strategies_command", "list the strategies with their source")
+    _add_frontier(commands)
+    _add(commands, "strategies", "commands.strategies_command", "list the strategies with their source")
     _add_store(commands)
     return parser
 
@@ -98,12 +111,41 @@ def _add_config(
         parser.add_argument("--layers", action="store_true", help="one line per layer instead of per stage")
 
 
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="hub id, directory, .gguf file or package:NAME/FILE")
+    parser.add_argument("--store", default="store", help="where a converted model is kept (default: %(default)s)")
+
+
+def _add_budget(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    text = "what sizes a model can have, and what budgets for it become in bytes"
+    budget = _add(commands, "budget", "models.budget_command", text)
+    _add_model(budget)
+    budget.add_argument(
+        "budgets", nargs="*", metavar="BUDGET", help="as in 4.25, '80 MB', 'uniform b3g64 + 2%%'; any number of them"
+    )
+    budget.add_argument("--menu", metavar="b2g128,…", help="configurations to choose from (default: all that fit)")
+    budget.add_argument(
+        "--axis", type=int, choices=(0, 1), default=1, help="grouping in the hqq layout (default: %(default)s)"
+    )
+
+
+def _add_frontier(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    text = "solve many budgets from the measurements of a finished run and draw cost against bytes"
+    frontier = _add(commands, "frontier", "frontier.frontier_command", text)
+    frontier.add_argument("run", type=Path, metavar="RUN", help="run directory (runs/demo) or its name")
+    frontier.add_argument("--points", type=_at_least(2), default=100, help="budgets to solve (default: %(default)s)")
+    frontier.add_argument(
+        "--strategy", default="loss-aware", help="whose costs, as in the run's table (default: %(default)s)"
+    )
+    frontier.add_argument("--model", metavar="NAME", help="one of the run's models (default: all)")
+
+
 def _add_store(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     text = "look after the artifact store"
     actions = commands.add_parser("store", help=text, description=text).add_subparsers(required=True, metavar="ACTION")
-    ls = _add(actions, "ls", "store_ls_command", "what is there, by stage and size")
-    verify = _add(actions, "verify", "store_verify_command", "read every byte and name what is damaged")
-    gc = _add(actions, "gc", "store_gc_command", "remove what the newest runs do not need")
+    ls = _add(actions, "ls", "commands.store_ls_command", "what is there, by stage and size")
+    verify = _add(actions, "verify", "commands.store_verify_command", "read every byte and name what is damaged")
+    gc = _add(actions, "gc", "commands.store_gc_command", "remove what the newest runs do not need")
     gc.add_argument(
         "--keep-runs", type=_at_least(0), default=3, metavar="N", help="runs to keep (default: %(default)s)"
     )
@@ -133,11 +175,10 @@ def _at_least(least: int, kind: type[int] | type[float] = int) -> Callable[[str]
 
 
 def _lazy(function: str) -> Command:
-    """Import what a command needs only when it is used: `lmq --help` is immediate."""
+    """The command `module.function` of this package, imported only when it is used: `lmq --help` is immediate."""
+    module, _, name = function.partition(".")
 
     def call(arguments: argparse.Namespace) -> int:
-        from lmq_flows.cli import commands
-
-        return getattr(commands, function)(arguments)
+        return getattr(importlib.import_module(f"lmq_flows.cli.{module}"), name)(arguments)
 
     return call

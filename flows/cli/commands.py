@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import argparse
-import sys
+import textwrap
 import time
 from collections import defaultdict
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from lmq.errors import InputError, LmqError
-from lmq.results import markdown_table, read_results, results_table
+from lmq.results import is_number_column, markdown_table, read_results, results_table
+from lmq_flows.cli.terminal import console, run_directory
 from lmq_flows.plan import PlannedNode
 from lmq_flows.run_config import RunConfig, load_run_config, preset_names, preset_path
 from lmq_storage import ArtifactStore, StoreError
+from lmq_tasks.reporting import WARNINGS_FILE
 from lmq_tasks.stage import open_store
 
-console = Console() if sys.stdout.isatty() else Console(width=140)
+_HEADER_WIDTH = 10
+"""Longer headers of the results table are broken into lines, so that it fits a terminal."""
 
 
 def run_command(arguments: argparse.Namespace) -> int:
@@ -58,49 +60,6 @@ def plan_command(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def inspect_command(arguments: argparse.Namespace) -> int:
-    """Print a model's modules and the size of every uniform configuration."""
-    from lmq_flows.planning import inspect_model
-
-    structure = inspect_model(arguments.model, arguments.store)
-    console.print(
-        f"{structure.architecture}: {structure.layers} layers, hidden size {structure.hidden_size}, "
-        f"vocabulary {structure.vocabulary_size:,}, {structure.dtype}, "
-        f"{'tied' if structure.tied_embeddings else 'untied'} embeddings",
-        highlight=False,
-    )
-    table = Table("Kind", "Part", "Shape", "Modules", "Weights")
-    for kind in structure.kinds:
-        infos = [info for info in structure.modules if info.id.kind == kind]
-        shapes = sorted({f"{info.out_features} × {info.in_features}" for info in infos})
-        weights = sum(info.parameters for info in infos)
-        table.add_row(kind, infos[0].part, ", ".join(shapes), str(len(infos)), f"{weights:,}")
-    console.print(table)
-    console.print(_uniform_sizes(structure))
-    console.print(
-        f"not quantized (embeddings, head, norms, biases): {structure.other_parameters:,} weights, "
-        f"{structure.other_bytes / 1e6:,.1f} MB",
-        highlight=False,
-    )
-    return 0
-
-
-def _uniform_sizes(structure) -> Table:  # type: ignore[no-untyped-def]
-    from lmq.quant_spec import STOPS
-
-    table = Table("Uniform", "Bits/weight", "Quantized modules", "Whole checkpoint")
-    for spec in STOPS:
-        try:
-            size = sum(spec.size_bytes(info.parameters) for info in structure.modules)
-        except InputError:
-            table.add_row(spec.name, "–", "does not fit every module", "–")
-            continue
-        bits = 8 * size / structure.parameters
-        whole = (size + structure.other_bytes) / 1e6
-        table.add_row(spec.name, f"{bits:.3f}", f"{size / 1e6:,.1f} MB", f"{whole:,.1f} MB")
-    return table
-
-
 def evaluate_command(arguments: argparse.Namespace) -> int:
     """Print the perplexity of a checkpoint."""
     from lmq.evaluation import evaluate_checkpoint
@@ -128,7 +87,7 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
 
 def report_command(arguments: argparse.Namespace) -> int:
     """Print the table of a finished run and the path of its report."""
-    run_dir = arguments.run if (arguments.run / "results.json").is_file() else Path("runs") / arguments.run
+    run_dir = run_directory(arguments.run)
     if arguments.markdown:
         console.print(markdown_table(read_results(run_dir / "results.json")), markup=False, highlight=False)
     else:
@@ -197,18 +156,31 @@ def _load(arguments: argparse.Namespace) -> RunConfig:
 
 
 def _print_table(run_dir: Path) -> None:
-    """One table per model; columns that are empty throughout are left out."""
+    """One table per model; notes go below it, and below all what makes the measurements unfair."""
     results = read_results(run_dir / "results.json")
     for model in dict.fromkeys(result.model for result in results):
-        headers, rows = results_table([result for result in results if result.model == model])
-        shown = [index for index in range(1, len(headers)) if any(row[index] for row in rows)]
+        of_model = [result for result in results if result.model == model]
+        headers, rows = results_table(of_model)
+        shown = [index for index, header in enumerate(headers) if header not in ("Model", "Note")]
         table = Table(title=model, title_justify="left")
         for index in shown:
-            is_number = 3 <= index <= 7
-            table.add_column(headers[index], justify="right" if is_number else "left", no_wrap=index < 8)
+            words = " ".join(row[index] for row in rows).split()
+            is_number = is_number_column(headers[index])
+            table.add_column(
+                textwrap.fill(headers[index].replace("/", "/ "), _HEADER_WIDTH),
+                justify="right" if is_number else "left",
+                no_wrap=is_number,
+                min_width=max(map(len, words), default=0),
+            )
         for row in rows:
             table.add_row(*(row[index] for index in shown))
         console.print(table)
+        for result, row in zip(of_model, rows, strict=True):
+            if row[-1]:
+                console.print(f"{result.label} {row[-1]}", highlight=False, markup=False, soft_wrap=True)
+    warnings = run_dir / WARNINGS_FILE
+    for warning in warnings.read_text().splitlines() if warnings.is_file() else ():
+        console.print(f"warning: {warning}", style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
 def _print_plan(planned: list[PlannedNode], by_layer: bool) -> None:

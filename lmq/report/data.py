@@ -44,7 +44,7 @@ class ModelReport:
 
     Rows are mappings with layer and kind and, in `kurtosis`, kurtosis; in `sensitivity`, sensitivity; in
     `outliers`, signal, z, outlier (bool); in `allocations` (by `VariantResult.label`), bits, group_size,
-    size_bytes, boosted (bool). A row's value may be None.
+    size_bytes, boosted (bool). A row's value may be None. `warnings` say what makes the measurements unfair.
     """
 
     name: str
@@ -55,6 +55,7 @@ class ModelReport:
     frobenius: ErrorTable | None = None
     fisher: ErrorTable | None = None
     allocations: Mapping[str, Rows] = field(default_factory=dict)
+    warnings: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,6 +41,7 @@ def _heading(model: ModelReport, several: bool) -> str:
 def _model_part(model: ModelReport) -> str:
     return "\n".join(
         (
+            *(f'<p class="warning">{escape(warning)}</p>' for warning in model.warnings),
             _profile(model, model.sensitivity, "sensitivity", "Activation sensitivity", _SENSITIVITY),
             _profile(model, model.kurtosis, "kurtosis", "Kurtosis of the weights", _KURTOSIS),
             _costs(model, model.fisher, "fisher", "Loss-aware cost", _FISHER),

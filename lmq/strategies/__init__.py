@@ -6,14 +6,16 @@ from dataclasses import fields
 from typing import Any
 
 from lmq.errors import InputError, unknown_name
+from lmq.strategies.auto import Auto
 from lmq.strategies.base import Measurements, Strategy
 from lmq.strategies.boost import KurtBoost, RandomBoost, SensiBoost
+from lmq.strategies.kl import Kl
 from lmq.strategies.loss_aware import LossAware
 from lmq.strategies.mxq import KurtMilp, KurtScaled, Mxq, SensiMilp
 from lmq.strategies.structural import Structural
 from lmq.strategies.uniform import Uniform
 
-__all__ = ["STRATEGIES", "Measurements", "Strategy", "strategy"]
+__all__ = ["STRATEGIES", "Auto", "Measurements", "Strategy", "strategy"]
 
 STRATEGIES: dict[str, type[Strategy]] = {
     each.name: each
@@ -28,6 +30,8 @@ STRATEGIES: dict[str, type[Strategy]] = {
         SensiMilp,
         KurtMilp,
         LossAware,
+        Kl,
+        Auto,
     )
 }
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
 import numpy as np
 
-from lmq.allocation import Allocation, Assignment, check_budget, solve
+from lmq.allocation import Allocation, Assignment, check_budget, check_feasible_program, solve
 from lmq.budget import module_sizes
+from lmq.constraints import Constraints, violations
 from lmq.error_table import ErrorTable
-from lmq.errors import InputError
+from lmq.errors import InputError, LmqError
 from lmq.quant_spec import QuantSpec
+from lmq.refine import Trials
 from lmq.structure import ModuleId, ModuleInfo
-
-MEASUREMENTS = ("kurtosis", "sensitivity", "frobenius", "fisher", "sequence_fisher")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -23,7 +23,9 @@ class Measurements:
     """The modules to allocate, the configurations to choose from, and what was measured; None is not measured.
 
     `kurtosis` and `sensitivity` hold one number per module; `frobenius` (norm of the weight error), `fisher`
-    (loss-aware, token-wise) and `sequence_fisher` (sequence-wise) are error tables.
+    (loss-aware, token-wise) and `sequence_fisher` (sequence-wise) are error tables, as is `divergence`
+    (measured, of one module alone), which may hold fewer configurations; `trials` tries plans on the model.
+    `constraints` are kept by strategies that solve a program; the others refuse them, but for uniform.
     """
 
     modules: tuple[ModuleInfo, ...]
@@ -33,17 +35,22 @@ class Measurements:
     frobenius: ErrorTable | None = None
     fisher: ErrorTable | None = None
     sequence_fisher: ErrorTable | None = None
+    divergence: ErrorTable | None = None
+    trials: Trials | None = None
+    constraints: Constraints = field(default_factory=Constraints)
 
 
 class Strategy(Protocol):
     """How an allocation is chosen. A strategy is a frozen keyword-only dataclass; its fields are its options.
 
-    `needs` names the fields of `Measurements` that must be there.
+    `needs` names the fields of `Measurements` that must be there. `keeps_constraints` says whether its allocations
+    keep the constraints of the measurements.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     source: ClassVar[str]
+    keeps_constraints: ClassVar[bool]
 
     @property
     def needs(self) -> frozenset[str]:
@@ -65,11 +72,24 @@ class Choices:
 
     @classmethod
     def of(cls, measurements: Measurements, budget_bytes: int) -> Choices:
-        """Sort the menu and check that some allocation fits the budget. Raises InfeasibleBudget, InputError."""
+        """The choices of a strategy that keeps no constraints, checked to hold an allocation within the budget.
+
+        Raises InfeasibleBudget, and InputError for measurements with constraints.
+        """
+        if not measurements.constraints.is_empty:
+            raise InputError(
+                "this strategy keeps no constraints; leave them out, or use a strategy that solves the budget program, "
+                "such as loss-aware or mxq"
+            )
+        choices = cls.by_size(measurements)
+        check_budget(budget_bytes, choices.sizes_bytes)
+        return choices
+
+    @classmethod
+    def by_size(cls, measurements: Measurements) -> Choices:
+        """The menu sorted, smallest first. Raises InputError for a menu that does not fit the modules."""
         specs = tuple(sorted(measurements.menu, key=lambda spec: spec.bits_per_weight))
-        sizes_bytes = module_sizes(measurements.modules, specs)
-        check_budget(budget_bytes, sizes_bytes)
-        return cls(measurements.modules, specs, sizes_bytes)
+        return cls(measurements.modules, specs, module_sizes(measurements.modules, specs))
 
     def size_bytes(self, choice: np.ndarray) -> int:
         """Total bytes of a choice [modules]."""
@@ -123,10 +143,15 @@ def solve_program(
     budget_bytes: int,
     costs_of: Callable[[Choices], np.ndarray],
 ) -> Allocation:
-    """Solve the budget program for the costs [modules, configurations] that `costs_of` gives for the sorted menu."""
-    choices = Choices.of(measurements, budget_bytes)
+    """Solve the budget program for the costs [modules, configurations] that `costs_of` gives for the sorted menu.
+
+    The constraints of the measurements are kept. Raises InfeasibleBudget, InputError.
+    """
+    choices = Choices.by_size(measurements)
+    constraints = measurements.constraints.compile(choices.modules, choices.specs)
+    check_feasible_program(choices.sizes_bytes, budget_bytes, constraints)
     costs = costs_of(choices)
-    solution = solve(costs, choices.sizes_bytes, budget_bytes)
+    solution = solve(costs, choices.sizes_bytes, budget_bytes, constraints=constraints)
     assignments = tuple(
         Assignment(
             module.id,
@@ -137,7 +162,10 @@ def solve_program(
         )
         for row, (module, column) in enumerate(zip(choices.modules, solution.choice.tolist(), strict=True))
     )
-    return Allocation(assignments=assignments, objective=solution.objective, lower_bound=solution.lower_bound)
+    allocation = Allocation(assignments=assignments, objective=solution.objective, lower_bound=solution.lower_bound)
+    if broken := violations(allocation, measurements.constraints):
+        raise LmqError(f"the solution breaks the constraints it was given: {_some(broken)}")
+    return allocation
 
 
 def table_costs(table: ErrorTable | None, name: str, choices: Choices) -> np.ndarray:

@@ -36,6 +36,7 @@ class _Boost:
     boost_stop: int = 2
     top_m: int = 0
     paid: bool = False
+    keeps_constraints: ClassVar[bool] = False
     signal: ClassVar[str]
 
     def __post_init__(self) -> None:
@@ -95,6 +96,7 @@ class RandomBoost:
     name: ClassVar[str] = "random-boost"
     summary: ClassVar[str] = "ablation: as many boosted layers, drawn at random from the others"
     source: ClassVar[str] = "Zhang et al. 2025, arXiv 2503.06518, ablation"
+    keeps_constraints: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_boost_options(self.boost_stop, self.top_m)

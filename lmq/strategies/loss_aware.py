@@ -11,22 +11,23 @@ from lmq.allocation import Allocation
 from lmq.errors import unknown_name
 from lmq.strategies.base import Choices, Measurements, solve_program, table_costs
 
-_TABLES = {"token": "fisher", "sequence": "sequence_fisher"}
+_TABLES = {"sequence": "sequence_fisher", "token": "fisher"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossAware:
     """Least sum of Fisher costs, made non-increasing in size per module.
 
-    `fisher` says which: "token" squares the change of the loss token by token (`lmq.fisher`), "sequence" sequence
-    by sequence, for labels that the model draws itself (`lmq.sequence_fisher`).
+    `fisher` says which: "sequence" squares the change of the loss sequence by sequence, for labels that the model
+    draws itself (`lmq.sequence_fisher`), "token" token by token, for the labels of the text (`lmq.fisher`).
     """
 
     name: ClassVar[str] = "loss-aware"
-    summary: ClassVar[str] = "least sum of loss-aware costs (token- or sequence-wise Fisher) within the budget"
+    summary: ClassVar[str] = "least sum of loss-aware costs (sequence- or token-wise Fisher) within the budget"
     source: ClassVar[str] = "score as in NVIDIA Model Optimizer's gradient scorer; program of MXQ"
+    keeps_constraints: ClassVar[bool] = True
 
-    fisher: str = "token"
+    fisher: str = "sequence"
 
     def __post_init__(self) -> None:
         if self.fisher not in _TABLES:

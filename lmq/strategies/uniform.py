@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
 
 from lmq.allocation import Allocation
+from lmq.constraints import Constraints
 from lmq.strategies.base import Choices, Measurements
 
 
 @dataclass(frozen=True, kw_only=True)
 class Uniform:
-    """Every module at the largest configuration of the menu that fits the budget."""
+    """Every module at the largest configuration of the menu that fits the budget.
+
+    Constraints are ignored: what they cost is seen against a baseline that has none.
+    """
 
     name: ClassVar[str] = "uniform"
     summary: ClassVar[str] = "every module at the largest configuration that fits the budget"
     source: ClassVar[str] = "baseline"
+    keeps_constraints: ClassVar[bool] = False
 
     @property
     def needs(self) -> frozenset[str]:
@@ -26,6 +31,6 @@ class Uniform:
 
     def allocate(self, measurements: Measurements, budget_bytes: int) -> Allocation:
         """Give every module the same configuration. Raises InfeasibleBudget."""
-        choices = Choices.of(measurements, budget_bytes)
+        choices = Choices.of(replace(measurements, constraints=Constraints()), budget_bytes)
         column = choices.largest_uniform(budget_bytes)
         return choices.allocation(np.full(len(choices.modules), column))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 import subprocess
@@ -11,6 +12,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lmq.budget import Budget, feasible_range
+from lmq.discovery import discover
+from lmq.quant_spec import STOPS
+from lmq.results import VariantResult, write_results
+from lmq.storage_layouts import hqq_size_bytes
 from lmq_flows.cli import main
 from lmq_flows.pipeline import build_graph
 from lmq_flows.planning import execute_directly
@@ -22,8 +28,10 @@ COMMANDS = [
     ["run"],
     ["plan"],
     ["inspect"],
+    ["budget"],
     ["evaluate"],
     ["report"],
+    ["frontier"],
     ["strategies"],
     ["store"],
     ["store", "ls"],
@@ -81,7 +89,7 @@ def test_every_command_explains_itself(command: list[str], capsys: pytest.Captur
 def test_help_names_every_command_and_loads_no_library() -> None:
     code = "import sys; from lmq_flows.cli import main\ntry: main(['--help'])\nfinally: print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    for name in ("run", "plan", "inspect", "evaluate", "report", "strategies", "store"):
+    for name in ("run", "plan", "inspect", "budget", "evaluate", "report", "frontier", "strategies", "store"):
         assert f"\n    {name}" in done.stdout
     assert done.stdout.endswith("False\n")
 
@@ -94,6 +102,10 @@ def test_help_names_every_command_and_loads_no_library() -> None:
         (["run"], "the following arguments are required: CONFIG"),
         (["evaluate", "x", "--tokens", "many"], "--tokens: invalid whole number value: 'many'"),
         (["evaluate", "x", "--tokens", "0"], "--tokens: 0 is not allowed; give 1 or more"),
+        (["frontier", "x", "--points", "1"], "--points: 1 is not allowed; give 2 or more"),
+        (["budget", "x", "4.25", "--menus"], "unrecognized arguments: --menus"),
+        (["inspect", "x", "4.25"], "unrecognized arguments: 4.25"),
+        (["budget", "x", "--axis", "2"], "--axis: invalid choice: 2"),
         (["store", "gc", "--keep-runs", "-1"], "--keep-runs: -1 is not allowed; give 0 or more"),
         (["store", "gc", "--keep-hours", "-0.5"], "--keep-hours: -0.5 is not allowed; give 0 or more"),
     ],
@@ -173,6 +185,172 @@ def test_inspect_refuses_what_is_no_model(
     assert "must not be empty" in refusal(capsys, "inspect", "", *store)
     assert "is quantized already (lmq)" in refusal(capsys, "inspect", made[1], *store)
     assert "is a file, not a directory" in refusal(capsys, "inspect", made[1], "--store", made[0])
+
+
+# ── budget ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def budget_rows(printed: str, title: str) -> dict[str, list[str]]:
+    """Cells of the table below a title, by the first cell of each row."""
+    lines = printed[printed.index(title) :].split("└")[0].splitlines()
+    rows = [[cell.strip() for cell in line.strip("│ ").split("│")] for line in lines if line.startswith("│")]
+    return {row[0]: row[1:] for row in rows}
+
+
+def test_budget_prints_every_size_without_measuring(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["budget", str(tiny_llama), "--store", str(tmp_path / "store")]) == 0
+    printed = capsys.readouterr().out
+    structure = discover(tiny_llama)
+    smallest, largest = feasible_range(structure, STOPS)
+    feasible = budget_rows(printed, "Feasible sizes")
+    assert feasible["paper"][0].startswith(f"{smallest:,} B = ")
+    assert feasible["paper"][1].startswith(f"{largest:,} B = ")
+    uniform = budget_rows(printed, "The same configuration everywhere")
+    assert list(uniform) == [spec.name for spec in STOPS]
+    for spec in STOPS:
+        paper = sum(spec.size_bytes(module.parameters) for module in structure.modules)
+        hqq = sum(hqq_size_bytes(module.parameters, spec) for module in structure.modules)
+        assert uniform[spec.name][0].startswith(f"{paper:,} B = ")
+        assert uniform[spec.name][1].startswith(f"{hqq:,} B = ")
+    parts = budget_rows(printed, "Not quantized")
+    assert parts["embeddings"] == parts["lm_head"] == ["1", "32,768", "131,072 B"]
+    assert parts["all"][2] == f"{structure.other_bytes:,} B"
+    assert not list((tmp_path / "store").rglob("frobenius*"))
+
+
+def test_budgets_become_bytes(tiny_qwen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["4.25", "uniform b4g64 + 2%", "1 kB", "1 GB"]
+    options = ["--menu", "b2g64,b4g64", "--store", str(tmp_path / "store")]
+    assert main(["budget", str(tiny_qwen), asked[0], *options, *asked[1:]]) == 0
+    printed = capsys.readouterr().out
+    assert budget_rows(printed, "Not quantized")["lm_head"] == ["tied", "–", "–"]
+    rows = budget_rows(printed, "Budgets")
+    structure = discover(tiny_qwen)
+    for text in asked:
+        assert rows[text][0].startswith(f"{Budget.parse(text).resolve(structure):,} B = ")
+    assert rows["uniform b4g64 + 2%"][1:] == ["paper", "yes: 1,575 B to spare", "b4g64 (−1.96%)", "none"]
+    assert rows["4.25"][3].startswith("b2g64 (−")
+    assert "short" in rows["1 kB"][2]
+    assert "to spare" in rows["1 GB"][2]
+
+
+def test_budget_refuses_what_cannot_be_meant(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["budget", tiny_llama, "--store", tmp_path / "store"]
+    assert "'four' is not a budget; allowed: bits per weight" in refusal(capsys, *command, "four")
+    assert "'b5' is not a configuration" in refusal(capsys, *command, "--menu", "b4g64,b5")
+    assert "needs at least one configuration and none twice" in refusal(capsys, *command, "--menu", "b4g64,b4g64")
+    assert "there is no model directory" in refusal(capsys, "budget", tmp_path / "model", *command[2:])
+
+
+# ── report and frontier ──────────────────────────────────────────────────────────────────────────────────
+
+
+def measured_run(model: Path, place: Path) -> Path:
+    """The directory of a run whose measurements are in the store, with results as a run would write them."""
+    config = tiny_config(
+        model,
+        place,
+        strategies=["uniform", "mxq", {"name": "loss-aware", "options": {"fisher": "sequence"}}],
+        measure__menu=["b2g64", "b3g64", "b4g64"],
+    )
+    preparation, nodes = preparation_graph(config, identify_models(config))
+    node = nodes["tiny"]
+    prepared = prepared_model(config, config.models[0], node, execute_directly(preparation)[node], "cpu")
+    graph, variants, _ = build_graph(config, [prepared], identify_texts(config))
+    graph.nodes = [node for node in graph if node.variant is None]  # what is measured, once for all variants
+    execute_directly(graph)
+    config.run_dir.mkdir(parents=True)
+    (config.run_dir / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    size = variants[1].budget_bytes
+    assert size is not None
+    written = {"model": "tiny", "budget": "uniform b4g64", "budget_bytes": size, "perplexity": 510.0}
+    write_results(
+        config.run_dir / "results.json",
+        [
+            VariantResult(model="tiny", strategy="full-precision", perplexity=500.0),
+            VariantResult(strategy="uniform", size_bytes=size, kl_divergence=0.02, **written),
+            VariantResult(strategy="sensi-boost", size_bytes=size + 2_345_678, kl_divergence=0.01, **written),
+            VariantResult(model="tiny", strategy="mxq", budget="uniform b4g64", error="out of memory"),
+        ],
+    )
+    return config.run_dir
+
+
+@pytest.fixture(scope="module")
+def run_dir(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return measured_run(tiny_llama, tmp_path_factory.mktemp("measured"))
+
+
+def test_report_shows_what_of_the_budget_is_used(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(run_dir)]) == 0
+    printed = capsys.readouterr().out
+    assert max(len(line) for line in printed.splitlines() if line.startswith("│")) <= 140
+    assert "−2.346 MB" in printed
+    assert " 0 B " in printed
+    assert "mxq @ uniform b4g64 failed: out of memory" in printed
+
+
+def test_frontier_solves_all_budgets_from_the_store(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["frontier", str(run_dir), "--points", "20"]) == 0
+    printed = capsys.readouterr().out
+    assert "tiny: loss-aware fisher=sequence, 20 budgets" in printed
+    assert "(nats per token)" in printed
+    assert len([line for line in printed.splitlines() if line.startswith("│")]) == 10
+    with (run_dir / "frontier-tiny.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["budget_bytes", "bits_per_weight", "size_bytes", "objective", "lower_bound", "gap"]
+    assert len(rows) == 20
+    objectives = [float(row["objective"]) for row in rows]
+    assert objectives == sorted(objectives, reverse=True)
+    assert all(int(row["size_bytes"]) <= int(row["budget_bytes"]) for row in rows)
+    picture = (run_dir / "frontier-tiny.svg").read_text()
+    assert "measured rise of log-perplexity" in picture
+    assert "uniform, measured" in picture
+
+
+def test_frontier_of_another_strategy_from_the_same_measurements(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["frontier", str(run_dir), "--points", "3", "--strategy", "mxq", "--model", "tiny"]) == 0
+    printed = capsys.readouterr().out
+    assert "tiny: mxq, 3 budgets" in printed
+    assert "nats" not in printed
+
+
+def test_frontier_refuses_what_the_run_does_not_have(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["frontier", run_dir, "--points", "3"]
+    assert "unknown model of run 'tiny': 'tny'; did you mean 'tiny'" in refusal(capsys, *command, "--model", "tny")
+    assert "did you mean 'mxq'" in refusal(capsys, *command, "--strategy", "mxqq")
+    assert "uniform solves no program" in refusal(capsys, *command, "--strategy", "uniform")
+    message = refusal(capsys, *command, "--strategy", "sensi-milp")
+    assert "did not measure sensitivity, which sensi-milp needs; draw a strategy of the run ('uniform'," in message
+    assert "results.json does not exist" in refusal(capsys, "frontier", tmp_path)
+
+
+def test_frontier_names_what_is_gone_from_the_store(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(run_dir, tmp_path / "run")
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+
+    def point_at(store: Path) -> None:
+        (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump({**config, "store": str(store)}))
+
+    point_at(tmp_path / "nothing")
+    assert "there is no store" in refusal(capsys, "frontier", tmp_path / "run")
+    (tmp_path / "empty").mkdir()
+    point_at(tmp_path / "empty")
+    message = refusal(capsys, "frontier", tmp_path / "run")
+    assert "does not hold discover of tiny: it was removed, or this lmq measures differently" in message
+    assert message.endswith("make it again with `lmq run` of that file")
+    (tmp_path / "run" / "config.yaml").unlink()
+    assert "the run has not ended" in refusal(capsys, "frontier", tmp_path / "run")
 
 
 # ── evaluate ─────────────────────────────────────────────────────────────────────────────────────────────

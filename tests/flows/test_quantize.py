@@ -12,15 +12,18 @@ from prefect.client.orchestration import get_client
 
 import lmq
 from lmq.checkpoint import quantized_bytes
+from lmq.errors import InfeasibleBudget, InputError
 from lmq.results import read_results
+from lmq_flows.planning import check_run
 from lmq_flows.ui import _key
 from lmq_storage import ArtifactStore
 from tests.flows.conftest import promised, run_and_look, tiny_config
 
 pytestmark = pytest.mark.slow
 
-MEASURING = {"kurtosis", "frobenius", "embed", "forward", "loss-gradient", "backward", "sensitivity", "fisher"}
-CAPTURE = {"calibration", "embed", "forward", "loss-gradient", "backward", "sensitivity", "fisher"}
+GRADIENTS = {"sampled-loss-gradient", "sampled-backward"}
+MEASURING = {"kurtosis", "frobenius", "embed", "forward", "sensitivity", "sequence-fisher", *GRADIENTS}
+CAPTURE = {"calibration", "embed", "forward", "sensitivity", "sequence-fisher", *GRADIENTS}
 
 
 @pytest.fixture(scope="module")
@@ -104,9 +107,9 @@ def test_unchanged_run_is_cached_throughout(again):
             {"allocate", "quantize", "checkpoint", "evaluate", "report"},
         ),
         (
-            {"strategies": [{"name": "loss-aware", "options": {"fisher": "sequence"}}]},
+            {"strategies": [{"name": "loss-aware", "options": {"fisher": "token"}}]},
             {
-                *("sampled-loss-gradient", "backward", "sequence-fisher"),
+                *("loss-gradient", "backward", "fisher"),
                 *("allocate", "quantize", "checkpoint", "evaluate", "report"),
             },
         ),
@@ -123,7 +126,7 @@ def test_unchanged_run_is_cached_throughout(again):
             {
                 "frobenius",
                 "sensitivity",
-                "fisher",
+                "sequence-fisher",
                 "outliers",
                 "allocate",
                 "quantize",
@@ -146,6 +149,32 @@ def test_only_what_changed_runs_again_as_planned(again, changes, expected):
     assert not {task for task, cached in plan.items() if cached and not done.cached[task]}, "a promise was broken"
 
 
+def test_constraints_are_kept_and_only_programs_are_solved_again(again):
+    constraints = {"alike": ["qkv", "gate-up"], "fixed": {"0.*": "b8g64"}, "most_configurations": 3}
+    config = again(strategies=["uniform", "mxq"], constraints=constraints)
+    done = run_and_look(config)
+    assert done.state.is_completed(), done.state.message
+    assert done.ran() == {"allocate", "quantize", "checkpoint", "evaluate", "report"}
+    assert done.cached["allocate", "tiny uniform @ uniform b4g64"]
+    with (config.run_dir / "allocation-tiny-mxq-uniform-b4g64.csv").open() as stream:
+        specs = {(int(row["layer"]), row["kind"]): (row["bits"], row["group_size"]) for row in csv.DictReader(stream)}
+    assert {spec for (layer, _), spec in specs.items() if layer == 0} == {("8", "64")}
+    assert len(set(specs.values())) <= 3
+    for layer in range(4):
+        assert len({specs[layer, f"self_attn.{name}_proj"] for name in "qkv"}) == 1
+        assert specs[layer, "mlp.gate_proj"] == specs[layer, "mlp.up_proj"]
+
+
+def test_constraints_that_contradict_are_refused_before_measuring(tiny_qwen, tmp_path):
+    constraints = {"fixed": {"0.*": "b2g64"}, "floor": {"*.mlp.down_proj": "b4g64"}}
+    config = tiny_config(tiny_qwen, tmp_path, strategies=["mxq"], constraints=constraints)
+    with pytest.raises(InputError, match=r"fixed '0\.\*': b2g64.*floor '\*\.mlp\.down_proj': b4g64"):
+        check_run(config)
+    tight = tiny_config(tiny_qwen, tmp_path, strategies=["mxq"], constraints={"floor": {"*": "b8g64"}})
+    with pytest.raises(InfeasibleBudget, match="under the constraints"):
+        check_run(tight)
+
+
 def test_measurements_of_another_strategy_are_shared(again):
     done = run_and_look(again(strategies=["mxq"], name="other"))
     assert done.ran() == {"report"}
@@ -154,7 +183,7 @@ def test_measurements_of_another_strategy_are_shared(again):
 def test_damaged_and_deleted_artifacts_are_made_again(again):
     config = again()
     store = ArtifactStore(config.store)
-    first, second = list(store.manifests("fisher"))[:2]
+    first, second = list(store.manifests("sequence-fisher"))[:2]
     blob = store.path(first.ref, "fisher.parquet")
     blob.chmod(0o644)
     blob.write_bytes(blob.read_bytes()[:100])
@@ -162,7 +191,7 @@ def test_damaged_and_deleted_artifacts_are_made_again(again):
     before = (config.run_dir / "results.json").read_text() if config.run_dir.exists() else None
     done = run_and_look(config)
     assert before is None
-    assert done.ran() == {"fisher"}
+    assert done.ran() == {"sequence-fisher"}
     assert sum(not cached for cached in done.cached.values()) == 2
     assert ArtifactStore(config.store).verify() == []
 

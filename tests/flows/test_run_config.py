@@ -48,9 +48,25 @@ def test_strategies_say_what_must_be_measured() -> None:
     assert not parse_run_config(valid(strategies=["uniform", "mxq", "kurt-boost"])).needs_calibration
 
 
+def test_constraints_are_read_and_kept_as_plain_values() -> None:
+    constraints = {"alike": ["qkv"], "fixed": {"0.*": "b8g64"}, "device_limits": {"0-1": "2 MB"}}
+    config = parse_run_config(valid(strategies=["uniform", "mxq"], constraints=constraints))
+    assert config.constraints.plain == constraints
+    assert config.constraints.parsed().device_limits[0].size_bytes == 2_000_000
+    assert not parse_run_config(valid()).constraints.plain
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"constraints": {"alik": ["qkv"]}}, "unknown key 'constraints.alik'; did you mean 'alike'?"),
+        ({"constraints": {"alike": ["qvk"]}}, "did you mean 'qkv'"),
+        ({"constraints": {"floor": {"*": "b4g65"}}}, "constraints.floor.*: group_size = 65 is not allowed"),
+        ({"constraints": {"device_limits": {"0-": "2 GB"}}}, "'0-' are no layers of a device limit"),
+        (
+            {"constraints": {"alike": ["qkv"]}},
+            "strategy 'sensi-boost top_m=1' keeps no constraints; those that do: mxq, kurt-scaled",
+        ),
         ({"calibraton": {}}, "unknown key 'calibraton'; did you mean 'calibration'? (allowed: budgets, calibration,"),
         ({"evaluation": {"windw": 64}}, "unknown key 'evaluation.windw'; did you mean 'window'? (allowed: column,"),
         ({"models": [{"name": "a", "source": "b", "mnu": []}]}, "unknown key 'models.0.mnu'; did you mean 'menu'?"),

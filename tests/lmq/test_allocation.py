@@ -10,6 +10,7 @@ from lmq import allocation as allocation_module
 from lmq import knapsack
 from lmq.allocation import ALLOCATION_SCHEMA, Allocation, Assignment, solve
 from lmq.errors import InfeasibleBudget, InputError
+from lmq.program import Limit, ProgramConstraints
 from lmq.quant_spec import STOPS, QuantSpec
 from lmq.structure import ModuleId
 from lmq.tables import read_rows, write_rows
@@ -172,7 +173,7 @@ def test_without_proof_the_gap_is_honest(monkeypatch):
     exact = solve(costs, sizes, budget_bytes)
     monkeypatch.setattr(knapsack, "MAX_STATES", 0)
     monkeypatch.setattr(
-        allocation_module, "solve_milp", lambda costs, sizes, capacity, **_: (sizes.argmin(axis=1), -math.inf)
+        allocation_module, "solve_milp", lambda program, capacity, start, **_: (program.smallest, -math.inf)
     )
     stopped = solve(costs, sizes, budget_bytes)
     assert stopped.lower_bound <= exact.objective <= stopped.objective
@@ -203,3 +204,101 @@ def test_optimum_of_zero_among_large_costs_is_proven_without_a_second_solver(cap
     assert solution.objective == 0.0
     assert solution.size_bytes == 6
     assert not caplog.records
+
+
+def _constrained(seed: int, modules: int, configurations: int, most: int | None) -> ProgramConstraints:
+    """Two thirds of the cells allowed, the first and the middle column everywhere, and triples of alike modules."""
+    allowed = np.random.default_rng(seed).random((modules, configurations)) < 2 / 3
+    allowed[:, [0, configurations // 2]] = True
+    groups = tuple((row, row + 1, row + 2) for row in range(0, modules - 2, 4))
+    return ProgramConstraints(allowed=allowed, groups=groups, most_configurations=most)
+
+
+@pytest.mark.parametrize("most", [None, 1, 2, 3])
+@pytest.mark.parametrize("seed", range(3))
+def test_both_methods_agree_under_constraints(seed, most):
+    costs, sizes, budget_bytes = _trade_off(seed, 16, 5)
+    constraints = _constrained(seed, 16, 5, most)
+    exact = solve(costs, sizes, budget_bytes, constraints=constraints)
+    highs = solve(costs, sizes, budget_bytes, constraints=constraints, method="highs")
+    _check(exact, costs, sizes, budget_bytes)
+    assert exact.gap <= 1e-9
+    assert exact.objective == pytest.approx(highs.objective, rel=1e-8)
+    for solution in (exact, highs):
+        assert constraints.allowed[np.arange(16), solution.choice].all()
+        assert all(len(set(solution.choice[list(group)])) == 1 for group in constraints.groups)
+        assert most is None or len(set(solution.choice)) <= most
+
+
+def test_constraints_that_allow_everything_change_nothing():
+    costs, sizes, budget_bytes = _trade_off(5, 20, 5)
+    everything = ProgramConstraints(
+        allowed=np.ones(costs.shape, bool),
+        groups=((3,), ()),
+        most_configurations=5,
+        limits=(Limit(name="none", rows=(), size_bytes=1),),
+    )
+    free = solve(costs, sizes, budget_bytes)
+    bound = solve(costs, sizes, budget_bytes, constraints=everything)
+    assert bound.objective == pytest.approx(free.objective, rel=1e-9)
+
+
+def test_highs_takes_over_under_constraints(monkeypatch, caplog):
+    costs, sizes, budget_bytes = _trade_off(3, 12, 4)
+    constraints = _constrained(3, 12, 4, 2)
+    exact = solve(costs, sizes, budget_bytes, constraints=constraints)
+    monkeypatch.setattr(knapsack, "MAX_STATES", 0)
+    fallen = solve(costs, sizes, budget_bytes, constraints=constraints)
+    assert "continuing with HiGHS" in caplog.text
+    assert fallen.objective == pytest.approx(exact.objective, rel=1e-9)
+
+
+def test_what_is_not_allowed_costs_no_precision():
+    costs = np.array([[1.0, 1e300], [2.0, 1.0]])
+    allowed = np.array([[True, False], [True, True]])
+    solution = solve(costs, [[1, 2], [1, 2]], 3, constraints=ProgramConstraints(allowed=allowed))
+    assert (solution.choice.tolist(), solution.objective) == ([0, 1], 2.0)
+
+
+def test_what_is_not_allowed_is_not_taken_for_an_equal():
+    constraints = ProgramConstraints(allowed=np.array([[False, True]]))
+    assert solve([[5.0, 5.0]], [[1, 1]], 1, constraints=constraints).choice.tolist() == [1]
+
+
+def test_groups_that_overlap_are_one():
+    groups = ((0, 1), (2, 3), (1, 2))
+    constraints = ProgramConstraints(allowed=np.ones((5, 2), bool), groups=groups)
+    solution = solve(
+        [[0.0, 1.0], [0.0, 1.0], [1.0, 0.0], [2.0, 0.0], [0.0, 1.0]], [[1, 1]] * 5, 5, constraints=constraints
+    )
+    assert solution.choice.tolist() == [1, 1, 1, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"allowed": np.ones((2, 2), bool)}, r"bool \(2, 2\); it must be bool \(2, 3\)"),
+        ({"allowed": np.ones((2, 3))}, "allowed is float64"),
+        ({"groups": ((0, 2),)}, r"rows \[0, 2\] of the constraints are not all among the 2 modules"),
+        ({"most_configurations": 0}, "most_configurations = 0 is not positive"),
+        ({"limits": (Limit(name="the limit", rows=(0,), size_bytes=9),), "groups": ((0, 1),)}, "cuts through a group"),
+        (
+            {"allowed": np.array([[True, False, False], [False, True, True]]), "groups": ((0, 1),)},
+            r"modules \[0, 1\] tog",
+        ),
+        (
+            {"allowed": np.array([[True, False, False], [False, True, True]]), "most_configurations": 1},
+            "no allocation keeps at most 1 different configurations together",
+        ),
+    ],
+)
+def test_constraints_that_no_choice_keeps_are_refused(change, message):
+    constraints = ProgramConstraints(**{"allowed": np.ones((2, 3), bool), **change})
+    with pytest.raises(InputError, match=message):
+        solve(COSTS, SIZES, 45, constraints=constraints)
+
+
+def test_more_sets_of_configurations_than_can_be_looked_through_are_refused():
+    constraints = ProgramConstraints(allowed=np.ones((24, 24), bool), most_configurations=12)
+    with pytest.raises(InputError, match="at most 12 of 24 configurations leaves 2,704,156 sets"):
+        solve(np.ones((24, 24)), np.ones((24, 24), int), 24, constraints=constraints)

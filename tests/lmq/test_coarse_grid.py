@@ -4,10 +4,11 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as GgmlType
 
-from lmq.coarse_grid import CoarseGrid, find_coarse_grid, unfair_configurations
+from lmq.coarse_grid import CoarseGrid, coarse_grid_warnings, find_coarse_grid, unfair_configurations
 from lmq.frobenius import fit_grids
 from lmq.quant_spec import STOPS, QuantSpec
 from lmq.quantizers import quantizer
+from lmq.structure import ModuleId
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SHAPE = (96, 512)
@@ -112,3 +113,20 @@ def test_unfair_configurations_contain_the_grid() -> None:
     assert unfair_configurations(CoarseGrid(8, 32), STOPS) == [QuantSpec(8, 32)]
     assert unfair_configurations(CoarseGrid(4, 32), STOPS, axis=0) == []
     assert unfair_configurations(None, STOPS) == []
+
+
+def test_warnings_count_the_matrices_and_name_what_is_unfair_to_them() -> None:
+    modules = [ModuleId(layer, "mlp.up_proj") for layer in range(4)]
+    found = dict(zip(modules, [CoarseGrid(4, 32), None, CoarseGrid(4, 32), CoarseGrid(8, 32)], strict=True))
+    first, second = coarse_grid_warnings(found, STOPS)
+    assert first.startswith("2 of 4 matrices already lie on a grid of 4 bits in groups of 32")
+    assert "b4g32, b8g32 can rebuild them" in first
+    assert "1 of 4 matrices already lie on a grid of 8 bits" in second
+    assert ": b8g32 can rebuild them" in second
+
+
+def test_nothing_is_warned_of_where_no_configuration_is_unfair() -> None:
+    found = {ModuleId(0, "mlp.up_proj"): CoarseGrid(4, 32)}
+    assert coarse_grid_warnings(found, [QuantSpec(3, 32), QuantSpec(4, 64)]) == []
+    assert coarse_grid_warnings(found, STOPS, axis=0) == []
+    assert coarse_grid_warnings({ModuleId(0, "mlp.up_proj"): None}, STOPS) == []

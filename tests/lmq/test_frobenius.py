@@ -13,6 +13,7 @@ from lmq.frobenius import (
     load_grids,
     save_grids,
 )
+from lmq.nf4 import NormalFloat4
 from lmq.quant_spec import STOPS, QuantSpec
 from lmq.quantizers import quantizer
 from lmq.structure import ModuleId
@@ -28,6 +29,23 @@ def test_errors_are_the_float64_norms_of_what_is_stored(axis: int) -> None:
         difference = WEIGHT.double().numpy() - grid.round_trip(WEIGHT).double().numpy()
         assert error == pytest.approx(np.linalg.norm(difference), rel=1e-6)
     assert frobenius_norm(WEIGHT) == pytest.approx(np.linalg.norm(WEIGHT.double().numpy()), rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_norms_and_errors_leave_the_weight_as_it_was(dtype: torch.dtype) -> None:
+    weight = WEIGHT.to(dtype)
+    before = weight.clone()
+    norm = frobenius_norm(weight)
+    frobenius_errors(weight, [*fit_grids(weight, [QuantSpec(4, 64)], quantizer("rtn")).values(), NormalFloat4()])
+    assert torch.equal(weight, before)
+    assert norm == pytest.approx(np.linalg.norm(before.double().numpy()), rel=1e-12)
+
+
+@pytest.mark.parametrize("group_size", [32, 64])
+def test_the_error_of_nf4_is_the_norm_of_what_it_changes(group_size: int) -> None:
+    nf4 = NormalFloat4(group_size=group_size)
+    difference = nf4.round_trip(WEIGHT).double().numpy() - WEIGHT.double().numpy()
+    assert frobenius_errors(WEIGHT, [nf4]) == [pytest.approx(np.linalg.norm(difference), rel=1e-6)]
 
 
 def test_errors_fall_with_bits_and_rise_with_group_size() -> None:

@@ -3,8 +3,7 @@ import scipy.stats
 import torch
 
 from lmq.errors import InputError, NotFiniteError
-from lmq.kurtosis import KURTOSIS_SCHEMA, kurtosis
-from lmq.tables import read_rows, write_rows
+from lmq.kurtosis import kurtosis
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
@@ -38,9 +37,3 @@ def test_not_finite_weight_is_refused_with_the_count() -> None:
     weight[0, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
     with pytest.raises(NotFiniteError, match=r"layer 0 x holds 3 elements of 10,000"):
         kurtosis(weight, "layer 0 x")
-
-
-def test_schema_holds_a_profile(tmp_path) -> None:
-    rows = [{"layer": 0, "kind": "self_attn.q_proj", "parameters": 4096, "kurtosis": 3.25}]
-    write_rows(tmp_path / "k.parquet", KURTOSIS_SCHEMA, rows)
-    assert read_rows(tmp_path / "k.parquet", KURTOSIS_SCHEMA) == rows

@@ -1,76 +1,135 @@
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lmq.discovery import discover
 from lmq.errors import NotFiniteError
-from lmq.evaluation import last_states
-from lmq.quantized_point import divergence_gradient, divergence_slopes
-from lmq.streaming import StreamedModel
+from lmq.frobenius import fit_grids
+from lmq.grid import Grid
+from lmq.quant_spec import QuantSpec
+from lmq.quantized_point import Choice, QuantizedPoint
+from lmq.quantizers.rtn import RoundToNearest
+from lmq.streaming import StreamedModel, load_layer_weights
+from lmq.structure import ModelStructure, ModuleId
 
-SEQUENCES, LENGTH, CONFIGURATIONS = 2, 12, 3
-
-
-def random_errors(weights: dict[tuple[int, str], Tensor]) -> dict[tuple[int, str], Tensor]:
-    """Errors [configurations, out_features, in_features] of every module, by layer and kind."""
-    generator = torch.Generator().manual_seed(4)
-    return {
-        key: 0.02 * torch.randn(CONFIGURATIONS, *weight.shape, generator=generator) for key, weight in weights.items()
-    }
+SEQUENCES, LENGTH = 2, 12
+MENU = (QuantSpec(2, 64), QuantSpec(3, 32), QuantSpec(4, 64))
+TOKEN_IDS = torch.randint(2, 500, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(1))
 
 
-def test_slopes_are_those_of_automatic_differentiation_through_the_whole_model(tiny_model: Path) -> None:
-    token_ids = torch.randint(2, 500, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(1))
-    streamed = StreamedModel.open(tiny_model, discover(tiny_model, weights_sha256="0"))
-    structure = streamed.structure
-    plain = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
-    linears = {(m.id.layer, m.id.kind): plain.get_submodule(structure.path(m.id)) for m in structure.modules}
-    weights = {key: linear.get_parameter("weight").detach().clone() for key, linear in linears.items()}
-    errors = random_errors(weights)
+class Bench:
+    """A tiny model, streamed and whole, with the grids of every module."""
 
-    def of_layer(values: dict[tuple[int, str], Tensor], layer: int) -> dict[str, Tensor]:
-        return {kind: value for (found, kind), value in values.items() if found == layer}
+    def __init__(self, model_dir: Path, matmul_dtype: torch.dtype = torch.float32):
+        self.structure: ModelStructure = discover(model_dir, weights_sha256="0")
+        self.weights: dict[ModuleId, Tensor] = {}
+        for layer in range(self.structure.layers):
+            by_kind = load_layer_weights(model_dir, self.structure, layer)
+            self.weights |= {module.id: by_kind[module.id.kind] for module in self.structure.in_layer(layer)}
+        self.grids: dict[ModuleId, dict[QuantSpec, Grid]] = {
+            module: fit_grids(weight, MENU, RoundToNearest()) for module, weight in self.weights.items()
+        }
+        streamed = StreamedModel.open(model_dir, self.structure)
+        self.point = QuantizedPoint(streamed, self.of_layer, matmul_dtype=matmul_dtype)
+        self.whole: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
 
-    quantized = {key: weight + errors[key][0] for key, weight in weights.items()}
-    reference = plain(token_ids).logits.detach().log_softmax(-1)[:, :-1]
-    for key, linear in linears.items():
-        linear.weight = nn.Parameter(quantized[key])
-    found = plain(token_ids).logits.log_softmax(-1)[:, :-1]
-    (reference.exp() * (reference - found)).sum().backward()
+    def of_layer(self, layer: int) -> dict[ModuleId, dict[QuantSpec, Grid]]:
+        return {module: grids for module, grids in self.grids.items() if module.layer == layer}
 
-    slopes = divergence_slopes(
-        streamed,
-        token_ids,
-        last_states(streamed, token_ids),
-        lambda layer: of_layer(quantized, layer),
-        lambda layer: of_layer(errors, layer),
+    def quantize_whole(self, choice: Choice) -> None:
+        for module, spec in choice.items():
+            linear = self.whole.get_submodule(self.structure.path(module))
+            linear.weight = nn.Parameter(self.grids[module][spec].round_trip(self.weights[module]))
+
+    def divergence(self, reference: Tensor) -> Tensor:
+        """Summed KL of the whole model as it is now from logits [sequences, sequence_length, vocabulary]."""
+        expected = reference.log_softmax(-1)[:, :-1]
+        found = self.whole(TOKEN_IDS).logits.log_softmax(-1)[:, :-1]
+        return (expected.exp() * (expected - found)).sum()
+
+    def mixed_choice(self) -> dict[ModuleId, QuantSpec]:
+        return {module: MENU[index % len(MENU)] for index, module in enumerate(self.weights)}
+
+
+def test_divergence_and_slopes_are_those_of_the_whole_model(tiny_model: Path) -> None:
+    bench = Bench(tiny_model)
+    choice = bench.mixed_choice()
+    logits = bench.whole(TOKEN_IDS).logits.detach()
+    bench.quantize_whole(choice)
+    divergence = bench.divergence(logits)
+    divergence.backward()
+    predicted = SEQUENCES * (LENGTH - 1)
+
+    reference = bench.point.last_states(TOKEN_IDS)
+    assert bench.point.divergence(TOKEN_IDS, reference, choice) == pytest.approx(
+        divergence.item() / predicted, rel=1e-3
     )
-    assert len(slopes) == structure.layers
-    for (layer, kind), linear in linears.items():
-        gradient = linear.get_parameter("weight").grad
+
+    slopes = bench.point.slopes(TOKEN_IDS, reference, choice, MENU)
+    expected = np.zeros_like(slopes)
+    for row, (module, spec) in enumerate(choice.items()):
+        gradient = bench.whole.get_submodule(bench.structure.path(module)).get_parameter("weight").grad
         assert gradient is not None
-        expected = (errors[layer, kind] * gradient).sum(dim=(1, 2)).double() / (SEQUENCES * (LENGTH - 1))
-        torch.testing.assert_close(slopes[layer][kind], expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+        current = bench.grids[module][spec].round_trip(bench.weights[module])
+        for column, other in enumerate(MENU):
+            change = bench.grids[module][other].round_trip(bench.weights[module]) - current
+            expected[row, column] = float((gradient * change).double().sum()) / predicted
+    assert np.abs(expected).max() > 1e-3
+    np.testing.assert_allclose(slopes, expected, rtol=1e-2, atol=1e-3 * float(np.abs(expected).max()))
+    assert not slopes[np.arange(len(slopes)), [MENU.index(spec) for spec in choice.values()]].any()
 
 
-def test_no_divergence_has_no_gradient(tiny_llama: Path) -> None:
-    streamed = StreamedModel.open(tiny_llama, discover(tiny_llama, weights_sha256="0"))
-    states = torch.randn(SEQUENCES, LENGTH, 64, generator=torch.Generator().manual_seed(2))
-    kept = states.clone()
-    gradient = divergence_gradient(streamed, states, states)
-    assert gradient.abs().max() < 1e-5
-    assert torch.equal(states, kept)
-    other = divergence_gradient(streamed, states, 1.5 * states.flip(-1))
-    assert other[:, :-1].abs().max() > 1e-3
-    assert not other[:, -1].any()
+def test_divergence_of_one_module_alone_is_that_of_the_whole_model(tiny_model: Path) -> None:
+    bench = Bench(tiny_model)
+    logits = bench.whole(TOKEN_IDS).logits.detach()
+    entering = bench.whole(TOKEN_IDS, output_hidden_states=True).hidden_states[1].detach()
+    pairs = [(module, spec) for module in bench.of_layer(1) for spec in MENU[:2]]
+    kept = entering.clone()
+    found = bench.point.divergences_alone(1, entering, bench.point.last_states(TOKEN_IDS), pairs)
+    assert torch.equal(entering, kept)
+    assert found.shape == (len(pairs), SEQUENCES)
+    for row, (module, spec) in enumerate(pairs):
+        bench.quantize_whole({module: spec})
+        expected = float(bench.divergence(logits).detach()) / (SEQUENCES * (LENGTH - 1))
+        assert float(found[row].mean()) == pytest.approx(expected, rel=2e-3, abs=1e-7)
+        bench.whole.get_submodule(bench.structure.path(module)).weight = nn.Parameter(bench.weights[module])
+
+
+def test_slopes_do_not_depend_on_how_many_sequences_are_held_at_once(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(tiny_llama)
+    choice = bench.mixed_choice()
+    reference = bench.point.last_states(TOKEN_IDS)
+    together = bench.point.slopes(TOKEN_IDS, reference, choice, MENU)
+    monkeypatch.setattr("lmq.quantized_point._STATES_AT_ONCE", 1)
+    one_by_one = bench.point.slopes(TOKEN_IDS, reference, choice, MENU)
+    np.testing.assert_allclose(one_by_one, together, rtol=1e-4, atol=1e-6 * float(np.abs(together).max()))
+
+
+def test_bfloat16_products_find_nearly_the_same_divergence(tiny_llama: Path) -> None:
+    exact, fast = Bench(tiny_llama), Bench(tiny_llama, torch.bfloat16)
+    choice = exact.mixed_choice()
+    found = [bench.point.divergence(TOKEN_IDS, bench.point.last_states(TOKEN_IDS), choice) for bench in (exact, fast)]
+    assert found[1] == pytest.approx(found[0], rel=0.05)
+    assert found[1] != found[0]
 
 
 def test_weights_that_are_not_finite_are_named_by_layer(tiny_llama: Path) -> None:
-    streamed = StreamedModel.open(tiny_llama, discover(tiny_llama, weights_sha256="0"))
-    token_ids = torch.full((1, LENGTH), 7)
-    broken = {"mlp.down_proj": torch.full((64, 128), torch.nan)}
-    with pytest.raises(NotFiniteError, match="layer 0"):
-        divergence_slopes(streamed, token_ids, last_states(streamed, token_ids), lambda _: broken, lambda _: {})
+    class Broken(Grid):
+        def round_trip(self, weight: Tensor) -> Tensor:
+            return torch.full_like(weight, torch.nan)
+
+        def to(self, device: torch.device | str) -> Grid:
+            return self
+
+    bench = Bench(tiny_llama)
+    module = ModuleId(2, "mlp.down_proj")
+    grid = bench.grids[module][MENU[0]]
+    bench.grids[module][MENU[0]] = Broken(**{name: getattr(grid, name) for name in grid.__dataclass_fields__})
+    with pytest.raises(NotFiniteError, match="layer 2"):
+        bench.point.last_states(TOKEN_IDS, dict.fromkeys(bench.weights, MENU[0]))

@@ -10,6 +10,7 @@ from lmq.errors import InputError, NotFiniteError
 from lmq.results import (
     VariantResult,
     format_bytes,
+    format_difference,
     format_measured,
     format_percent,
     markdown_table,
@@ -26,6 +27,8 @@ MIXED = VariantResult(
     model="m",
     strategy="mxq",
     budget="uniform b4g64 +2%",
+    budget_bytes=56_460_000,
+    size_bytes=56_459_436,
     bits_per_weight=4.3389,
     checkpoint_bytes=114_500_000,
     perplexity=35.0,
@@ -133,6 +136,31 @@ def test_table_compares_with_full_precision_of_the_same_model():
     assert table[1]["On disk"] == "114.5 MB"
     assert table[2]["Perplexity"] == "–"
     assert table[2]["Note"].startswith("failed: out of | memory")
+
+
+def test_table_shows_the_budget_what_is_used_of_it_and_what_is_over():
+    over = replace(MIXED, strategy="sensi-boost", size_bytes=58_742_000)
+    small = replace(MIXED, budget_bytes=999_999, size_bytes=20_000_000)
+    unknown = replace(MIXED, size_bytes=None)
+    headers, rows = results_table([FULL, MIXED, over, small, unknown])
+    table = [dict(zip(headers, row, strict=True)) for row in rows]
+    assert [row["Used of budget"] for row in table] == [
+        "–",
+        "56.46 of 56.46 MB",
+        "58.74 of 56.46 MB",
+        "20.00 of 1.000 MB",
+        "– of 56.46 MB",
+    ]
+    assert [row["Unused"] for row in table] == ["–", "564 B", "−2.282 MB", "−19.00 MB", "–"]
+    assert over.unused_bytes == -2_282_000
+
+
+@pytest.mark.parametrize(
+    ("size_bytes", "text"),
+    [(0, "0 B"), (-999, "−999 B"), (1000, "1.000 kB"), (999_999_999, "1,000 MB"), (3_412_345_678, "3.412 GB")],
+)
+def test_differences_are_exact_below_a_kilobyte(size_bytes, text):
+    assert format_difference(size_bytes) == text
 
 
 def test_markdown_escapes_what_would_break_the_table():

@@ -84,13 +84,13 @@ def test_a_trace_of_broken_sequences_is_refused() -> None:
 def test_drawn_gradients_average_to_zero_and_depend_on_the_seed_alone(tiny_model: Path) -> None:
     plain, streamed = open_both(tiny_model)
     hidden = last_block_states(plain, streamed)
-    first = sampled_loss_gradient(streamed, hidden, seed=1)
+    first = sampled_loss_gradient(streamed, hidden, draws=1, seed=1)
     assert first.shape == hidden.shape
     assert first.dtype == torch.float32
-    assert torch.equal(first, sampled_loss_gradient(streamed, hidden, seed=1))
-    assert not torch.equal(first, sampled_loss_gradient(streamed, hidden, seed=2))
+    assert torch.equal(first, sampled_loss_gradient(streamed, hidden, draws=1, seed=1))
+    assert not torch.equal(first, sampled_loss_gradient(streamed, hidden, draws=1, seed=2))
     assert not first[:, -1].any()
-    draws = torch.stack([sampled_loss_gradient(streamed, hidden, seed=seed) for seed in range(200)])
+    draws = sampled_loss_gradient(streamed, hidden, draws=200, seed=3).view(200, *hidden.shape)
     assert draws.mean(dim=0).norm() < 3 * draws.flatten(1).norm(dim=1).mean() / 200**0.5
 
 
@@ -108,14 +108,13 @@ def test_mean_cost_over_draws_is_the_divergence_of_a_small_error(tiny_model: Pat
     linear.weight.data += error
     changed = log_probabilities(plain)
     divergence = (reference.exp() * (reference - changed))[:, :-1].sum().item()
-    changes = []
     inputs = streamed.block_inputs(LENGTH)[last]
+    gradient = sampled_loss_gradient(streamed, hidden, draws=150, seed=0)
     with streamed.block(last) as block:
-        for seed in range(150):
-            gradient = sampled_loss_gradient(streamed, hidden, seed=seed)
-            trace = trace_modules(block, inputs, entering[0], gradient, [kind], torch.float32)[kind]
-            changes.append(sequence_loss_changes(trace, {SMALL: error}, sequence_length=LENGTH)[SMALL])
-    cost = sequence_fisher(torch.cat(changes), tokens_per_sequence=LENGTH - 1)
+        trace = trace_modules(block, inputs, entering[0], gradient, [kind], torch.float32)[kind]
+    changes = sequence_loss_changes(trace, {SMALL: error}, sequence_length=LENGTH)[SMALL]
+    assert len(changes) == 150 * SEQUENCES
+    cost = sequence_fisher(changes, tokens_per_sequence=LENGTH - 1)
     assert cost == pytest.approx(divergence / (SEQUENCES * (LENGTH - 1)), rel=0.2)
 
 

@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -9,8 +10,8 @@ from lmq.budget import module_sizes
 from lmq.error_table import ErrorTable
 from lmq.errors import InfeasibleBudget, InputError
 from lmq.quant_spec import STOPS, QuantSpec
+from lmq.refine import LocalCosts
 from lmq.strategies import STRATEGIES, Measurements, strategy
-from lmq.strategies.base import MEASUREMENTS
 from lmq.strategies.boost import boosted_column
 from lmq.strategies.loss_aware import non_increasing
 from lmq.structure import ModuleId, ModuleInfo
@@ -39,6 +40,21 @@ def _table(modules, menu, seed: int) -> ErrorTable:
     return ErrorTable(tuple(m.id for m in modules), tuple(menu), cost, module_sizes(modules, menu))
 
 
+class _AdditiveTrials:
+    """A model whose divergence is a sum over modules, with no slope to follow."""
+
+    def __init__(self, table: ErrorTable):
+        self._table = table
+
+    def divergence(self, plan):
+        columns = {spec: column for column, spec in enumerate(self._table.specs)}
+        return sum(self._table.cost[row, columns[plan[module]]] for row, module in enumerate(self._table.modules))
+
+    def local_costs(self, plan, menu):
+        nothing = np.zeros((len(plan), len(menu)))
+        return LocalCosts(nothing, nothing)
+
+
 def _measurements(layers: int = LAYERS, menu=STOPS) -> Measurements:
     modules = _modules(layers)
     return Measurements(
@@ -48,6 +64,9 @@ def _measurements(layers: int = LAYERS, menu=STOPS) -> Measurements:
         sensitivity=_signal(modules),
         frobenius=_table(modules, menu, 0),
         fisher=_table(modules, menu, 1),
+        sequence_fisher=_table(modules, menu, 2),
+        divergence=_table(modules, menu[:2], 3),
+        trials=_AdditiveTrials(_table(modules, menu, 4)),
     )
 
 
@@ -69,7 +88,7 @@ def test_every_strategy_says_what_it_is(name):
     assert item.name == name
     assert item.summary
     assert item.source
-    assert item.needs <= set(MEASUREMENTS)
+    assert item.needs <= {field.name for field in fields(Measurements)}
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
@@ -97,7 +116,7 @@ def test_no_strategy_accepts_a_budget_below_the_smallest(name):
 @pytest.mark.parametrize("name", [name for name in STRATEGIES if strategy(name).needs])
 def test_what_was_not_measured_is_named(name):
     modules = _modules()
-    with pytest.raises(InputError, match=r"needs (kurtosis|sensitivity|frobenius|fisher), which was not measured"):
+    with pytest.raises(InputError, match=r"needs \w+, which was not measured|with trials"):
         strategy(name).allocate(Measurements(modules=modules, menu=STOPS), _uniform_bytes(modules, "b4g64"))
 
 
@@ -187,7 +206,7 @@ def test_a_random_boost_draws_as_many_of_the_others():
     assert allocate(seed=1) != allocate(seed=2)
 
 
-@pytest.mark.parametrize(("name", "measured"), [("mxq", "frobenius"), ("loss-aware", "fisher")])
+@pytest.mark.parametrize(("name", "measured"), [("mxq", "frobenius"), ("loss-aware", "sequence_fisher")])
 def test_programs_reach_the_brute_force_optimum(name, measured):
     menu = (QuantSpec(2, 64), QuantSpec(3, 64), QuantSpec(4, 64))
     measurements = _measurements(layers=3, menu=menu)
@@ -294,7 +313,7 @@ def test_missing_modules_and_configurations_are_named():
 
 def test_costs_that_are_not_finite_are_named():
     measurements = _measurements()
-    measurements.fisher.cost[3, 2] = np.nan
+    measurements.sequence_fisher.cost[3, 2] = np.nan
     with pytest.raises(InputError, match=r"no finite cost for layer 1 mlp\.down_proj at b2g32"):
         strategy("loss-aware").allocate(measurements, _uniform_bytes(measurements.modules, "b4g64"))
 

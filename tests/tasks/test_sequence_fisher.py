@@ -6,16 +6,16 @@ import torch
 from lmq.calibration import write_tokens
 from lmq.capture import read_gradients, read_hidden_states
 from lmq.discovery import discover
-from lmq.fisher import fast_matmul_dtype, trace_modules
+from lmq.fisher import trace_modules
 from lmq.frobenius import load_grids
 from lmq.quant_spec import QuantSpec
 from lmq.sequence_fisher import SEQUENCE_FISHER_SCHEMA, sequence_fisher, sequence_loss_changes
 from lmq.streaming import StreamedModel
 from lmq.tables import read_rows
 from lmq_storage import ArtifactRef, ArtifactStore
-from lmq_tasks.capture import GRADIENTS_FILE, HIDDEN_STATES_FILE, backward, embed, forward
+from lmq_tasks.capture import GRADIENTS_FILE, HIDDEN_STATES_FILE, embed, forward
 from lmq_tasks.models import discover_structure
-from lmq_tasks.sequence_fisher import measure_sequence_fisher, sampled_gradient
+from lmq_tasks.sequence_fisher import measure_sequence_fisher, sampled_backward, sampled_gradient
 from lmq_tasks.stage import ModelLocation, Site, Stage, as_inputs, run_stage
 from lmq_tasks.texts import TOKENS_FILE
 from lmq_tasks.weights import measure_frobenius
@@ -56,10 +56,8 @@ def test_costs_of_a_layer_come_from_the_gradients_of_every_draw(
     hidden = [runner.run(embed, {}, structure=structure, tokens=runner.tokens(tmp_path / "tokens.parquet"))]
     for layer in range(4):
         hidden.append(runner.run(forward, {"layer": layer}, structure=structure, hidden=hidden[-1]))
-    gradients = []
-    for draw in range(DRAWS):
-        last = runner.run(sampled_gradient, {"draw": draw}, structure=structure, hidden=hidden[-1])
-        gradients.append(runner.run(backward, {"layer": 3}, structure=structure, hidden=hidden[3], gradient=last))
+    last = runner.run(sampled_gradient, {"draws": DRAWS, "seed": 0}, structure=structure, hidden=hidden[-1])
+    gradient = runner.run(sampled_backward, {"layer": 3}, structure=structure, hidden=hidden[3], gradient=last)
     frobenius = runner.run(
         measure_frobenius,
         {"layer": LAYER, "menu": MENU, "quantizer": {"name": "hqq", "axis": 1}},
@@ -71,15 +69,16 @@ def test_costs_of_a_layer_come_from_the_gradients_of_every_draw(
         structure=structure,
         frobenius=frobenius,
         hidden=hidden[LAYER],
-        gradient=gradients,
+        gradient=gradient,
     )
     rows = read_rows(runner.store.path(found, "fisher.parquet"), SEQUENCE_FISHER_SCHEMA)
     assert len(rows) == 7 * len(MENU)
     for row in (row for row in rows if row["kind"] == "self_attn.v_proj"):
-        changes = _by_the_library(runner, tiny_qwen, hidden[LAYER], gradients, frobenius, row)
+        changes = _by_the_library(runner, tiny_qwen, hidden[LAYER], gradient, frobenius, row)
         assert len(changes) == DRAWS * SEQUENCES
-        assert row["loss_changes"] == pytest.approx(changes.tolist())
-        assert row["fisher"] == pytest.approx(sequence_fisher(changes, tokens_per_sequence=LENGTH - 1))
+        assert row["loss_changes"] == pytest.approx(changes.tolist(), rel=0.05, abs=0.02 * float(changes.abs().max()))
+        expected = sequence_fisher(changes, tokens_per_sequence=LENGTH - 1)
+        assert row["fisher"] == pytest.approx(expected, rel=0.05)  # bfloat16 products where those are fast
         assert row["fisher"] > 0
 
 
@@ -87,7 +86,7 @@ def _by_the_library(
     runner: Runner,
     model_dir: Path,
     hidden: ArtifactRef,
-    gradients: list[ArtifactRef],
+    gradients: ArtifactRef,
     frobenius: ArtifactRef,
     row: dict[str, int],
 ) -> torch.Tensor:
@@ -95,15 +94,14 @@ def _by_the_library(
     module = next(m for m in model.structure.in_layer(LAYER) if m.id.kind == row["kind"])
     spec = QuantSpec(row["bits"], row["group_size"])
     states = read_hidden_states(runner.store.path(hidden, HIDDEN_STATES_FILE))
-    changes = []
     with model.block(LAYER) as block:
         weight = block.get_submodule(module.id.kind).get_parameter("weight")
         grid = load_grids(runner.store.path(frobenius, "grids.safetensors"))[module.id][spec]
         error = {spec: grid.round_trip(weight) - weight}
-        for ref in gradients:
-            gradient = read_gradients(runner.store.path(ref, GRADIENTS_FILE))
-            inputs = model.block_inputs(LENGTH)[LAYER]
-            dtype = fast_matmul_dtype(torch.device("cpu"))
-            trace = trace_modules(block, inputs, states, gradient, [module.id.kind], dtype)[module.id.kind]
+        every_draw = read_gradients(runner.store.path(gradients, GRADIENTS_FILE)).split(SEQUENCES)
+        inputs = model.block_inputs(LENGTH)[LAYER]
+        changes = []
+        for draw in every_draw:
+            trace = trace_modules(block, inputs, states, draw, [module.id.kind], torch.float32)[module.id.kind]
             changes.append(sequence_loss_changes(trace, error, sequence_length=LENGTH)[spec])
     return torch.cat(changes)

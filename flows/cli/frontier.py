@@ -1,0 +1,62 @@
+"""Command that draws a finished run's frontier: every budget solved from one set of measurements."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rich.table import Table
+
+from lmq.plots.frontier import frontier_figures
+from lmq.plots.standalone import standalone_svg
+from lmq_flows.cli.terminal import console, run_directory
+from lmq_flows.frontier import FinishedRun, RunFrontier, write_points
+from lmq_flows.names import slug
+
+_ROWS = 10
+
+
+def frontier_command(arguments: argparse.Namespace) -> int:
+    """Solve many budgets of every model of a run, or of one, and draw predicted cost against bytes."""
+    run_dir = run_directory(arguments.run)
+    run = FinishedRun.open(run_dir)
+    for model in [arguments.model] if arguments.model else run.models:
+        found = run.frontier(model, arguments.strategy, arguments.points)
+        console.print(_table(found))
+        for path in _write(found, run_dir):
+            console.print(str(path), highlight=False, soft_wrap=True)
+    return 0
+
+
+def _write(found: RunFrontier, run_dir: Path) -> tuple[Path, Path]:
+    table, picture = (run_dir / f"frontier-{slug(found.model)}.{ending}" for ending in ("csv", "svg"))
+    write_points(table, found)
+    figures = frontier_figures(
+        found.points,
+        found.uniform,
+        found.results,
+        model=found.model,
+        strategy=found.strategy,
+        costs_are_divergences=found.costs_are_divergences,
+    )
+    picture.write_text(standalone_svg(figures), encoding="utf-8")
+    return table, picture
+
+
+def _table(found: RunFrontier) -> Table:
+    """Evenly spaced points of the frontier, the first and the last among them."""
+    table = Table(title=f"{found.model}: {found.strategy}, {len(found.points)} budgets", title_justify="left")
+    unit = " (nats per token)" if found.costs_are_divergences else ""
+    for header in ("Budget", "Bits/weight", "Unused", f"Predicted cost{unit}", "Gap at most"):
+        table.add_column(header, justify="right")
+    last = len(found.points) - 1
+    for index in sorted({round(row * last / (_ROWS - 1)) for row in range(_ROWS)}):
+        point = found.points[index]
+        table.add_row(
+            f"{point.budget_bytes:,} B",
+            f"{8 * point.size_bytes / found.structure.parameters:.3f}",
+            f"{point.budget_bytes - point.size_bytes:,} B",
+            f"{point.objective:.5g}",
+            f"{point.gap:.1e}",
+        )
+    return table

@@ -1,0 +1,161 @@
+"""Commands about a model's size: what it is made of, and what a budget for it becomes."""
+
+from __future__ import annotations
+
+import argparse
+
+from rich.table import Table
+
+from lmq.budget import Budget, module_sizes
+from lmq.errors import InputError
+from lmq.quant_spec import STOPS, QuantSpec
+from lmq.results import format_percent
+from lmq.storage_layouts import LAYOUTS, LayoutRange
+from lmq.structure import ModelStructure
+from lmq.unquantized import UnquantizedPart, unquantized_parts
+from lmq_flows.cli.terminal import console
+from lmq_flows.inspection import inspect_model
+
+
+def inspect_command(arguments: argparse.Namespace) -> int:
+    """Print a model's modules and the size of every uniform configuration."""
+    structure = inspect_model(arguments.model, arguments.store).structure
+    _print_summary(structure)
+    table = Table("Kind", "Part", "Shape", "Modules", "Weights")
+    for kind in structure.kinds:
+        infos = [info for info in structure.modules if info.id.kind == kind]
+        shapes = sorted({f"{info.out_features} × {info.in_features}" for info in infos})
+        weights = sum(info.parameters for info in infos)
+        table.add_row(kind, infos[0].part, ", ".join(shapes), str(len(infos)), f"{weights:,}")
+    console.print(table)
+    console.print(_uniform_sizes(structure))
+    console.print(
+        f"not quantized (embeddings, head, norms, biases): {structure.other_parameters:,} weights, "
+        f"{structure.other_bytes / 1e6:,.1f} MB",
+        highlight=False,
+    )
+    return 0
+
+
+def budget_command(arguments: argparse.Namespace) -> int:
+    """Print what sizes a model can have in both storage layouts, and what budgets become; measures nothing."""
+    budgets = [Budget.parse(text) for text in arguments.budgets]
+    menu = tuple(QuantSpec.parse(name) for name in arguments.menu.split(",")) if arguments.menu else STOPS
+    inspected = inspect_model(arguments.model, arguments.store)
+    structure = inspected.structure
+    if arguments.menu:
+        module_sizes(structure.modules, menu)  # a configuration that was asked for must fit
+    ranges = [LayoutRange.of(structure.modules, menu, layout, axis=arguments.axis) for layout in LAYOUTS]
+    parts = unquantized_parts(inspected.model_dir, structure)
+    _print_summary(structure)
+    console.print(_feasible_table(ranges, structure))
+    console.print(_stops_table(ranges, menu, structure))
+    console.print(_parts_table(parts, structure))
+    if budgets:
+        console.print(_budgets_table(dict(zip(arguments.budgets, budgets, strict=True)), ranges, structure))
+    console.print(
+        "Budgets count the quantized modules as lmq stores them (paper); hqq is what the hqq library stores "
+        f"of the same configuration, axis {arguments.axis}.",
+        highlight=False,
+    )
+    return 0
+
+
+def _print_summary(structure: ModelStructure) -> None:
+    console.print(
+        f"{structure.architecture}: {structure.layers} layers, hidden size {structure.hidden_size}, "
+        f"vocabulary {structure.vocabulary_size:,}, {structure.dtype}, "
+        f"{'tied' if structure.tied_embeddings else 'untied'} embeddings; "
+        f"{len(structure.modules)} modules of {structure.parameters:,} weights",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _uniform_sizes(structure: ModelStructure) -> Table:
+    table = Table("Uniform", "Bits/weight", "Quantized modules", "Whole checkpoint")
+    for spec in STOPS:
+        try:
+            size = sum(spec.size_bytes(info.parameters) for info in structure.modules)
+        except InputError:
+            table.add_row(spec.name, "–", "does not fit every module", "–")
+            continue
+        bits = 8 * size / structure.parameters
+        whole = (size + structure.other_bytes) / 1e6
+        table.add_row(spec.name, f"{bits:.3f}", f"{size / 1e6:,.1f} MB", f"{whole:,.1f} MB")
+    return table
+
+
+def _feasible_table(ranges: list[LayoutRange], structure: ModelStructure) -> Table:
+    table = _numbers_table("Feasible sizes of the quantized modules", ["Layout"], ["Smallest", "Largest"])
+    for found in ranges:
+        ends = (found.smallest_bytes, found.largest_bytes)
+        table.add_row(found.layout, *(_with_bits(size, structure) for size in ends))
+    return table
+
+
+def _stops_table(ranges: list[LayoutRange], menu: tuple[QuantSpec, ...], structure: ModelStructure) -> Table:
+    columns = [f"{found.layout}: {what}" for what in ("quantized modules", "whole model") for found in ranges]
+    table = _numbers_table("The same configuration everywhere", ["Uniform"], columns)
+    for spec in sorted(menu, key=lambda spec: spec.bits_per_weight):
+        sizes = [found.uniform_bytes.get(spec) for found in ranges]
+        modules = ["does not fit" if size is None else _with_bits(size, structure) for size in sizes]
+        whole = ["–" if size is None else f"{(size + structure.other_bytes) / 1e6:,.2f} MB" for size in sizes]
+        table.add_row(spec.name, *modules, *whole)
+    return table
+
+
+def _parts_table(parts: tuple[UnquantizedPart, ...], structure: ModelStructure) -> Table:
+    title = f"Not quantized, stored as {structure.dtype} in either layout"
+    table = _numbers_table(title, ["Part"], ["Tensors", "Weights", "Bytes"])
+    for part in parts:
+        if part.tensors:
+            table.add_row(part.name, str(part.tensors), f"{part.parameters:,}", f"{part.size_bytes:,} B")
+        elif part.name == "lm_head":
+            table.add_row(part.name, "tied", "–", "–")
+    total = str(sum(part.tensors for part in parts))
+    table.add_row("all", total, f"{structure.other_parameters:,}", f"{structure.other_bytes:,} B")
+    return table
+
+
+def _budgets_table(budgets: dict[str, Budget], ranges: list[LayoutRange], structure: ModelStructure) -> Table:
+    """A row per budget, as it was written, and layout."""
+    table = Table("Budget", "Becomes", "Layout", "Feasible", "Largest uniform within", "Next uniform over")
+    table.title, table.title_justify = "Budgets", "left"
+    for text, budget in budgets.items():
+        budget_bytes = budget.resolve(structure)
+        for found in ranges:
+            first = (text, _with_bits(budget_bytes, structure)) if found is ranges[0] else ("", "")
+            feasible = _feasibility(found, budget_bytes)
+            around = [_apart(found, spec, budget_bytes) for spec in found.uniform_around(budget_bytes)]
+            table.add_row(*first, found.layout, feasible, *around)
+    return table
+
+
+def _numbers_table(title: str, names: list[str], columns: list[str]) -> Table:
+    table = Table(*names, title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _with_bits(size_bytes: int, structure: ModelStructure) -> str:
+    return f"{size_bytes:,} B = {8 * size_bytes / structure.parameters:.3f} bpw"
+
+
+def _feasibility(found: LayoutRange, budget_bytes: int) -> str:
+    if budget_bytes < found.smallest_bytes:
+        return f"no: {found.smallest_bytes - budget_bytes:,} B short"
+    if budget_bytes > found.largest_bytes:
+        return f"yes: {budget_bytes - found.largest_bytes:,} B to spare"
+    return "yes"
+
+
+def _apart(found: LayoutRange, spec: QuantSpec | None, budget_bytes: int) -> str:
+    """A uniform configuration with its size relative to the budget."""
+    if spec is None:
+        return "none"
+    size_bytes = found.uniform_bytes[spec]
+    if size_bytes == budget_bytes:
+        return f"{spec.name} (exactly)"
+    return f"{spec.name} ({format_percent(size_bytes / budget_bytes - 1, signed=True, decimals=2)})"

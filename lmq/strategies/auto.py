@@ -1,0 +1,85 @@
+"""Measured choice: the best of several plans, refined while the measured divergence falls."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from lmq.allocation import Allocation
+from lmq.errors import InputError, NotFiniteError
+from lmq.quant_spec import QuantSpec
+from lmq.refine import Refinement, RefineOptions, Trials, refine
+from lmq.strategies.base import Choices, Measurements, Strategy
+from lmq.strategies.boost import KurtBoost
+from lmq.strategies.loss_aware import LossAware
+from lmq.strategies.mxq import Mxq
+from lmq.strategies.structural import Structural
+from lmq.strategies.uniform import Uniform
+from lmq.structure import ModuleId
+
+CANDIDATES: tuple[Strategy, ...] = (Uniform(), Structural(), KurtBoost(paid=True), Mxq(), LossAware(fisher="sequence"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Auto:
+    """Plans of several strategies at the same bytes, the best of them refined by measured divergence.
+
+    Divergence from full precision is measured on a validation slice of the calibration text, which nothing else
+    was measured on. Uniform is among the plans, so the result is never worse than uniform on that slice.
+    rounds: how often the best plan's local costs are measured anew and steps from it are tried; 0 only chooses.
+    """
+
+    name: ClassVar[str] = "auto"
+    summary: ClassVar[str] = "best of several plans by measured divergence, refined while it falls"
+    source: ClassVar[str] = "lmq; slopes at the quantized point, true Fisher curvature, knapsack steps"
+    keeps_constraints: ClassVar[bool] = False
+
+    rounds: int = 4
+
+    def __post_init__(self) -> None:
+        RefineOptions(rounds=self.rounds)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What its candidates need, and trials on the model."""
+        return frozenset({"trials"}).union(*(candidate.needs for candidate in CANDIDATES))
+
+    def allocate(self, measurements: Measurements, budget_bytes: int) -> Allocation:
+        """The refined plan. Raises InfeasibleBudget, InputError, NotFiniteError."""
+        return self.refine(measurements, budget_bytes)[0]
+
+    def refine(self, measurements: Measurements, budget_bytes: int) -> tuple[Allocation, Refinement]:
+        """The refined plan, and every plan that was tried with its divergence; raises as `allocate` does."""
+        trials = measurements.trials
+        if trials is None:
+            raise InputError("the strategy auto tries plans on the model; give measurements with trials")
+        choices = Choices.of(measurements, budget_bytes)
+        column_of = {spec: column for column, spec in enumerate(choices.specs)}
+
+        def columns(plan: dict[ModuleId, QuantSpec]) -> np.ndarray:
+            return np.array([column_of[plan[module.id]] for module in choices.modules])
+
+        def plan(columns: np.ndarray) -> dict[ModuleId, QuantSpec]:
+            pairs = zip(choices.modules, columns.tolist(), strict=True)
+            return {module.id: choices.specs[column] for module, column in pairs}
+
+        refinement = refine(
+            {each.name: columns(each.allocate(measurements, budget_bytes).specs) for each in CANDIDATES},
+            choices.sizes_bytes,
+            budget_bytes,
+            measured_loss=lambda choice: _divergence(trials, plan(choice)),
+            local_costs=lambda choice: trials.local_costs(plan(choice), choices.specs),
+            options=RefineOptions(rounds=self.rounds),
+        )
+        return choices.allocation(refinement.choice), refinement
+
+
+def _divergence(trials: Trials, plan: dict[ModuleId, QuantSpec]) -> float:
+    """Divergence of a plan; infinite when it breaks the model."""
+    try:
+        return trials.divergence(plan)
+    except NotFiniteError:
+        return math.inf
