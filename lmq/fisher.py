@@ -97,7 +97,8 @@ def trace_modules(
         for handle in handles:
             handle.remove()
     joined = {pieces[0]: torch.cat(pieces) for pieces in inputs.values()}
-    return {kind: ModuleTrace(joined[inputs[kind][0]], torch.cat([piece for draw in gradients[kind] for piece in draw])) for kind in kinds}
+    by_draw = {kind: torch.cat([piece for draw in gradients[kind] for piece in draw]) for kind in kinds}
+    return {kind: ModuleTrace(joined[inputs[kind][0]], by_draw[kind]) for kind in kinds}
 
 
 def token_fisher(trace: ModuleTrace, error: Tensor) -> float:

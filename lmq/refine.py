@@ -21,6 +21,7 @@ import numpy as np
 
 from lmq.allocation import solve
 from lmq.errors import InputError
+from lmq.program import ProgramConstraints
 from lmq.quant_spec import QuantSpec
 from lmq.structure import ModuleId
 
@@ -100,7 +101,10 @@ class Refinement:
 
     @property
     def gain_over_uniform(self) -> float:
-        """Nats per token by which the loss on the validation slice is below uniform's; never negative."""
+        """Nats per token by which the loss on the validation slice is below uniform's.
+
+        Never negative where uniform was a candidate.
+        """
         return self.uniform_loss - self.loss
 
 
@@ -109,30 +113,35 @@ def refine(
     sizes_bytes: np.ndarray,
     budget_bytes: int,
     *,
+    uniform: np.ndarray,
     measured_loss: MeasuredLoss,
     local_costs: MeasuredLocalCosts,
     options: RefineOptions | None = None,
+    constraints: ProgramConstraints | None = None,
 ) -> Refinement:
     """The candidate of least measured loss, improved by cautious steps while its measured loss falls.
 
-    `candidates` are choices [modules] of columns of `sizes_bytes` [modules, configurations], one of them named
-    `uniform`: what is returned is never worse than any of them, as measured. Raises InputError for a candidate
-    that is missing, of the wrong shape or over the budget.
+    `candidates` are choices [modules] of columns of `sizes_bytes` [modules, configurations] that keep the budget and
+    the constraints: what is returned is never worse than any of them, as measured. `uniform` is the choice that the
+    gain is stated against; it need not be a candidate. Raises InputError where there is no candidate, and for one of
+    the wrong shape or over the budget.
     """
     options = options or RefineOptions()
-    _check(candidates, sizes_bytes, budget_bytes)
-    tried = [Step(name, choice, 0, measured_loss(choice)) for name, choice in candidates.items()]
-    uniform_loss = next(step.loss for step in tried if step.origin == UNIFORM)
+    _check({UNIFORM: uniform, **candidates}, sizes_bytes, budget_bytes)
+    if not candidates:
+        raise InputError("there are no candidates to choose among; give one or more")
+    loss_of = _measured_once(measured_loss)
+    tried = [Step(name, choice, 0, loss_of(choice)) for name, choice in candidates.items()]
     best = _least(tried)
     for number in range(1, options.rounds + 1):
         costs = local_costs(best.choice)
-        steps = _cautious_steps(best.choice, costs, sizes_bytes, budget_bytes, options.cautions)
+        steps = _cautious_steps(best.choice, costs, sizes_bytes, budget_bytes, options.cautions, constraints)
         measured = [
             Step(
                 f"round {number}, caution {caution:g}",
                 choice,
                 int((choice != best.choice).sum()),
-                measured_loss(choice),
+                loss_of(choice),
             )
             for caution, choice in steps.items()
         ]
@@ -141,11 +150,29 @@ def refine(
             break
         best = _least(measured)
         logger.info("%s changed %d modules: loss %.4f", best.origin, best.changed_modules, best.loss)
-    return Refinement(best.choice, best.loss, uniform_loss, tuple(tried))
+    return Refinement(best.choice, best.loss, loss_of(uniform), tuple(tried))
+
+
+def _measured_once(measured_loss: MeasuredLoss) -> MeasuredLoss:
+    """The same loss, measured once for equal choices."""
+    known: dict[bytes, float] = {}
+
+    def loss_of(choice: np.ndarray) -> float:
+        key = choice.astype(np.int64).tobytes()
+        if key not in known:
+            known[key] = measured_loss(choice)
+        return known[key]
+
+    return loss_of
 
 
 def _cautious_steps(
-    current: np.ndarray, costs: LocalCosts, sizes_bytes: np.ndarray, budget_bytes: int, cautions: tuple[float, ...]
+    current: np.ndarray,
+    costs: LocalCosts,
+    sizes_bytes: np.ndarray,
+    budget_bytes: int,
+    cautions: tuple[float, ...],
+    constraints: ProgramConstraints | None,
 ) -> dict[float, np.ndarray]:
     """The different choices that each caution proposes, but for the current one."""
     proposals: dict[float, np.ndarray] = {}
@@ -153,7 +180,7 @@ def _cautious_steps(
         change = costs.first_order + caution * costs.second_order
         # the solver's gap is relative to the objective, which therefore must not be near 0
         above_zero = change - change.min(axis=1, keepdims=True) + np.abs(change).mean()
-        choice = solve(above_zero, sizes_bytes, budget_bytes).choice
+        choice = solve(above_zero, sizes_bytes, budget_bytes, constraints=constraints).choice
         if not any(np.array_equal(choice, known) for known in (current, *proposals.values())):
             proposals[caution] = choice
     return proposals
@@ -164,8 +191,6 @@ def _least(steps: list[Step]) -> Step:
 
 
 def _check(candidates: Mapping[str, np.ndarray], sizes_bytes: np.ndarray, budget_bytes: int) -> None:
-    if UNIFORM not in candidates:
-        raise InputError(f"the candidates {sorted(candidates)} lack {UNIFORM!r}, which the result is measured against")
     for name, choice in candidates.items():
         if choice.shape != (len(sizes_bytes),):
             raise InputError(

@@ -26,8 +26,9 @@ class VariantResult:
     `budget` is the text as written, such as `uniform b4g64`, None for full precision. `size_bytes` counts the
     quantized modules as stored, `checkpoint_bytes` the whole checkpoint directory on disk. `perplexity` and
     `kl_divergence` (nats per token, to full precision) carry standard errors; `top1_agreement` is a share in 0..1;
-    `tokens` were scored in `seconds`. `objective`, `lower_bound` and `gap` are the solver's. `error` is the
-    message of a variant that failed. Raises NotFiniteError for NaN or infinity.
+    `tokens` were scored in `seconds`. `objective`, `lower_bound` and `gap` are the solver's. A strategy that
+    tries plans on the model (auto) has their divergence on the validation slice of the calibration text, its own
+    and that of uniform at the same budget. `error` is the message of a variant that failed. Raises NotFiniteError for NaN or infinity.
     """
 
     model: str
@@ -48,6 +49,8 @@ class VariantResult:
     objective: float | None = None
     lower_bound: float | None = None
     gap: float | None = None
+    validation_divergence: float | None = None
+    uniform_validation_divergence: float | None = None
     error: str | None = None
 
     def __post_init__(self) -> None:
@@ -222,8 +225,19 @@ def _table_columns(results: Sequence[VariantResult]) -> dict[str, Callable[[Vari
         "KL to full precision": lambda result: format_measured(
             result.kl_divergence, result.kl_divergence_stderr, decimals=4
         ),
-        "Note": lambda result: f"failed: {result.error}" if result.error else "",
+        "Note": _note,
     }
+
+
+def _note(result: VariantResult) -> str:
+    if result.error:
+        return f"failed: {result.error}"
+    if result.validation_divergence is None:
+        return ""
+    found, uniform = (
+        format_number(value, 4) for value in (result.validation_divergence, result.uniform_validation_divergence)
+    )
+    return f"KL {found} on validation text, uniform {uniform}"
 
 
 def _used(result: VariantResult) -> str:

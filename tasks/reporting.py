@@ -129,7 +129,8 @@ def _solution(job: Job, prefix: str) -> dict[str, Any]:
     if not job.has(prefix + "allocation"):
         return {}
     solution = json.loads(job.input(prefix + "allocation", "solution.json").read_text())
-    return {name: solution[name] for name in ("objective", "lower_bound", "gap")}
+    names = ("objective", "lower_bound", "gap", "validation_divergence", "uniform_validation_divergence")
+    return {name: solution.get(name) for name in names}
 
 
 def _manifest(job: Job, name: str) -> Any:

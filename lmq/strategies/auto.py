@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from lmq.allocation import Allocation
+from lmq.allocation import Allocation, check_feasible_program
 from lmq.errors import InputError, NotFiniteError
 from lmq.quant_spec import QuantSpec
 from lmq.refine import Refinement, RefineOptions, Trials, refine
@@ -28,14 +28,15 @@ class Auto:
     """Plans of several strategies at the same bytes, the best of them refined by measured divergence.
 
     Divergence from full precision is measured on a validation slice of the calibration text, which nothing else
-    was measured on. Uniform is among the plans, so the result is never worse than uniform on that slice.
+    was measured on. Uniform is among the plans, so the result is never worse than uniform on that slice; under
+    constraints only plans that keep them are candidates, and uniform is what the gain is stated against.
     rounds: how often the best plan's local costs are measured anew and steps from it are tried; 0 only chooses.
     """
 
     name: ClassVar[str] = "auto"
     summary: ClassVar[str] = "best of several plans by measured divergence, refined while it falls"
     source: ClassVar[str] = "lmq; slopes at the quantized point, true Fisher curvature, knapsack steps"
-    keeps_constraints: ClassVar[bool] = False
+    keeps_constraints: ClassVar[bool] = True
 
     rounds: int = 4
 
@@ -56,7 +57,11 @@ class Auto:
         trials = measurements.trials
         if trials is None:
             raise InputError("the strategy auto tries plans on the model; give measurements with trials")
-        choices = Choices.of(measurements, budget_bytes)
+        choices = Choices.by_size(measurements)
+        constraints = measurements.constraints.compile(choices.modules, choices.specs)
+        check_feasible_program(choices.sizes_bytes, budget_bytes, constraints)
+        free = measurements.constraints.is_empty
+        plans = {each.name: each for each in CANDIDATES if free or each.keeps_constraints}
         column_of = {spec: column for column, spec in enumerate(choices.specs)}
 
         def columns(plan: dict[ModuleId, QuantSpec]) -> np.ndarray:
@@ -67,12 +72,14 @@ class Auto:
             return {module.id: choices.specs[column] for module, column in pairs}
 
         refinement = refine(
-            {each.name: columns(each.allocate(measurements, budget_bytes).specs) for each in CANDIDATES},
+            {name: columns(each.allocate(measurements, budget_bytes).specs) for name, each in plans.items()},
             choices.sizes_bytes,
             budget_bytes,
+            uniform=columns(Uniform().allocate(measurements, budget_bytes).specs),
             measured_loss=lambda choice: _divergence(trials, plan(choice)),
             local_costs=lambda choice: trials.local_costs(plan(choice), choices.specs),
             options=RefineOptions(rounds=self.rounds),
+            constraints=None if free else constraints,
         )
         return choices.allocation(refinement.choice), refinement
 

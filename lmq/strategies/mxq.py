@@ -15,6 +15,7 @@ from lmq.allocation import Allocation
 from lmq.outliers import check_top_m, outlier_modules, profiles_by_kind
 from lmq.strategies.base import Choices, Measurements, module_signal, solve_program, table_costs
 from lmq.strategies.boost import DIFFERENCE
+from lmq.weight_statistics import scaled_profiles
 
 OUTLIER_FACTOR = 2.0
 
@@ -26,6 +27,7 @@ class Mxq:
     name: ClassVar[str] = "mxq"
     summary: ClassVar[str] = "least sum of weight errors (Frobenius norms) within the budget"
     source: ClassVar[str] = "Zhang et al. 2025, MXQ (ICAART)"
+    keeps_constraints: ClassVar[bool] = True
 
     @property
     def needs(self) -> frozenset[str]:
@@ -46,6 +48,7 @@ class KurtScaled:
     name: ClassVar[str] = "kurt-scaled"
     summary: ClassVar[str] = "mxq with weight errors multiplied by 1 + scaled kurtosis"
     source: ClassVar[str] = "Zhang et al. 2025, MXQ (ICAART), variant of the authors' program"
+    keeps_constraints: ClassVar[bool] = True
 
     @property
     def needs(self) -> frozenset[str]:
@@ -70,6 +73,7 @@ class _PenaltyProgram:
     """
 
     top_m: int = 0
+    keeps_constraints: ClassVar[bool] = True
     signal: ClassVar[str]
 
     def __post_init__(self) -> None:
@@ -117,14 +121,8 @@ class KurtMilp(_PenaltyProgram):
 def scaled_kurtosis(measurements: Measurements, choices: Choices) -> np.ndarray:
     """Kurtosis [modules] float64 scaled to 0…1 over the layers of each kind; 0 where all layers have the same."""
     kurtosis = module_signal(measurements.kurtosis, "kurtosis", choices.modules)
-    ranges = {
-        kind: (min(profile.values()), max(profile.values())) for kind, profile in profiles_by_kind(kurtosis).items()
-    }
-    scaled = []
-    for module in choices.modules:
-        low, high = ranges[module.id.kind]
-        scaled.append((kurtosis[module.id] - low) / (high - low) if high > low else 0.0)
-    return np.array(scaled)
+    scaled = scaled_profiles(profiles_by_kind(kurtosis))
+    return np.array([scaled[module.id.kind][module.id.layer] for module in choices.modules])
 
 
 def _penalty(bits: int) -> float:

@@ -45,6 +45,9 @@ def test_tried_plans_keep_the_budget_and_say_what_they_gain(finished):
     trials = read_rows(store.path(refined, "trials.parquet"), TRIALS_SCHEMA)
     assert solution["validation_divergence"] == min(row["divergence"] for row in trials)
     assert solution["validation_divergence"] <= solution["uniform_validation_divergence"]
+    auto = next(result for result in results if result.strategy == "auto rounds=1")
+    assert auto.validation_divergence == solution["validation_divergence"]
+    assert auto.uniform_validation_divergence == solution["uniform_validation_divergence"]
     assert {row["origin"] for row in trials} >= {"uniform", "structural", "kurt-boost", "mxq", "loss-aware"}
 
 

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -6,6 +7,7 @@ import pytest
 import torch
 
 from lmq.budget import module_sizes
+from lmq.constraints import Constraints, violations
 from lmq.discovery import discover
 from lmq.error_table import ErrorTable
 from lmq.errors import InputError, NotFiniteError
@@ -104,6 +106,18 @@ def test_a_plan_that_breaks_the_model_is_never_chosen(measured: Measurements) ->
     assert set(allocation.specs.values()) == {QuantSpec.parse("b4g64")}
     assert refinement.gain_over_uniform == 0
     assert any(math.isinf(step.loss) for step in refinement.tried)
+
+
+def test_constraints_are_kept_whatever_uniform_does(measured: Measurements) -> None:
+    constraints = Constraints(alike=("qkv",), fixed={"0.*": QuantSpec.parse("b4g64")})
+    allocation, refinement = Auto(rounds=1).refine(
+        replace(measured, constraints=constraints), uniform_bytes(measured, "b3g64")
+    )
+    assert violations(allocation, constraints) == []
+    assert {step.origin for step in refinement.tried} >= {"mxq", "loss-aware"}
+    assert not {step.origin for step in refinement.tried} & {"uniform", "structural", "kurt-boost"}
+    assert measured.trials is not None
+    assert refinement.loss == pytest.approx(measured.trials.divergence(allocation.specs), rel=1e-6)
 
 
 def test_trials_are_asked_for(measured: Measurements) -> None:

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmq.errors import InputError
+from lmq.program import ProgramConstraints
 from lmq.refine import LocalCosts, Refinement, RefineOptions, refine
 
 MODULES, CONFIGURATIONS = 5, 3
@@ -39,6 +40,7 @@ class QuadraticLoss:
             {"uniform": MIDDLE, **candidates},
             SIZES_BYTES,
             BUDGET_BYTES,
+            uniform=MIDDLE,
             measured_loss=self.loss,
             local_costs=self.local_costs,
             options=RefineOptions(rounds=rounds),
@@ -99,6 +101,7 @@ def test_the_measured_loss_decides_even_where_the_costs_promise_a_gain() -> None
         {"uniform": MIDDLE},
         SIZES_BYTES,
         BUDGET_BYTES,
+        uniform=MIDDLE,
         measured_loss=lambda choice: float((choice != 1).sum()),
         local_costs=lambda _: promise,
     )
@@ -110,7 +113,7 @@ def test_the_measured_loss_decides_even_where_the_costs_promise_a_gain() -> None
 @pytest.mark.parametrize(
     ("candidates", "message"),
     [
-        ({"mxq": MIDDLE}, "lack 'uniform'"),
+        ({}, "there are no candidates"),
         ({"uniform": MIDDLE, "boost": MIDDLE + 1}, "candidate 'boost' takes 20 bytes of a budget of 15"),
         ({"uniform": MIDDLE[:2]}, "one column per module"),
     ],
@@ -118,7 +121,36 @@ def test_the_measured_loss_decides_even_where_the_costs_promise_a_gain() -> None
 def test_bad_candidates_are_refused(candidates: dict[str, np.ndarray], message: str) -> None:
     problem = QuadraticLoss(0)
     with pytest.raises(InputError, match=message):
-        refine(candidates, SIZES_BYTES, BUDGET_BYTES, measured_loss=problem.loss, local_costs=problem.local_costs)
+        refine(
+            candidates,
+            SIZES_BYTES,
+            BUDGET_BYTES,
+            uniform=MIDDLE,
+            measured_loss=problem.loss,
+            local_costs=problem.local_costs,
+        )
+
+
+def test_constraints_are_kept_and_uniform_is_only_what_the_gain_is_stated_against() -> None:
+    allowed = np.ones((MODULES, CONFIGURATIONS), bool)
+    allowed[0, :2] = False
+    for seed in range(20):
+        problem = QuadraticLoss(seed)
+        start = np.array([2, 0, 1, 1, 1])
+        refined = refine(
+            {"start": start},
+            SIZES_BYTES,
+            BUDGET_BYTES,
+            uniform=MIDDLE,
+            measured_loss=problem.loss,
+            local_costs=problem.local_costs,
+            constraints=ProgramConstraints(allowed=allowed),
+        )
+        assert refined.choice[0] == 2
+        assert all(step.choice[0] == 2 for step in refined.tried)
+        assert refined.loss <= problem.loss(start)
+        assert refined.uniform_loss == problem.loss(MIDDLE)
+        assert size_bytes(refined.choice) <= BUDGET_BYTES
 
 
 @pytest.mark.parametrize(
