@@ -54,7 +54,19 @@ class QuantizedPoint:
 
     def divergence(self, token_ids: Tensor, reference_states: Tensor, choice: Choice) -> float:
         """Mean KL(p ‖ p_choice) per token in nats; the last position of a sequence predicts nothing."""
-        return float(self._divergences(self.last_states(token_ids, choice), reference_states).mean())
+        return float(self._divergences([self.last_states(token_ids, choice)], reference_states).mean())
+
+    @torch.no_grad()
+    def losses(self, token_ids: Tensor, choice: Choice | None = None) -> Tensor:
+        """Mean next-token loss of each sequence in nats, float64 [sequences]; None: full precision."""
+        step = self._model.tokens_at_once
+        states = self.last_states(token_ids, choice)[:, :-1].flatten(0, 1).split(step)
+        targets = token_ids[:, 1:].flatten().to(self._model.device).long().split(step)
+        found = [
+            -self._log_probabilities(piece).gather(1, target[:, None])[:, 0].double()
+            for piece, target in zip(states, targets, strict=True)
+        ]
+        return torch.cat(found).view(len(token_ids), -1).mean(dim=1).cpu()
 
     @torch.no_grad()
     def divergences_alone(
@@ -80,7 +92,7 @@ class QuantizedPoint:
             with self._block(later, None) as (block, _), self._autocast():
                 for changed in states:
                     self._run(block, inputs[later], changed, later)
-        return torch.stack([self._divergences(changed, reference_states) for changed in states])
+        return self._divergences(states, reference_states)
 
     def slopes(
         self, token_ids: Tensor, reference_states: Tensor, choice: Choice, menu: Sequence[QuantSpec]
@@ -139,14 +151,15 @@ class QuantizedPoint:
         return hidden
 
     @torch.no_grad()
-    def _divergences(self, states: Tensor, reference_states: Tensor) -> Tensor:
-        """Mean KL per token of each sequence, float64 [sequences]; the last position predicts nothing."""
+    def _divergences(self, states: Sequence[Tensor], reference_states: Tensor) -> Tensor:
+        """Mean KL per token of each sequence, float64 [states, sequences]; the last position predicts nothing."""
         step = self._model.tokens_at_once
-        pieces, reference = (part[:, :-1].flatten(0, 1).split(step) for part in (states, reference_states))
+        by_piece = zip(*(part[:, :-1].flatten(0, 1).split(step) for part in (reference_states, *states)), strict=True)
         found = []
-        for piece, reference_piece in zip(pieces, reference, strict=True):
-            found.append(divergence(self._log_probabilities(reference_piece), self._log_probabilities(piece)))
-        return torch.cat(found).view(len(states), -1).mean(dim=1).cpu()
+        for reference, *pieces in by_piece:
+            expected = self._log_probabilities(reference)
+            found.append(torch.stack([divergence(expected, self._log_probabilities(piece)) for piece in pieces]))
+        return torch.cat(found, dim=1).view(len(states), len(reference_states), -1).mean(dim=2).cpu()
 
     @contextmanager
     def _block(self, layer: int, choice: Choice | None) -> Iterator[tuple[nn.Module, dict[ModuleId, Tensor]]]:

@@ -26,9 +26,10 @@ class VariantResult:
     `budget` is the text as written, such as `uniform b4g64`, None for full precision. `size_bytes` counts the
     quantized modules as stored, `checkpoint_bytes` the whole checkpoint directory on disk. `perplexity` and
     `kl_divergence` (nats per token, to full precision) carry standard errors; `top1_agreement` is a share in 0..1;
-    `tokens` were scored in `seconds`. `objective`, `lower_bound` and `gap` are the solver's. A strategy that
-    tries plans on the model (auto) has their divergence on the validation slice of the calibration text, its own
-    and that of uniform at the same budget. `error` is the message of a variant that failed. Raises NotFiniteError for NaN or infinity.
+    `tokens` were scored in `seconds`. `objective`, `lower_bound` and `gap` are the solver's. A strategy that tries
+    plans on the model (auto) has their divergence on the validation slice of the calibration text, its own and that
+    of uniform at the same budget. `error` is the message of a variant that failed. Raises NotFiniteError for NaN or
+    infinity.
     """
 
     model: str

@@ -69,6 +69,10 @@ def test_divergence_and_slopes_are_those_of_the_whole_model(tiny_model: Path) ->
         divergence.item() / predicted, rel=1e-3
     )
 
+    found = torch.log_softmax(bench.whole(TOKEN_IDS).logits.detach()[:, :-1], dim=-1)
+    losses = -found.gather(2, TOKEN_IDS[:, 1:, None])[:, :, 0].mean(dim=1)
+    torch.testing.assert_close(bench.point.losses(TOKEN_IDS, choice), losses.double(), rtol=1e-4, atol=1e-5)
+
     slopes = bench.point.slopes(TOKEN_IDS, reference, choice, MENU)
     expected = np.zeros_like(slopes)
     for row, (module, spec) in enumerate(choice.items()):
