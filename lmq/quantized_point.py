@@ -52,9 +52,12 @@ class QuantizedPoint:
         """
         return self._entering_states(token_ids, choice, keep_all=False)[-1]
 
-    def divergence(self, token_ids: Tensor, reference_states: Tensor, choice: Choice) -> float:
-        """Mean KL(p ‖ p_choice) per token in nats; the last position of a sequence predicts nothing."""
-        return float(self._divergences([self.last_states(token_ids, choice)], reference_states).mean())
+    def divergences(self, token_ids: Tensor, reference_states: Tensor, choice: Choice) -> Tensor:
+        """Mean KL(p ‖ p_choice) per token of each sequence in nats, float64 [sequences].
+
+        The last position of a sequence predicts nothing.
+        """
+        return self._divergences([self.last_states(token_ids, choice)], reference_states)[0]
 
     @torch.no_grad()
     def losses(self, token_ids: Tensor, choice: Choice | None = None) -> Tensor:

@@ -4,15 +4,17 @@ Around the current choice p the loss of another choice c is, to second order in 
 
     L(c) ≈ L(p) + Σ_m first_order[m, c_m] + Σ_m second_order[m, c_m] + cross terms of modules that change together.
 
-The cross terms are not measured. Solving the program for the first two sums alone changes most modules at once,
-where the cross terms decide, and makes the loss worse; so the second order is multiplied by a caution above 1,
-which keeps only changes whose first-order gain is well above their curvature. The caution is tried from bold to
-careful, and only the measured loss decides.
+The cross terms are not measured, and the second order, taken from full precision, understates the curvature at the
+quantized point. Solving the program for the two sums as they are changes most modules at once and makes the loss
+worse; so the second order is multiplied by a caution above 1, which keeps only changes whose first-order gain is
+well above their curvature. The caution is tried from bold to careful, and only the measured loss decides: a step is
+taken when its loss falls by more than the standard error of the fall over the sequences of the slice.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -29,8 +31,8 @@ logger = logging.getLogger(__name__)
 
 UNIFORM = "uniform"
 
-MeasuredLoss = Callable[[np.ndarray], float]
-"""Loss of a choice [modules] on the validation slice, in nats per token."""
+MeasuredLosses = Callable[[np.ndarray], np.ndarray]
+"""Loss of a choice [modules] on each sequence of the validation slice [sequences], in nats per token."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,8 +50,8 @@ class LocalCosts:
 class Trials(Protocol):
     """Plans (module → configuration) tried on the model itself; `lmq.trials.ModelTrials` is one."""
 
-    def divergence(self, plan: Mapping[ModuleId, QuantSpec]) -> float:
-        """Loss on the validation slice, nats per token."""
+    def divergences(self, plan: Mapping[ModuleId, QuantSpec]) -> np.ndarray:
+        """Loss on each sequence of the validation slice [sequences], nats per token."""
         ...
 
     def local_costs(self, plan: Mapping[ModuleId, QuantSpec], menu: Sequence[QuantSpec]) -> LocalCosts:
@@ -69,25 +71,44 @@ class RefineOptions:
     """
 
     rounds: int = 4
-    cautions: tuple[float, ...] = (1.5, 3.0, 6.0)
+    cautions: tuple[float, ...] = (1.5, 2.0, 3.0, 4.5)
 
     def __post_init__(self) -> None:
         if self.rounds < 0:
             raise InputError(f"rounds = {self.rounds} is negative; give 0 (choose among the candidates) or more")
         if not self.cautions or min(self.cautions) < 1 or list(self.cautions) != sorted(set(self.cautions)):
             raise InputError(
-                f"cautions = {self.cautions} must be rising factors of at least 1, such as (1.5, 3.0, 6.0)"
+                f"cautions = {self.cautions} must be rising factors of at least 1, such as (1.5, 2.0, 3.0, 4.5)"
             )
 
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """A choice that was measured: its origin (a candidate's name or `round 1, caution 3`), changes, and loss."""
+    """A choice that was measured, and its losses [sequences].
+
+    `origin` is a candidate's name or `round 1, caution 3`.
+    """
 
     origin: str
     choice: np.ndarray
     changed_modules: int
-    loss: float
+    losses: np.ndarray
+
+    @property
+    def loss(self) -> float:
+        """Mean over the sequences of the validation slice."""
+        return float(self.losses.mean())
+
+    def is_better_than(self, other: Step) -> bool:
+        """Whether the loss is below the other's by more than the standard error of the difference.
+
+        Of a single sequence there is none: any fall counts.
+        """
+        if not (math.isfinite(self.loss) and math.isfinite(other.loss)):
+            return self.loss < other.loss
+        falls = other.losses - self.losses
+        stderr = falls.std(ddof=1) / len(falls) ** 0.5 if len(falls) > 1 else 0.0
+        return bool(falls.mean() > stderr)
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +135,7 @@ def refine(
     budget_bytes: int,
     *,
     uniform: np.ndarray,
-    measured_loss: MeasuredLoss,
+    measured_losses: MeasuredLosses,
     local_costs: MeasuredLocalCosts,
     options: RefineOptions | None = None,
     constraints: ProgramConstraints | None = None,
@@ -130,8 +151,8 @@ def refine(
     _check({UNIFORM: uniform, **candidates}, sizes_bytes, budget_bytes)
     if not candidates:
         raise InputError("there are no candidates to choose among; give one or more")
-    loss_of = _measured_once(measured_loss)
-    tried = [Step(name, choice, 0, loss_of(choice)) for name, choice in candidates.items()]
+    losses_of = _measured_once(measured_losses)
+    tried = [Step(name, choice, 0, losses_of(choice)) for name, choice in candidates.items()]
     best = _least(tried)
     for number in range(1, options.rounds + 1):
         costs = local_costs(best.choice)
@@ -141,29 +162,29 @@ def refine(
                 f"round {number}, caution {caution:g}",
                 choice,
                 int((choice != best.choice).sum()),
-                loss_of(choice),
+                losses_of(choice),
             )
             for caution, choice in steps.items()
         ]
         tried += measured
-        if not measured or _least(measured).loss >= best.loss:
+        if not measured or not _least(measured).is_better_than(best):
             break
         best = _least(measured)
         logger.info("%s changed %d modules: loss %.4f", best.origin, best.changed_modules, best.loss)
-    return Refinement(best.choice, best.loss, loss_of(uniform), tuple(tried))
+    return Refinement(best.choice, best.loss, float(losses_of(uniform).mean()), tuple(tried))
 
 
-def _measured_once(measured_loss: MeasuredLoss) -> MeasuredLoss:
-    """The same loss, measured once for equal choices."""
-    known: dict[bytes, float] = {}
+def _measured_once(measured_losses: MeasuredLosses) -> MeasuredLosses:
+    """The same losses, measured once for equal choices."""
+    known: dict[bytes, np.ndarray] = {}
 
-    def loss_of(choice: np.ndarray) -> float:
+    def losses_of(choice: np.ndarray) -> np.ndarray:
         key = choice.astype(np.int64).tobytes()
         if key not in known:
-            known[key] = measured_loss(choice)
+            known[key] = measured_losses(choice)
         return known[key]
 
-    return loss_of
+    return losses_of
 
 
 def _cautious_steps(

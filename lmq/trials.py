@@ -38,9 +38,13 @@ class ModelTrials:
         self._validation = validation
         self._loss_changes = loss_changes
 
-    def divergence(self, plan: Choice) -> float:
-        """Mean KL from full precision on the validation slice, nats per token. Raises NotFiniteError."""
-        return self._point.divergence(self._validation.token_ids, self._validation.reference_states, plan)
+    def divergences(self, plan: Choice) -> np.ndarray:
+        """Mean KL from full precision on each sequence of the validation slice, nats per token.
+
+        Float64 [sequences]. Raises NotFiniteError.
+        """
+        slice_ = self._validation
+        return self._point.divergences(slice_.token_ids, slice_.reference_states, plan).numpy()
 
     def local_costs(self, plan: Choice, menu: Sequence[QuantSpec]) -> LocalCosts:
         """Slopes and curvatures [modules of the plan, menu]; both are 0 at the plan itself. Raises NotFiniteError."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -76,7 +75,7 @@ class Auto:
             choices.sizes_bytes,
             budget_bytes,
             uniform=columns(Uniform().allocate(measurements, budget_bytes).specs),
-            measured_loss=lambda choice: _divergence(trials, plan(choice)),
+            measured_losses=lambda choice: _divergences(trials, plan(choice)),
             local_costs=lambda choice: trials.local_costs(plan(choice), choices.specs),
             options=RefineOptions(rounds=self.rounds),
             constraints=None if free else constraints,
@@ -84,9 +83,9 @@ class Auto:
         return choices.allocation(refinement.choice), refinement
 
 
-def _divergence(trials: Trials, plan: dict[ModuleId, QuantSpec]) -> float:
-    """Divergence of a plan; infinite when it breaks the model."""
+def _divergences(trials: Trials, plan: dict[ModuleId, QuantSpec]) -> np.ndarray:
+    """Divergence of a plan on each sequence; infinite when it breaks the model."""
     try:
-        return trials.divergence(plan)
+        return trials.divergences(plan)
     except NotFiniteError:
-        return math.inf
+        return np.array([np.inf])

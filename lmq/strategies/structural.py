@@ -16,9 +16,11 @@ GOLDEN_RATIO = 0.6180339887498949
 
 @dataclass(frozen=True, kw_only=True)
 class Structural:
-    """First and last layer and every down projection one configuration up, paid for evenly by the rest.
+    """First and last layer and down projections one configuration up, paid for evenly by the rest.
 
-    The rest gives way one configuration at a time, in an order that spreads over the depth of the model.
+    The rest gives way one configuration, in an order that spreads over the depth of the model. Where that does not pay
+    for all (one configuration up can double the bits), as many are raised as it pays for: the first and last layer
+    first, then down projections from both ends of the model inwards.
     """
 
     name: ClassVar[str] = "structural"
@@ -35,15 +37,28 @@ class Structural:
         """Apply the rule over the largest uniform base that fits. Raises InfeasibleBudget, InputError."""
         choices = Choices.of(measurements, budget_bytes)
         base = choices.largest_uniform(budget_bytes)
-        ends = {min(module.id.layer for module in choices.modules), max(module.id.layer for module in choices.modules)}
-        protected = [
-            row for row, module in enumerate(choices.modules) if module.id.layer in ends or module.part == FRAGILE_PART
-        ]
-        rest = sorted(set(range(len(choices.modules))) - set(protected))
+        up, down = min(base + 1, len(choices.specs) - 1), max(base - 1, 0)
         choice = np.full(len(choices.modules), base)
-        choice[protected] = min(base + 1, len(choices.specs) - 1)
-        choice = reduce_to_fit(choices, choice, [_spread(rest), _spread(protected)], budget_bytes)
+        afforded_bytes = budget_bytes - choices.size_bytes(choice)
+        afforded_bytes += int((choices.sizes_bytes[:, base] - choices.sizes_bytes[:, down]).sum())
+        protected: list[int] = []
+        for row in _fragile_first(choices):
+            afforded_bytes -= int(choices.sizes_bytes[row, up] - choices.sizes_bytes[row, down])
+            if afforded_bytes < 0:
+                break
+            protected.append(row)
+        choice[protected] = up
+        rest = sorted(set(range(len(choices.modules))) - set(protected))
+        choice = reduce_to_fit(choices, choice, [_spread(rest), protected], budget_bytes)
         return choices.allocation(choice, boosted=choice > base)
+
+
+def _fragile_first(choices: Choices) -> list[int]:
+    """Rows of the first and last layer, then of the down projections of the others, from the ends inwards."""
+    layers = [module.id.layer for module in choices.modules]
+    from_end = [min(layer - min(layers), max(layers) - layer) for layer in layers]
+    fragile = [row for row, module in enumerate(choices.modules) if not from_end[row] or module.part == FRAGILE_PART]
+    return sorted(fragile, key=lambda row: (from_end[row], row))
 
 
 def _spread(rows: list[int]) -> list[int]:

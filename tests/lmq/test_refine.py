@@ -30,6 +30,9 @@ class QuadraticLoss:
         self.asked.append(tuple(choice))
         return 0.5 * float(np.square(self.errors[ROWS, choice].sum(axis=0)).sum())
 
+    def losses(self, choice: np.ndarray) -> np.ndarray:
+        return np.array([self.loss(choice)])
+
     def local_costs(self, choice: np.ndarray) -> LocalCosts:
         now = self.errors[ROWS, choice]
         change = self.errors - now[:, None]
@@ -41,7 +44,7 @@ class QuadraticLoss:
             SIZES_BYTES,
             BUDGET_BYTES,
             uniform=MIDDLE,
-            measured_loss=self.loss,
+            measured_losses=self.losses,
             local_costs=self.local_costs,
             options=RefineOptions(rounds=rounds),
         )
@@ -102,12 +105,30 @@ def test_the_measured_loss_decides_even_where_the_costs_promise_a_gain() -> None
         SIZES_BYTES,
         BUDGET_BYTES,
         uniform=MIDDLE,
-        measured_loss=lambda choice: float((choice != 1).sum()),
+        measured_losses=lambda choice: np.array([float((choice != 1).sum())]),
         local_costs=lambda _: promise,
     )
     assert np.array_equal(refined.choice, MIDDLE)
     assert refined.gain_over_uniform == 0.0
     assert len(refined.tried) > 1
+
+
+def test_a_fall_within_its_standard_error_is_no_step() -> None:
+    promise = LocalCosts(np.tile([-1.0, 0.0, -2.0], (MODULES, 1)), np.zeros((MODULES, CONFIGURATIONS)))
+
+    def refined(falls: list[float]) -> Refinement:
+        return refine(
+            {"uniform": MIDDLE},
+            SIZES_BYTES,
+            BUDGET_BYTES,
+            uniform=MIDDLE,
+            measured_losses=lambda choice: np.full(3, 5.0) - np.array(falls) * (choice != 1).any(),
+            local_costs=lambda _: promise,
+            options=RefineOptions(rounds=1),
+        )
+
+    assert refined([0.3, 0.2, 0.1]).gain_over_uniform == pytest.approx(0.2)
+    assert refined([0.5, -0.2, 0.1]).gain_over_uniform == 0.0
 
 
 @pytest.mark.parametrize(
@@ -126,7 +147,7 @@ def test_bad_candidates_are_refused(candidates: dict[str, np.ndarray], message: 
             SIZES_BYTES,
             BUDGET_BYTES,
             uniform=MIDDLE,
-            measured_loss=problem.loss,
+            measured_losses=problem.losses,
             local_costs=problem.local_costs,
         )
 
@@ -142,7 +163,7 @@ def test_constraints_are_kept_and_uniform_is_only_what_the_gain_is_stated_agains
             SIZES_BYTES,
             BUDGET_BYTES,
             uniform=MIDDLE,
-            measured_loss=problem.loss,
+            measured_losses=problem.losses,
             local_costs=problem.local_costs,
             constraints=ProgramConstraints(allowed=allowed),
         )
