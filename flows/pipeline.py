@@ -50,6 +50,7 @@ class Measurements:
     divergence: list[Node] = field(default_factory=list)
     module_errors: list[Node] = field(default_factory=list)
     super_weights: list[Node] = field(default_factory=list)
+    layer_importance: list[Node] = field(default_factory=list)
     outliers: Node | None = None
     trials: dict[str, Input | list[Input]] = field(default_factory=dict)
     """Inputs of the stage that tries plans on the model, beside the tables of its candidates."""
@@ -129,6 +130,8 @@ class _ModelGraph(ModelNodes):
             found.divergence = self.per_layer("module-divergence", alone, **replayed, last=[last] * len(hidden))
         if "super_weights" in self._needs:
             found.super_weights = self.per_layer("super-weights", {}, hidden=hidden)
+        if "layer_importance" in self._needs:
+            found.layer_importance = self.layer_activity(hidden, last)
 
     def _kl_specs(self) -> list[str]:
         given = self._config.measure.kl_specs

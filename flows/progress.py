@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Protocol
@@ -23,7 +24,7 @@ from rich.progress import (
 )
 
 from lmq_flows.execute import Outcome
-from lmq_flows.graph import Graph, Node
+from lmq_flows.graph import Node
 
 _LINE_EVERY_SECONDS = 10.0
 
@@ -72,9 +73,9 @@ class RunProgress:
     reporters: list[Reporter]
     stages: dict[str, StageProgress] = field(default_factory=dict)
 
-    def expect(self, graph: Graph) -> None:
-        """Add the nodes of a graph to what is to be done."""
-        for name, total in Counter(node.stage.name for node in graph).items():
+    def expect(self, nodes: Iterable[Node]) -> None:
+        """Add nodes, as those of a graph, to what is to be done."""
+        for name, total in Counter(node.stage.name for node in nodes).items():
             self.stages.setdefault(name, StageProgress(0)).total += total
 
     def watch(self, node: Node, outcome: Outcome | None) -> None:

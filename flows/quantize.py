@@ -19,6 +19,7 @@ from rich.console import Console
 from lmq.errors import InputError, LmqError
 from lmq_flows.execute import DamagedInput, Outcome, execute
 from lmq_flows.graph import Graph, Input, Node
+from lmq_flows.measured_tables import write_measured_tables
 from lmq_flows.names import slug
 from lmq_flows.pipeline import (
     FULL_PRECISION,
@@ -112,6 +113,9 @@ class _Run:
         in_order = {node: outcomes[node] for node in graph}
         report = self._report(models, variants, measured, in_order)
         run_dir = self._write_results(report, variants, outcomes)
+        store = open_store(absolute_store_url(self.config.store))
+        refs = {node: outcome.ref for node, outcome in outcomes.items()}
+        write_measured_tables(run_dir / "measurements", store, measured, refs)
         publish_results(run_dir)
         failed = [variant for variant in variants if _evaluation_failed(variant, outcomes)]
         message = f"{len(variants) - len(failed)} of {len(variants)} variants; report: {run_dir / 'report.html'}"

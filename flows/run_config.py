@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from lmq.budget import Budget
 from lmq.constraints import Constraints
 from lmq.constraints_text import parse_constraints
-from lmq.errors import InputError
+from lmq.errors import InputError, unknown_name
 from lmq.quant_spec import STOPS, QuantSpec
 from lmq.strategies import STRATEGIES, strategy
 from lmq.strategies.uniform import Uniform
@@ -111,6 +111,25 @@ class EvaluationConfig(TextConfig):
         return self
 
 
+MEASUREMENTS = (
+    "kurtosis",
+    "sensitivity",
+    "fisher",
+    "sequence_fisher",
+    "divergence",
+    "super_weights",
+    "module_errors",
+    "layer_importance",
+)
+"""What can be measured beside what the strategies need."""
+
+
+def _measurement_name(name: str) -> str:
+    if name not in MEASUREMENTS:
+        raise ValueError(str(unknown_name("measurement", name, MEASUREMENTS)))
+    return name
+
+
 class MeasureConfig(_Section):
     """What is measured of every module."""
 
@@ -124,6 +143,9 @@ class MeasureConfig(_Section):
         None, description="Configurations whose divergence `kl` measures; default: one per bit width up to 4"
     )
     kl_sequences: int = Field(2, ge=1, description="Calibration sequences that `kl` measures on")
+    also: tuple[Annotated[str, AfterValidator(_measurement_name)], ...] = Field(
+        (), description=f"Measured beside what the strategies need: {', '.join(MEASUREMENTS)}"
+    )
     sensitivity_spec: SpecName = Field("b4g64", description="Configuration that activation sensitivity is measured at")
 
 
@@ -256,13 +278,14 @@ class RunConfig(_Section):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Names of the measurements that the strategies use."""
-        return frozenset().union(*(strategy(item.name, **item.options).needs for item in self.strategies))
+        """Names of the measurements that the strategies use, and of those asked for beside."""
+        used = (strategy(item.name, **item.options).needs for item in self.strategies)
+        return frozenset(self.measure.also).union(*used)
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether a strategy uses what is measured on calibration text."""
-        return bool(self.needs & {"sensitivity", "fisher", "sequence_fisher", "divergence", "trials"})
+        """Whether anything is measured on calibration text; all but weights and their errors is."""
+        return bool(self.needs - {"kurtosis", "frobenius"})
 
     @property
     def calibration_sequences(self) -> int:

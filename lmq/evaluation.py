@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,15 +48,21 @@ BlockPreparation = Callable[[nn.Module, int], None]
 
 
 @torch.no_grad()
-def last_states(model: StreamedModel, windows: Tensor, prepare: BlockPreparation | None = None) -> Tensor:
+def last_states(
+    model: StreamedModel,
+    windows: Tensor,
+    prepare: BlockPreparation | None = None,
+    *,
+    skipped_layers: Collection[int] = (),
+) -> Tensor:
     """States that leave the last block for token windows [windows, tokens]: float32 [windows, tokens, hidden].
 
-    One block is in memory at a time. `prepare` may replace a block's weights. Raises NotFiniteError when the
-    states stop being finite, naming layer and window.
+    One block is in memory at a time. `prepare` may replace a block's weights. `skipped_layers` are left out, as
+    pruning leaves them out. Raises NotFiniteError when the states stop being finite, naming layer and window.
     """
     hidden = model.embed(windows)
     inputs = model.block_inputs(windows.shape[1])
-    for layer in range(model.structure.layers):
+    for layer in (layer for layer in range(model.structure.layers) if layer not in skipped_layers):
         with model.block(layer) as block:
             if prepare is not None:
                 prepare(block, layer)

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from lmq.errors import DamagedFile, InputError
 from lmq.finite import require_finite
 from lmq.grid import GRID_TENSORS, Grid, encode, group_blocks, nearest_codes, to_groups
+from lmq.nf4 import NormalFloat4
 from lmq.quant_spec import QuantSpec
 from lmq.quantizers import Quantizer
 from lmq.structure import ModuleId
@@ -60,27 +61,33 @@ def fit_grids(
 def frobenius_norm(weight: torch.Tensor) -> float:
     """‖W‖_F, accumulated in float64."""
     blocks = weight.detach().reshape(-1).split(1 << 16)
-    return sum(_square_sum(block.to(torch.float64)) for block in blocks) ** 0.5
+    return sum(_square_sum(block) for block in blocks) ** 0.5
 
 
-def frobenius_errors(weight: torch.Tensor, grids: Sequence[Grid]) -> list[float]:
-    """‖W − Ŵ‖_F of each grid, Ŵ being what the checkpoint will hold; accumulated in float64."""
-    return [_frobenius_error(weight, grid) for grid in grids]
+def frobenius_errors(weight: torch.Tensor, rounded_to: Sequence[Grid | NormalFloat4]) -> list[float]:
+    """‖W − Ŵ‖_F of each grid, Ŵ being what the checkpoint will hold, or of NF4; accumulated in float64."""
+    return [_frobenius_error(weight, item) for item in rounded_to]
 
 
-def _frobenius_error(weight: torch.Tensor, grid: Grid) -> float:
+def _frobenius_error(weight: torch.Tensor, rounded_to: Grid | NormalFloat4) -> float:
+    if isinstance(rounded_to, Grid):
+        return _grid_error(weight, rounded_to)
+    return frobenius_norm(rounded_to.round_trip(weight) - weight.detach())
+
+
+def _grid_error(weight: torch.Tensor, grid: Grid) -> float:
     groups = to_groups(weight.detach(), grid.spec.group_size, grid.axis)
     scale, zero = grid.decode()
     total = 0.0
     for block in group_blocks(groups):
         quantized = nearest_codes(groups[block], scale[block], zero[block], grid.spec.bits)
         error = quantized.sub_(zero[block, None]).mul_(scale[block, None]).sub_(groups[block])
-        total += _square_sum(error.to(torch.float64))
+        total += _square_sum(error)
     return total**0.5
 
 
 def _square_sum(values: torch.Tensor) -> float:
-    return float(values.square_().sum())
+    return float(values.to(torch.float64).square().sum())
 
 
 def save_grids(path: Path, grids: LayerGrids) -> None:

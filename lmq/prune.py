@@ -82,6 +82,11 @@ def choose_contiguous_layers(distances: Sequence[float], block_layers: int) -> l
     return list(range(first, first + block_layers))
 
 
+def check_prunable(model_dir: Path, structure: ModelStructure) -> None:
+    """Raise UnsupportedModel when the configuration of `model_dir` cannot be written for fewer layers."""
+    _pruned_config(model_dir, structure, range(structure.layers - 1))
+
+
 def write_pruned(model_dir: Path, structure: ModelStructure, removed: Collection[int], target: Path) -> None:
     """Write the model of `model_dir` without the layers `removed` as the model directory `target`.
 

@@ -6,14 +6,18 @@ Source: Yu et al. 2024 (arXiv 2411.07191), section 3. A layer that holds one sho
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lmq.errors import InputError
 from lmq.finite import require_finite
+from lmq.streaming import BlockInputs
 from lmq.structure import ModuleId
 from lmq.tables import MODULE_FIELDS, TableSchema
 
@@ -83,6 +87,36 @@ def super_weight_row(module: ModuleId, inputs: Tensor, outputs: Tensor) -> dict[
             f"{side}_rms_ratio": spike.rms_ratio,
         }
     return row
+
+
+@torch.no_grad()
+def capture_spikes(
+    block: nn.Module, block_inputs: BlockInputs, hidden: Tensor, modules: Sequence[ModuleId]
+) -> list[dict[str, Any]]:
+    """Rows of `SUPER_WEIGHTS_SCHEMA` for modules of one block, replayed on the states that enter it.
+
+    `hidden` [sequences, sequence_length, hidden]; tokens are counted through the sequences. The block is left as it
+    was. Raises as `find_spike` does.
+    """
+    seen: dict[ModuleId, tuple[list[Tensor], list[Tensor]]] = {module: ([], []) for module in modules}
+
+    def watch(module: ModuleId) -> RemovableHandle:
+        def keep(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            for kept, states in zip(seen[module], (args[0], output), strict=True):
+                kept.append(states.flatten(0, -2))
+
+        return block.get_submodule(module.kind).register_forward_hook(keep)
+
+    handles = [watch(module) for module in modules]
+    try:
+        for sequence in range(len(hidden)):
+            block_inputs.run(block, hidden[sequence : sequence + 1])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [
+        super_weight_row(module, torch.cat(inputs), torch.cat(outputs)) for module, (inputs, outputs) in seen.items()
+    ]
 
 
 def _root_mean_square(states: Tensor) -> float:

@@ -3,14 +3,17 @@
 from lmq_tasks import (
     capture,
     evaluation,
+    importance,
     models,
     module_divergence,
     planning,
     quantization,
     refining,
     reporting,
+    second_moments,
     sequence_fisher,
     signals,
+    super_weights,
     texts,
     weights,
 )
@@ -35,6 +38,11 @@ STAGES: dict[str, Stage] = {
         sequence_fisher.sampled_backward,
         sequence_fisher.measure_sequence_fisher,
         module_divergence.measure_module_divergence,
+        second_moments.measure_module_errors,
+        super_weights.find_super_weights,
+        importance.measure_layer_activity,
+        importance.join_layer_importance,
+        importance.measure_removal_importance,
         signals.find_outliers,
         planning.allocate,
         refining.refine,
@@ -42,6 +50,7 @@ STAGES: dict[str, Stage] = {
         quantization.checkpoint,
         evaluation.reference,
         evaluation.evaluate,
+        evaluation.evaluate_without_layers,
         reporting.report,
     )
 }

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 
+from torch import Tensor
+
 from lmq.calibration import read_tokens
 from lmq.capture import read_hidden_states, write_hidden_states
 from lmq.evaluation import WINDOWS_SCHEMA, last_states, score_windows, window_tokens
-from lmq.perplexity import full_windows
+from lmq.perplexity import Window, full_windows
 from lmq.quantized_blocks import QuantizedBlocks
 from lmq.tables import write_rows
 from lmq_tasks.capture import HIDDEN_STATES_FILE
 from lmq_tasks.opened import materialized, open_model
 from lmq_tasks.stage import Job, stage
 from lmq_tasks.texts import PREFIX_FILE, TOKENS_FILE
+
+WINDOWS_FILE = "windows.parquet"
 
 
 @stage("reference", version=1, schema="reference/1")
@@ -28,12 +32,26 @@ def evaluate(job: Job) -> None:
     _evaluate(job)
 
 
-def _evaluate(job: Job) -> None:
+@stage("evaluate-without-layers", version=1, schema=WINDOWS_SCHEMA.label)
+def evaluate_without_layers(job: Job) -> None:
+    """Perplexity of the full-precision model without the layers `removed`, of which no checkpoint is written."""
     model = open_model(job)
+    windows, tokens = _windows(job)
+    states = last_states(model, tokens, skipped_layers=job.config["removed"])
+    write_rows(job.output / WINDOWS_FILE, WINDOWS_SCHEMA, score_windows(model, windows, tokens, states, None))
+
+
+def _windows(job: Job) -> tuple[list[Window], Tensor]:
+    """The windows of the evaluation tokens, and what the model sees in each."""
     stream = read_tokens(job.input("tokens", TOKENS_FILE))[0]
     prefix = json.loads(job.input("tokens", PREFIX_FILE).read_text())
     windows = full_windows(stream.numel(), job.config["window"], job.config["stride"])
-    tokens = window_tokens(stream, windows, prefix)
+    return windows, window_tokens(stream, windows, prefix)
+
+
+def _evaluate(job: Job) -> None:
+    model = open_model(job)
+    windows, tokens = _windows(job)
     if not job.has("checkpoint"):
         states = last_states(model, tokens)
         rows = score_windows(model, windows, tokens, states, None)
@@ -43,4 +61,4 @@ def _evaluate(job: Job) -> None:
         states = last_states(model, tokens, quantized.put_in)
         full_precision = read_hidden_states(job.input("reference", HIDDEN_STATES_FILE))
         rows = score_windows(model, windows, tokens, states, full_precision)
-    write_rows(job.output / "windows.parquet", WINDOWS_SCHEMA, rows)
+    write_rows(job.output / WINDOWS_FILE, WINDOWS_SCHEMA, rows)

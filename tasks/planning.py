@@ -11,6 +11,7 @@ from lmq.constraints_text import parse_constraints
 from lmq.error_table import ErrorTable
 from lmq.fisher import FISHER_SCHEMA
 from lmq.frobenius import FROBENIUS_SCHEMA
+from lmq.importance.layers import LAYER_ACTIVITY_SCHEMA, layer_scores
 from lmq.module_divergence import MODULE_DIVERGENCE_SCHEMA
 from lmq.quant_spec import QuantSpec
 from lmq.refine import Trials
@@ -20,6 +21,7 @@ from lmq.strategies import Measurements, strategy
 from lmq.structure import ModelStructure, ModuleId
 from lmq.tables import TableSchema, read_rows, write_rows
 from lmq.weight_statistics import WEIGHT_STATISTICS_SCHEMA
+from lmq_tasks.importance import ACTIVITY_FILE
 from lmq_tasks.opened import read_structure
 from lmq_tasks.signals import read_profile
 from lmq_tasks.stage import Job, stage
@@ -66,6 +68,7 @@ def read_measurements(job: Job, structure: ModelStructure, *, trials: Trials | N
         fisher=_error_table(job, "fisher", "fisher.parquet", FISHER_SCHEMA, "fisher", menu),
         sequence_fisher=_error_table(job, "sequence_fisher", "fisher.parquet", SEQUENCE_FISHER_SCHEMA, "fisher", menu),
         divergence=_error_table(job, "divergence", "divergence.parquet", MODULE_DIVERGENCE_SCHEMA, "divergence", menu),
+        layer_importance=_layer_importance(job),
         trials=trials,
         constraints=parse_constraints(job.config.get("constraints", {})),
     )
@@ -78,6 +81,13 @@ def _error_table(
         return None
     rows = [row for path in job.inputs(name, file) for row in read_rows(path, schema)]
     return ErrorTable.from_rows([row for row in rows if spec_of(row) in menu], column)
+
+
+def _layer_importance(job: Job) -> dict[str, list[float]] | None:
+    if not job.has("layer_importance"):
+        return None
+    paths = job.inputs("layer_importance", ACTIVITY_FILE)
+    return layer_scores([row for path in paths for row in read_rows(path, LAYER_ACTIVITY_SCHEMA)])
 
 
 def spec_of(row: dict[str, int]) -> QuantSpec:

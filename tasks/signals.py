@@ -9,12 +9,14 @@ from torch import Tensor, nn
 from lmq.capture import read_gradients, read_hidden_states
 from lmq.fisher import FISHER_SCHEMA, fast_matmul_dtype, token_fisher, trace_modules
 from lmq.frobenius import load_grids
-from lmq.kurtosis import KURTOSIS_SCHEMA
+from lmq.grid import Grid
+from lmq.nf4 import NormalFloat4
 from lmq.outliers import OUTLIERS_SCHEMA, outlier_rows
 from lmq.quant_spec import QuantSpec
 from lmq.sensitivity import SENSITIVITY_SCHEMA, part_sensitivities
 from lmq.structure import ModuleId
 from lmq.tables import TableSchema, read_rows, write_rows
+from lmq.weight_statistics import WEIGHT_STATISTICS_SCHEMA
 from lmq_tasks.capture import GRADIENTS_FILE, HIDDEN_STATES_FILE
 from lmq_tasks.opened import open_model
 from lmq_tasks.stage import Job, stage
@@ -22,17 +24,25 @@ from lmq_tasks.stage import Job, stage
 
 @stage("sensitivity", version=1, schema=SENSITIVITY_SCHEMA.label)
 def measure_sensitivity(job: Job) -> None:
-    """Activation sensitivity of one layer's parts at one configuration."""
+    """Activation sensitivity of one layer's parts at one configuration.
+
+    Weights are rounded to the grids of `frobenius`, or to NF4 in groups of the configuration's size where
+    `quantizer` says so: NF4 has no such grids.
+    """
     model = open_model(job)
     layer = job.config["layer"]
     spec = QuantSpec.parse(job.config["spec"])
-    grids = load_grids(job.input("frobenius", "grids.safetensors"))
     hidden = read_hidden_states(job.input("hidden", HIDDEN_STATES_FILE))
     modules = model.structure.in_layer(layer)
+    rounded_to: dict[ModuleId, Grid | NormalFloat4]
+    if job.config.get("quantizer") == NormalFloat4.name:
+        rounded_to = {module.id: NormalFloat4(group_size=spec.group_size) for module in modules}
+    else:
+        grids = load_grids(job.input("frobenius", "grids.safetensors"))
+        rounded_to = {module.id: grids[module.id][spec].to(job.device) for module in modules}
     with model.block(layer) as block:
         quantized = {
-            module.id.kind: grids[module.id][spec].to(job.device).round_trip(_weight(block, module.id.kind))
-            for module in modules
+            module.id.kind: rounded_to[module.id].round_trip(_weight(block, module.id.kind)) for module in modules
         }
         scores = part_sensitivities(block, model.block_inputs(hidden.shape[1])[layer], hidden, modules, quantized)
     rows = [
@@ -84,7 +94,7 @@ def measure_fisher(job: Job) -> None:
 def find_outliers(job: Job) -> None:
     """Outlier layers of every module kind, by kurtosis and by sensitivity."""
     rows = [
-        *outlier_rows(read_profile(job, "kurtosis", KURTOSIS_SCHEMA), "kurtosis", difference="subtract"),
+        *outlier_rows(read_profile(job, "kurtosis", WEIGHT_STATISTICS_SCHEMA), "kurtosis", difference="subtract"),
         *outlier_rows(read_profile(job, "sensitivity", SENSITIVITY_SCHEMA), "sensitivity", difference="divide"),
     ]
     write_rows(job.output / "outliers.parquet", OUTLIERS_SCHEMA, rows)

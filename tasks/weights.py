@@ -1,27 +1,26 @@
-"""Stages that look at weights alone: kurtosis, and the grids of every configuration with their errors."""
+"""Stages that look at weights alone: their statistics, and the grids of every configuration with their errors."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 
 from lmq.frobenius import FROBENIUS_SCHEMA, fit_grids, frobenius_errors, frobenius_norm, save_grids
-from lmq.kurtosis import KURTOSIS_SCHEMA, kurtosis
 from lmq.quant_spec import QuantSpec
 from lmq.quantizers import quantizer
+from lmq.structure import ModuleId
 from lmq.tables import write_rows
+from lmq.weight_statistics import WEIGHT_STATISTICS_SCHEMA, weight_statistics
 from lmq_tasks.opened import layer_weights, read_structure
 from lmq_tasks.stage import Job, stage
 
 
-@stage("kurtosis", version=1, schema=KURTOSIS_SCHEMA.label)
+@stage("kurtosis", version=2, schema=WEIGHT_STATISTICS_SCHEMA.label)
 def measure_kurtosis(job: Job) -> None:
-    """Kurtosis of every weight matrix of one layer."""
+    """Kurtosis and percentiles of every weight matrix of one layer, and the coarse grid it already lies on."""
     layer = job.config["layer"]
-    rows = []
-    for kind, weight in layer_weights(job, read_structure(job), layer).items():
-        value = kurtosis(weight, f"{kind} of layer {layer}")
-        rows.append({"layer": layer, "kind": kind, "parameters": weight.numel(), "kurtosis": value})
-    write_rows(job.output / "kurtosis.parquet", KURTOSIS_SCHEMA, rows)
+    weights = layer_weights(job, read_structure(job), layer)
+    rows = [weight_statistics(ModuleId(layer, kind), weight) for kind, weight in weights.items()]
+    write_rows(job.output / "kurtosis.parquet", WEIGHT_STATISTICS_SCHEMA, rows)
 
 
 @stage("frobenius", version=1, schema=FROBENIUS_SCHEMA.label)

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from lmq_flows.pruning_metrics import PRUNING_METRICS
+
 Command = Callable[[argparse.Namespace], int]
 
 _QUIET_LIBRARIES = {
@@ -81,6 +83,9 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("run", type=Path, metavar="RUN", help="run directory (runs/demo) or its name")
     report.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     _add_frontier(commands)
+    _add_study(commands)
+    _add_importance(commands)
+    _add_prune(commands)
     _add(commands, "strategies", "commands.strategies_command", "list the strategies with their source")
     _add_store(commands)
     return parser
@@ -138,6 +143,115 @@ def _add_frontier(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         "--strategy", default="loss-aware", help="whose costs, as in the run's table (default: %(default)s)"
     )
     frontier.add_argument("--model", metavar="NAME", help="one of the run's models (default: all)")
+
+
+def _add_study(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    text = "study the measurements: do they agree, and do they predict"
+    studies = commands.add_parser("study", help=text, description=text).add_subparsers(required=True, metavar="STUDY")
+    text = "is the sensitivity pattern over the layers the same across texts, quantizers, bit widths and models"
+    sensitivity = _add(studies, "sensitivity", "studies.sensitivity_command", text)
+    sensitivity.add_argument("models", nargs="+", metavar="MODEL", help="as for `lmq inspect`; any number of them")
+    _add_list(sensitivity, "--text", ["pydoc-topics"], "calibration texts")
+    _add_list(sensitivity, "--quantizer", ["hqq"], "quantizers", choices=("hqq", "rtn", "hqq-package", "nf4"))
+    _add_list(sensitivity, "--config", ["b4g64"], "configurations")
+    text = "how well do cheap costs predict the measured divergence of a model with one module quantized"
+    costs = _add(studies, "costs", "studies.costs_command", text)
+    costs.add_argument("model", metavar="MODEL", help="as for `lmq inspect`")
+    costs.add_argument("--text", default="pydoc-topics", help="calibration text (default: %(default)s)")
+    _add_list(costs, "--config", ["b2g64", "b3g64", "b4g64"], "configurations to draw from")
+    for name, default, help_text in (
+        ("--pairs", 60, "modules and configurations to draw"),
+        ("--exact-sequences", 4, "sequences that the divergence is measured on"),
+        ("--draws", 4, "draws of labels per sequence, for the sequence-wise Fisher cost"),
+    ):
+        costs.add_argument(name, type=_at_least(1), default=default, help=f"{help_text} (default: %(default)s)")
+    costs.add_argument("--seed", type=_at_least(0), default=0, help="seed of the sample (default: %(default)s)")
+    for parser, name in ((sensitivity, "sensitivity"), (costs, "costs")):
+        parser.add_argument(
+            "--sequences", type=_at_least(1), default=16, help="calibration sequences (default: %(default)s)"
+        )
+        parser.add_argument(
+            "--sequence-length", type=_at_least(8), default=512, help="tokens of each (default: %(default)s)"
+        )
+        parser.add_argument("--threads", type=_at_least(1), default=2, help="threads to use (default: %(default)s)")
+        parser.add_argument("--store", default="store", help="where measurements are kept (default: %(default)s)")
+        parser.add_argument(
+            "--out", type=Path, default=Path("runs") / f"study-{name}", help="where results go (default: %(default)s)"
+        )
+
+
+def _add_list(
+    parser: argparse.ArgumentParser, option: str, default: list[str], text: str, choices: Sequence[str] | None = None
+) -> None:
+    parser.add_argument(
+        option, nargs="+", default=default, choices=choices, metavar=option.strip("-").upper(),
+        help=f"{text} (default: {' '.join(default)})",
+    )  # fmt: skip
+
+
+def _add_importance(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    text = "measure how much a model needs each of its layers, by several metrics"
+    importance = _add(commands, "importance", "importance.importance_command", text)
+    _add_importance_options(importance)
+    importance.add_argument(
+        "--angular-layers",
+        type=_at_least(1),
+        default=1,
+        metavar="N",
+        help="also the angular distance over blocks of N layers (default: %(default)s)",
+    )
+    importance.add_argument("--without", choices=("removal",), help="leave out what is slow to measure")
+    importance.add_argument(
+        "--out", type=Path, metavar="DIR", help="where tables and figure go (default: runs/importance-MODEL)"
+    )
+
+
+def _add_prune(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    text = "write a shallower checkpoint without the least important layers, and say what that costs"
+    prune = _add(commands, "prune", "importance.prune_command", text)
+    _add_importance_options(prune)
+    prune.add_argument(
+        "--metric",
+        required=True,
+        choices=PRUNING_METRICS,
+        metavar="METRIC",
+        help=f"what chooses the layers: {', '.join(PRUNING_METRICS)} (of neighbouring layers)",
+    )
+    prune.add_argument("--fraction", type=float, default=0.25, help="share of the layers (default: %(default)s)")
+    prune.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory of the checkpoint")
+    prune.add_argument(
+        "--evaluation", default="pydoc-topics", metavar="TEXT", help="text to judge on (default: %(default)s)"
+    )
+    prune.add_argument("--tokens", type=_at_least(16), default=8192, help="tokens of it (default: %(default)s)")
+    prune.add_argument("--window", type=_at_least(8), default=1024, help="tokens seen at once (default: %(default)s)")
+    prune.add_argument(
+        "--random", type=_at_least(0), default=1, help="random choices to compare with (default: %(default)s)"
+    )
+    prune.add_argument("--seed", type=_at_least(0), default=42, help="seed of the first of them (default: %(default)s)")
+
+
+def _add_importance_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="hub id, directory, .gguf file or package:NAME/FILE")
+    parser.add_argument(
+        "--text", default="pydoc-topics", help="text to measure on, the first half of it (default: %(default)s)"
+    )
+    parser.add_argument("--column", default="text", help="field of jsonl, parquet, data sets (default: %(default)s)")
+    parser.add_argument("--sequences", type=_at_least(1), default=4, help="sequences of it (default: %(default)s)")
+    parser.add_argument(
+        "--sequence-length", type=_at_least(8), default=512, help="tokens of each (default: %(default)s)"
+    )
+    shapley = parser.add_mutually_exclusive_group()
+    shapley.add_argument(
+        "--level", type=_at_least(1), help="Shapley values from windows of up to so many sub-layers (default: 3)"
+    )
+    shapley.add_argument(
+        "--permutations",
+        type=_at_least(1),
+        metavar="N",
+        help="Shapley values from N random orders instead, with standard errors",
+    )
+    parser.add_argument("--threads", type=_at_least(1), default=2, help="threads to use (default: %(default)s)")
+    parser.add_argument("--store", default="store", help="where measurements are kept (default: %(default)s)")
 
 
 def _add_store(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

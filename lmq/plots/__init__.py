@@ -1,6 +1,7 @@
 """Figures of measurements and results. Each function returns a `matplotlib.figure.Figure`; none touches pyplot."""
 
 from lmq.plots.allocation_map import allocation_map, difference_map
+from lmq.plots.importance import importance_bands
 from lmq.plots.palette import theme_css
 from lmq.plots.perplexity import perplexity_by_size
 from lmq.plots.profiles import cost_curves, layer_curve
@@ -12,6 +13,7 @@ __all__ = [
     "difference_map",
     "figure_png",
     "figure_svg",
+    "importance_bands",
     "layer_curve",
     "perplexity_by_size",
     "theme_css",

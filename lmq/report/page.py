@@ -35,22 +35,32 @@ def build_report(data: ReportData) -> str:
         reproduce_section(data),
     )
     body = "\n".join(sections)
+    return whole_page(
+        title=f"{data.run} · lmq report",
+        header=_header(data),
+        main=body,
+        footer="Sizes are in MB of 10⁶ bytes. “–” means not measured. KL divergence is in nats per token.",
+    )
+
+
+def whole_page(*, title: str, header: str, main: str, footer: str) -> str:
+    """A page with the project's style and scripts inside; `title` is text, the others are HTML."""
     return f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
-<title>{escape(data.run)} · lmq report</title>
+<title>{escape(title)}</title>
 <style>
 {theme_css()}{_resource("report.css")}</style>
 </head>
 <body>
-{_header(data)}
+{header}
 <main>
-{body}
+{main}
 </main>
-<footer>Sizes are in MB of 10⁶ bytes. “–” means not measured. KL divergence is in nats per token.</footer>
+<footer>{footer}</footer>
 <script>
 {_resource("report.js")}</script>
 </body>

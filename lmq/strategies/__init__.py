@@ -9,6 +9,7 @@ from lmq.errors import InputError, unknown_name
 from lmq.strategies.auto import Auto
 from lmq.strategies.base import Measurements, Strategy
 from lmq.strategies.boost import KurtBoost, RandomBoost, SensiBoost
+from lmq.strategies.importance_weighted import AvssWeighted, BiWeighted
 from lmq.strategies.kl import Kl
 from lmq.strategies.loss_aware import LossAware
 from lmq.strategies.mxq import KurtMilp, KurtScaled, Mxq, SensiMilp
@@ -29,6 +30,8 @@ STRATEGIES: dict[str, type[Strategy]] = {
         KurtScaled,
         SensiMilp,
         KurtMilp,
+        AvssWeighted,
+        BiWeighted,
         LossAware,
         Kl,
         Auto,

@@ -24,7 +24,8 @@ class Measurements:
 
     `kurtosis` and `sensitivity` hold one number per module; `frobenius` (norm of the weight error), `fisher`
     (loss-aware, token-wise) and `sequence_fisher` (sequence-wise) are error tables, as is `divergence`
-    (measured, of one module alone), which may hold fewer configurations; `trials` tries plans on the model.
+    (measured, of one module alone), which may hold fewer configurations; `layer_importance` holds one number per
+    layer for each metric of `lmq.importance.layers.layer_scores`; `trials` tries plans on the model.
     `constraints` are kept by strategies that solve a program; the others refuse them, but for uniform.
     """
 
@@ -36,6 +37,7 @@ class Measurements:
     fisher: ErrorTable | None = None
     sequence_fisher: ErrorTable | None = None
     divergence: ErrorTable | None = None
+    layer_importance: Mapping[str, Sequence[float]] | None = None
     trials: Trials | None = None
     constraints: Constraints = field(default_factory=Constraints)
 

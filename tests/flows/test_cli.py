@@ -37,6 +37,11 @@ COMMANDS = [
     ["store", "ls"],
     ["store", "verify"],
     ["store", "gc"],
+    ["importance"],
+    ["prune"],
+    ["study"],
+    ["study", "sensitivity"],
+    ["study", "costs"],
 ]
 EVALUATION = ["--tokens", "256", "--window", "64", "--stride", "32"]
 

@@ -42,6 +42,14 @@ def again(finished, tiny_qwen, tmp_path):
     return lambda **changes: tiny_config(tiny_qwen, tmp_path, **changes)
 
 
+def test_measured_tables_and_warnings_lie_beside_the_results(finished):
+    config, _, _ = finished
+    tables = {path.name for path in (config.run_dir / "measurements").iterdir()}
+    expected = ("frobenius", "kurtosis", "sensitivity", "sequence-fisher")
+    assert tables == {f"tiny-{name}.parquet" for name in expected}
+    assert (config.run_dir / "warnings.txt").read_text() == ""  # random weights lie on no grid
+
+
 def test_every_variant_is_measured_within_its_budget(finished):
     config, done, _ = finished
     assert done.state.is_completed(), done.state.message

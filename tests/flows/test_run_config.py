@@ -172,3 +172,17 @@ def test_a_missing_file_names_the_presets(tmp_path: Path) -> None:
 def test_a_directory_is_no_configuration(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read: Is a directory"):
         load_run_config(tmp_path)
+
+
+def test_measurements_asked_for_are_needed_beside_those_of_the_strategies() -> None:
+    config = parse_run_config(valid(strategies=["mxq"], measure={"also": ["kurtosis"]}))
+    assert config.needs == {"frobenius", "kurtosis"}
+    assert not config.needs_calibration
+    config = parse_run_config(valid(strategies=["uniform"], measure={"also": ["super_weights", "module_errors"]}))
+    assert config.needs == {"super_weights", "module_errors"}
+    assert config.needs_calibration
+
+
+def test_an_unknown_measurement_is_refused_with_the_nearest() -> None:
+    with pytest.raises(InputError, match=r"measure\.also.*'super_weight'; did you mean 'super_weights'\?"):
+        parse_run_config(valid(measure={"also": ["super_weight"]}))

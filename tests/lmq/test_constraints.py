@@ -294,6 +294,7 @@ def test_a_strategy_keeps_constraints_or_says_that_it_does_not(name):
     measurements = Measurements(
         modules=base.modules, menu=base.menu, constraints=constraints, kurtosis=signal, sensitivity=signal,
         frobenius=base.frobenius, fisher=base.frobenius, sequence_fisher=base.frobenius, divergence=base.frobenius,
+        layer_importance=dict.fromkeys(("avss_relative", "block_influence"), [1.0] * len(MODULES)),
     )  # fmt: skip
     budget = int(module_sizes(MODULES, (B4,)).sum())
     if STRATEGIES[name].keeps_constraints:

@@ -18,6 +18,7 @@ from lmq.structure import ModuleId, ModuleInfo
 
 SHAPES = {"self_attn.q_proj": (128, 128, "attn_in"), "mlp.down_proj": (128, 512, "mlp_down")}
 LAYERS = 24
+METRICS = ("avss_relative", "block_influence")
 SPIKES = {"self_attn.q_proj": (8,), "mlp.down_proj": (8, 16)}
 
 
@@ -46,9 +47,10 @@ class _AdditiveTrials:
     def __init__(self, table: ErrorTable):
         self._table = table
 
-    def divergence(self, plan):
+    def divergences(self, plan):
         columns = {spec: column for column, spec in enumerate(self._table.specs)}
-        return sum(self._table.cost[row, columns[plan[module]]] for row, module in enumerate(self._table.modules))
+        total = sum(self._table.cost[row, columns[plan[module]]] for row, module in enumerate(self._table.modules))
+        return np.array([total])
 
     def local_costs(self, plan, menu):
         nothing = np.zeros((len(plan), len(menu)))
@@ -66,6 +68,7 @@ def _measurements(layers: int = LAYERS, menu=STOPS) -> Measurements:
         fisher=_table(modules, menu, 1),
         sequence_fisher=_table(modules, menu, 2),
         divergence=_table(modules, menu[:2], 3),
+        layer_importance={name: [1.0 + layer % 3 for layer in range(layers)] for name in METRICS},
         trials=_AdditiveTrials(_table(modules, menu, 4)),
     )
 

@@ -1,0 +1,81 @@
+"""Stages that measure how much a model needs its layers: from their activations, and by removing them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+from safetensors.torch import load_file, save_file
+
+from lmq.calibration import read_tokens
+from lmq.capture import read_hidden_states
+from lmq.fisher import fast_matmul_dtype
+from lmq.importance.cosine import angular_distances, last_token_states
+from lmq.importance.estimates import ShapleyOptions, removal_importance
+from lmq.importance.layers import LAYER_ACTIVITY_SCHEMA, layer_activity, layer_importance_rows
+from lmq.importance.removal import RemovalValue
+from lmq.importance.tables import ANGULAR_DISTANCE_SCHEMA, LAYER_IMPORTANCE_SCHEMA, SUBLAYER_IMPORTANCE_SCHEMA
+from lmq.tables import read_rows, write_rows
+from lmq_tasks.capture import HIDDEN_STATES_FILE
+from lmq_tasks.opened import open_model
+from lmq_tasks.stage import Job, stage
+from lmq_tasks.texts import TOKENS_FILE
+
+ACTIVITY_FILE = "activity.parquet"
+LAYERS_FILE = "importance.parquet"
+SUBLAYERS_FILE = "sublayers.parquet"
+ANGULAR_FILE = "angular.parquet"
+REMOVAL_FILE = "removal.json"
+_LAST_TOKENS_FILE = "last-tokens.safetensors"
+
+
+@stage("layer-activity", version=1, schema=LAYER_ACTIVITY_SCHEMA.label)
+def measure_layer_activity(job: Job) -> None:
+    """Activation statistics and Block Influence of one layer, and the last token's states around it."""
+    layer = job.config["layer"]
+    entering, leaving = (read_hidden_states(job.input(name, HIDDEN_STATES_FILE)) for name in ("hidden", "leaving"))
+    write_rows(job.output / ACTIVITY_FILE, LAYER_ACTIVITY_SCHEMA, [layer_activity(entering, leaving, layer=layer)])
+    states = {"entering": last_token_states(entering), "leaving": last_token_states(leaving)}
+    save_file(states, job.output / _LAST_TOKENS_FILE)
+
+
+@stage("removal-importance", version=1, schema=SUBLAYER_IMPORTANCE_SCHEMA.label)
+def measure_removal_importance(job: Job) -> None:
+    """Shapley values and leave-one-out losses of sub-layers and layers.
+
+    removal.json: the full model's loss, the type that matrices were multiplied in, and the work done.
+    """
+    tokens = read_tokens(job.input("tokens", TOKENS_FILE))
+    dtype = fast_matmul_dtype(job.device)
+    value = RemovalValue(open_model(job), tokens, matmul_dtype=dtype)
+    found = removal_importance(value, ShapleyOptions(**job.config))
+    write_rows(job.output / SUBLAYERS_FILE, SUBLAYER_IMPORTANCE_SCHEMA, found.sublayers)
+    write_rows(job.output / LAYERS_FILE, LAYER_IMPORTANCE_SCHEMA, found.layers)
+    summary = {
+        "loss": value.loss,
+        "matmul_dtype": str(dtype).removeprefix("torch."),
+        "evaluations_unshared": found.evaluations_unshared,
+        **asdict(value.work),
+    }
+    (job.output / REMOVAL_FILE).write_text(json.dumps(summary))
+
+
+@stage("layer-importance", version=1, schema=LAYER_IMPORTANCE_SCHEMA.label)
+def join_layer_importance(job: Job) -> None:
+    """Every metric of every layer, and the angular distance over each block of `angular_layers` neighbours."""
+    activities = [
+        row for path in job.inputs("activity", ACTIVITY_FILE) for row in read_rows(path, LAYER_ACTIVITY_SCHEMA)
+    ]
+    states = [load_file(path) for path in job.inputs("activity", _LAST_TOKENS_FILE)]
+    last_tokens = [*(state["entering"] for state in states), states[-1]["leaving"]]
+    removal = None
+    if job.has("removal"):
+        removal = read_rows(job.input("removal", LAYERS_FILE), LAYER_IMPORTANCE_SCHEMA)
+    rows = layer_importance_rows(activities, last_tokens, removal)
+    write_rows(job.output / LAYERS_FILE, LAYER_IMPORTANCE_SCHEMA, rows)
+    block_layers = job.config["angular_layers"]
+    distances = [
+        {"first_layer": first, "block_layers": block_layers, "angular_distance": distance}
+        for first, distance in enumerate(angular_distances(last_tokens, block_layers=block_layers))
+    ]
+    write_rows(job.output / ANGULAR_FILE, ANGULAR_DISTANCE_SCHEMA, distances)
