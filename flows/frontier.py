@@ -13,6 +13,7 @@ from lmq.quant_spec import QuantSpec
 from lmq.results import VariantResult, read_results
 from lmq.strategies import strategy
 from lmq.structure import ModelStructure
+from lmq_flows.config_sections import StrategyConfig
 from lmq_flows.graph import Graph, Node, resolve_inputs
 from lmq_flows.pipeline import build_graph
 from lmq_flows.prepare import (
@@ -23,7 +24,7 @@ from lmq_flows.prepare import (
     prepared_model,
     read_structure_of,
 )
-from lmq_flows.run_config import RunConfig, StrategyConfig, load_run_config
+from lmq_flows.run_config import RunConfig, load_run_config
 from lmq_storage import ArtifactRef
 from lmq_tasks.planning import read_measurements
 from lmq_tasks.stage import Job, open_store, stage_key

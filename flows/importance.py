@@ -15,10 +15,11 @@ from lmq.importance.sublayers import find_sublayers
 from lmq.importance.tables import ANGULAR_DISTANCE_SCHEMA, LAYER_IMPORTANCE_SCHEMA, SUBLAYER_IMPORTANCE_SCHEMA
 from lmq.structure import ModelStructure
 from lmq.tables import read_rows
+from lmq_flows.config_sections import CalibrationConfig
 from lmq_flows.graph import Graph, Node
 from lmq_flows.model_nodes import ModelNodes, PreparedModel, TextIdentity
 from lmq_flows.planning import ready_models
-from lmq_flows.run_config import CalibrationConfig, RunConfig, parse_run_config
+from lmq_flows.run_config import RunConfig, parse_run_config
 from lmq_flows.study import execute_with_progress, model_names
 from lmq_storage import ArtifactRef
 from lmq_tasks.importance import ANGULAR_FILE, LAYERS_FILE, REMOVAL_FILE, SUBLAYERS_FILE

@@ -9,10 +9,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lmq_flows.config_sections import MEASUREMENTS
 from lmq_flows.graph import Node
 from lmq_flows.names import slug
 from lmq_flows.pipeline import Measurements
-from lmq_flows.run_config import MEASUREMENTS
 from lmq_storage import ArtifactRef, ArtifactStore
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from lmq.quant_spec import QuantSpec
 from lmq.structure import ModelStructure
+from lmq_flows.config_sections import CalibrationConfig, ModelConfig, TextConfig
 from lmq_flows.graph import Graph, Node
-from lmq_flows.run_config import CalibrationConfig, ModelConfig, TextConfig
 from lmq_storage import ArtifactRef
 from lmq_tasks import STAGES
 from lmq_tasks.stage import Site

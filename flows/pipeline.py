@@ -10,9 +10,10 @@ from lmq.budget import Budget, check_feasible, module_sizes
 from lmq.module_divergence import default_specs
 from lmq.quant_spec import QuantSpec
 from lmq.strategies import strategy
+from lmq_flows.config_sections import StrategyConfig
 from lmq_flows.graph import FileOf, Graph, Input, Node
 from lmq_flows.model_nodes import FLOAT32_BYTES, ModelNodes, PreparedModel, TextIdentity, calibration_sizes
-from lmq_flows.run_config import RunConfig, StrategyConfig
+from lmq_flows.run_config import RunConfig
 
 FULL_PRECISION = "full-precision"
 

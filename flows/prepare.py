@@ -18,9 +18,10 @@ from lmq.model_source import LocatedModel, ModelSource, locate, needs_conversion
 from lmq.perplexity import full_windows
 from lmq.quant_spec import QuantSpec
 from lmq.structure import ModelStructure
+from lmq_flows.config_sections import CalibrationConfig, EvaluationConfig, ModelConfig
 from lmq_flows.graph import Graph, Input, Node
 from lmq_flows.pipeline import PreparedModel, TextIdentity
-from lmq_flows.run_config import CalibrationConfig, EvaluationConfig, ModelConfig, RunConfig
+from lmq_flows.run_config import RunConfig
 from lmq_storage import ArtifactRef, ArtifactStore, canonical_json, file_sha256, text_sha256
 from lmq_tasks import STAGES
 from lmq_tasks.opened import located_dir

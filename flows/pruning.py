@@ -18,12 +18,12 @@ from lmq.prune import (
     write_pruned,
 )
 from lmq.tables import read_rows
+from lmq_flows.config_sections import EvaluationConfig
 from lmq_flows.graph import Graph, Node
 from lmq_flows.importance import ImportanceOptions, MeasuredImportance, add_importance, prepare, read_importance
 from lmq_flows.model_nodes import ModelNodes, PreparedModel
 from lmq_flows.prepare import check_directory
 from lmq_flows.pruning_metrics import ANGULAR, MEASURED_BY_REMOVAL, RANKING_METRICS
-from lmq_flows.run_config import EvaluationConfig
 from lmq_flows.study import execute_with_progress
 from lmq_storage import ArtifactRef, ArtifactStore
 from lmq_tasks.evaluation import WINDOWS_FILE

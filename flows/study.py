@@ -23,12 +23,13 @@ from lmq.sequence_fisher import SEQUENCE_FISHER_SCHEMA
 from lmq.structure import PARTS, ModuleId
 from lmq.study import CostPair, Profile, Setting, sample_pairs
 from lmq.tables import TableSchema, read_rows
+from lmq_flows.config_sections import CalibrationConfig
 from lmq_flows.graph import Graph, Node
 from lmq_flows.model_nodes import ModelNodes
 from lmq_flows.names import slug
 from lmq_flows.planning import execute_directly, ready_models
 from lmq_flows.progress import RunProgress, TerminalReporter
-from lmq_flows.run_config import CalibrationConfig, RunConfig, parse_run_config
+from lmq_flows.run_config import RunConfig, parse_run_config
 from lmq_storage import ArtifactRef
 from lmq_tasks.planning import spec_of
 from lmq_tasks.stage import open_store

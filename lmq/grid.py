@@ -34,7 +34,7 @@ _HIGHEST_RANGE = 2.0**15
 _LOWEST_RANGE = 2.0**-14
 """Scale ranges are kept between the smallest normal float16 and half of its largest power of two."""
 
-_CPU_BLOCK_ELEMENTS = 1 << 17
+_CPU_BLOCK_ELEMENTS = 1 << 19
 _GPU_BLOCK_ELEMENTS = 1 << 24
 
 

@@ -2,8 +2,9 @@
 
 hqq runs 20 iterations over the whole matrix and stops when the mean absolute error of the whole matrix no longer
 falls. Here each block of groups goes through all iterations while it is in the processor's cache; the zeros of
-every iteration are kept, and the stop is found afterwards from the summed errors. The shrink step, a power of every
-error, is taken only in groups where some error can be large enough for it to act.
+every iteration are kept, and the stop is found afterwards from the summed errors. Most groups reach a zero that an
+iteration gives back unchanged within a few iterations, and are left alone from there on. The shrink step, a power
+of every error, is taken only in groups where some error can be large enough for it to act.
 """
 
 from __future__ import annotations
@@ -64,27 +65,60 @@ class Hqq:
     ) -> torch.Tensor:
         """Fill zeros [1:, groups] from zeros[0] for one block [groups, group_size].
 
-        Returns the sum of absolute errors at each iteration, float64 [iterations].
+        Returns the sum of absolute errors at each iteration, float64 [iterations]. With a constant beta, a group whose
+        zero came out as it went in stays there, and is iterated no further.
         """
         scaled = groups.to(torch.float32) * inverse_scale[:, None]
-        scale = 1 / inverse_scale
-        residual = torch.empty_like(scaled)
-        error_sums = []
+        # sums over transposed groups (axis 0) round differently when there are fewer, which ties would amplify
+        leaves_settled = self.kappa == 1 and scaled.is_contiguous()
+        first_zero = zero = zeros[0]
+        errors = torch.empty_like(zero)
+        error_sums = torch.empty(self.iterations, dtype=torch.float64, device=groups.device)
+        moving = torch.arange(len(groups), device=groups.device)
         for iteration in range(self.iterations):
-            zero, beta = zeros[iteration], self.beta * self.kappa**iteration
-            torch.add(scaled, zero[:, None], out=residual)
-            residual.round_().clamp_(0, top).sub_(scaled)  # codes - weight / scale
-            zeros[iteration + 1] = residual.mean(1)
-            residual.sub_(zero[:, None])  # (quantized - weight) / scale
-            # the min-max grid covers its group, so an error beyond half a step needs the zero to have moved
-            largest_error = ((zero - zeros[0]).abs_() + 0.5).mul_(scale)
-            active = (largest_error > self._shrink_threshold(beta)).nonzero().flatten()
-            if len(active):
-                errors = residual[active].neg_().mul_(scale[active, None])
-                shift = _shrink(errors, beta, self.lp_norm).mean(1).mul_(inverse_scale[active])
-                zeros[iteration + 1, active] += shift
-            error_sums.append(residual.abs_().sum(1).mul_(scale).sum(dtype=torch.float64))
-        return torch.stack(error_sums)
+            beta = self.beta * self.kappa**iteration
+            next_zero, errors[moving] = self._step(scaled, inverse_scale, first_zero, zero, top, beta)
+            zeros[iteration + 1] = zeros[iteration]
+            zeros[iteration + 1, moving] = next_zero
+            error_sums[iteration] = errors.sum(dtype=torch.float64)
+            kept = (next_zero != zero).nonzero().flatten()
+            zero = next_zero
+            if not leaves_settled or len(kept) == len(zero):
+                continue
+            if not len(kept):
+                zeros[iteration + 2 :] = zeros[iteration + 1]
+                error_sums[iteration + 1 :] = error_sums[iteration]
+                break
+            scaled, inverse_scale, first_zero, zero, moving = (
+                values[kept] for values in (scaled, inverse_scale, first_zero, zero, moving)
+            )
+        return error_sums
+
+    def _step(
+        self,
+        scaled: torch.Tensor,
+        inverse_scale: torch.Tensor,
+        first_zero: torch.Tensor,
+        zero: torch.Tensor,
+        top: int,
+        beta: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The next zero, and the sum of absolute errors with the present one; float32 [groups] each.
+
+        `scaled` [groups, group_size] are the weights times `inverse_scale`.
+        """
+        scale = 1 / inverse_scale
+        residual = scaled + zero[:, None]
+        residual.round_().clamp_(0, top).sub_(scaled)  # codes - weight / scale
+        next_zero = residual.mean(1)
+        residual.sub_(zero[:, None])  # (quantized - weight) / scale
+        # the min-max grid covers its group, so an error beyond half a step needs the zero to have moved
+        largest_error = ((zero - first_zero).abs_() + 0.5).mul_(scale)
+        active = (largest_error > self._shrink_threshold(beta)).nonzero().flatten()
+        if len(active):
+            errors = residual[active].neg_().mul_(scale[active, None])
+            next_zero[active] += _shrink(errors, beta, self.lp_norm).mean(1).mul_(inverse_scale[active])
+        return next_zero, residual.abs_().sum(1).mul_(scale)
 
     def _shrink_threshold(self, beta: float) -> float:
         """Absolute error below which the shrink step gives exactly 0."""

@@ -5,19 +5,23 @@ from __future__ import annotations
 import csv
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from lmq.calibration import TextSource, documents, read_tokens
 from lmq.evaluation import evaluate_checkpoint
 from lmq.importance.cosine import block_influence
 from lmq.prune import choose_random_layers
 from lmq_flows.cli import main
+from lmq_flows.cli.terminal import console
 from lmq_flows.importance import ImportanceOptions, measure_importance
+from lmq_flows.pipeline import build_graph
+from lmq_flows.planning import execute_directly, ready_models
 from lmq_flows.pruning import WHOLE, PruningOptions, prune
-from lmq_flows.run_config import parse_run_config
+from lmq_tasks.stage import open_store
+from tests.flows.conftest import tiny_config
 from tests.flows.test_cli import refusal
 
 SMALL = ["--sequences", "2", "--sequence-length", "16", "--threads", "1"]
@@ -72,7 +76,7 @@ def test_importance_without_removal_shows_what_activations_say(
 
 def test_importance_is_that_of_the_models_own_states(tiny_llama: Path, store: Path) -> None:
     options = ImportanceOptions(sequences=2, sequence_length=16, removal=None, store=str(store), threads=1)
-    found = measure_importance(str(tiny_llama), options, 1, _console())
+    found = measure_importance(str(tiny_llama), options, 1, console)
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
     around: list[tuple[torch.Tensor, torch.Tensor]] = []
     for layer in model.model.layers:
@@ -83,16 +87,7 @@ def test_importance_is_that_of_the_models_own_states(tiny_llama: Path, store: Pa
     assert found.metrics["block_influence"] == pytest.approx(expected, rel=1e-4)
 
 
-def _console() -> Any:
-    from lmq_flows.cli.terminal import console
-
-    return console
-
-
 def _calibration_tokens(store: Path) -> torch.Tensor:
-    from lmq.calibration import read_tokens
-    from lmq_tasks.stage import open_store
-
     opened = open_store(str(store))
     manifest = next(item for item in opened.manifests() if item.stage == "calibration")
     return read_tokens(opened.path(manifest.ref, "tokens.parquet")).long()
@@ -104,7 +99,7 @@ def test_prune_writes_a_checkpoint_worth_what_is_printed(
 ) -> None:
     options = PruningOptions(metric=metric, fraction=0.5, out=tmp_path / "pruned", tokens=64, window=32, random_draws=2)
     importance = ImportanceOptions(sequences=2, sequence_length=16, store=str(store), threads=1)
-    measured, judged = prune(str(tiny_llama), importance, options, _console())
+    measured, judged = prune(str(tiny_llama), importance, options, console)
     others = [] if metric == "angular" else ["angular"]
     assert [item.chosen_by for item in judged] == [WHOLE, metric, "random, seed 42", "random, seed 43", *others]
     if metric != "angular":
@@ -120,8 +115,6 @@ def test_prune_writes_a_checkpoint_worth_what_is_printed(
 
 
 def _second_half() -> str:
-    from lmq.calibration import TextSource, documents
-
     return "\n\n".join(documents(TextSource(part="second")))
 
 
@@ -200,14 +193,10 @@ def test_arguments_that_make_no_sense_end_with_2(
 
 
 def test_weighted_strategies_get_the_importance_of_the_layers(tiny_qwen: Path, tmp_path: Path) -> None:
-    from lmq_flows.pipeline import build_graph
-    from lmq_flows.planning import execute_directly, ready_models
-    from tests.flows.conftest import tiny_config
-
+    weighted = ["avss-weighted", "bi-weighted"]
     config = tiny_config(
-        tiny_qwen, tmp_path, strategies=["avss-weighted", "bi-weighted"], measure__menu=["b3g64", "b4g64"]
+        tiny_qwen, tmp_path, strategies=weighted, budgets=["3.8 bpw"], measure__menu=["b3g64", "b4g64"]
     )
-    config = parse_run_config({**config.model_dump(mode="json"), "budgets": ["3.8 bpw"]})
     models, texts = ready_models(config)
     graph, variants, _ = build_graph(config, models, texts)
     wanted = [variant.allocation for variant in variants if variant.allocation is not None]

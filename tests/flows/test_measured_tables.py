@@ -16,11 +16,11 @@ from lmq.sequence_fisher import SEQUENCE_FISHER_SCHEMA
 from lmq.super_weights import SUPER_WEIGHTS_SCHEMA
 from lmq.tables import read_rows
 from lmq.weight_statistics import WEIGHT_STATISTICS_SCHEMA
+from lmq_flows.config_sections import MEASUREMENTS
 from lmq_flows.graph import Node
 from lmq_flows.measured_tables import write_measured_tables
 from lmq_flows.pipeline import build_graph
 from lmq_flows.planning import execute_directly, ready_models
-from lmq_flows.run_config import MEASUREMENTS
 from lmq_storage import ArtifactRef
 from lmq_tasks.stage import open_store
 from tests.flows.conftest import tiny_config

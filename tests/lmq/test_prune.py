@@ -14,7 +14,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from lmq.discovery import discover
 from lmq.errors import InputError, NotFiniteError, UnsupportedModel
-from lmq.prune import choose_contiguous_layers, choose_layers, choose_random_layers, layers_to_remove, write_pruned
+from lmq.prune import (
+    check_prunable,
+    choose_contiguous_layers,
+    choose_layers,
+    choose_random_layers,
+    layers_to_remove,
+    write_pruned,
+)
 from lmq.stored_tensors import INDEX_FILE
 
 
@@ -148,6 +155,9 @@ def test_lists_of_layer_numbers_are_refused(tiny_llama: Path, tmp_path: Path) ->
     (path / "config.json").write_text(json.dumps({**config, "special_layers": [0, 3]}))
     with pytest.raises(UnsupportedModel, match=r"special_layers = \[0, 3\]"):
         prune(path, [1], tmp_path / "pruned")
+    with pytest.raises(UnsupportedModel, match="lmq cannot renumber them"):
+        check_prunable(path, discover(path, weights_sha256="0"))
+    check_prunable(tiny_llama, discover(tiny_llama, weights_sha256="0"))
     assert not (tmp_path / "pruned").exists()
 
 
