@@ -136,8 +136,18 @@ class Grid:
         return from_groups(groups, self.shape, self.axis)
 
     def round_trip(self, weight: torch.Tensor) -> torch.Tensor:
-        """The weight as the checkpoint will have it, float32 [out_features, in_features]."""
-        return self.dequantize(self.codes(weight))
+        """The weight as the checkpoint will have it, float32 [out_features, in_features].
+
+        The same as `dequantize(codes(weight))` with less memory: no codes are kept.
+        """
+        groups = to_groups(weight.detach().reshape(self.shape), self.spec.group_size, self.axis)
+        scale, zero = self.decode()
+        rounded = torch.empty(self.shape, device=weight.device)
+        rounded_groups = to_groups(rounded, self.spec.group_size, self.axis)
+        for block in group_blocks(groups):
+            codes = nearest_codes(groups[block], scale[block], zero[block], self.spec.bits)
+            rounded_groups[block] = codes.sub_(zero[block, None]).mul_(scale[block, None])
+        return rounded
 
 
 def nearest_codes(groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int) -> torch.Tensor:

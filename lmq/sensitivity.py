@@ -78,16 +78,16 @@ def part_sensitivity_table(
     """Mean squared output error of every part of one block under every configuration.
 
     As `part_sensitivities`, with the block run once for all configurations. Products are taken in `dtype`; bfloat16
-    changes the scores by about 1e-4 (`lmq.fisher.fast_matmul_dtype` says where it is fast).
+    changes the scores by up to 1e-3 (`lmq.fisher.fast_matmul_dtype` says where it is fast).
     """
     parts: dict[str, list[str]] = {}
     for module in modules:
         parts.setdefault(module.part, []).append(module.id.kind)
-    replay = _Replay(block, block_inputs, [module.id.kind for module in modules], dtype)
+    replay = _Replay(block, block_inputs, parts, dtype)
     sums = {configuration: dict.fromkeys(parts, 0.0) for configuration in quantized}
     elements = dict.fromkeys(parts, 0)
     for sequences in hidden.split(max(1, _TOKENS_AT_ONCE // hidden.shape[1])):
-        passes = [replay.record(sequence[None], parts) for sequence in sequences]
+        passes = [replay.record(sequence[None]) for sequence in sequences]
         for part, kinds in parts.items():
             for configuration, make in quantized.items():
                 errors = {kind: replay.error(kind, make(kind)) for kind in kinds}
@@ -121,20 +121,21 @@ class _Pass:
 class _Replay:
     """Runs a block, and its parts again with changed weights; products are taken in `dtype`."""
 
-    def __init__(self, block: nn.Module, block_inputs: BlockInputs, kinds: Sequence[str], dtype: torch.dtype):
+    def __init__(
+        self, block: nn.Module, block_inputs: BlockInputs, parts: Mapping[str, Sequence[str]], dtype: torch.dtype
+    ):
         self._block = block
         self._block_inputs = block_inputs
-        self._modules = {kind: block.get_submodule(kind) for kind in kinds}
+        self._paths = {part: _judged_by(part, kinds) for part, kinds in parts.items()}
+        self._modules = {kind: block.get_submodule(kind) for kinds in parts.values() for kind in kinds}
         self._weights = {kind: module.get_parameter("weight").to(dtype) for kind, module in self._modules.items()}
-        self._paths: dict[str, str] = {}
 
     def error(self, kind: str, quantized: Tensor) -> Tensor:
         """E = W' - W of a module."""
         return (quantized - self._modules[kind].get_parameter("weight")).to(self._weights[kind].dtype)
 
-    def record(self, hidden: Tensor, parts: Mapping[str, Sequence[str]]) -> _Pass:
+    def record(self, hidden: Tensor) -> _Pass:
         """Run the block on one sequence `hidden` [1, sequence_length, hidden]."""
-        self._paths = {part: _judged_by(part, kinds) for part, kinds in parts.items()}
         seen = _Pass()
 
         def run(kind: str, states: Tensor) -> Tensor:

@@ -41,6 +41,10 @@ SEQUENCE_FISHER_SCHEMA = TableSchema(
 """`fisher` in nats per token, from `loss_changes`: one per draw of labels and sequence, sequences fastest."""
 
 
+_ELEMENTS_AT_ONCE = 1 << 23
+"""Weights whose errors are held in the trace's dtype at a time, for every configuration."""
+
+
 def sampled_loss_gradient(model: StreamedModel, hidden: Tensor, *, draws: int, seed: int) -> Tensor:
     """Gradient of the summed loss, for labels the model draws itself, at the states that leave the last block.
 
@@ -79,13 +83,17 @@ def sequence_loss_changes(
             f"a trace of {len(trace.inputs)} tokens is not made of sequences of {sequence_length}; "
             "pass the sequence length that was captured"
         )
-    stacked = torch.stack([error.to(trace.inputs).flatten() for error in errors.values()])
     inputs = trace.inputs.split(sequence_length)
     gradients = trace.gradients.split(sequence_length)
-    changes = [
-        stacked @ (gradient.t() @ inputs[number % len(inputs)]).flatten() for number, gradient in enumerate(gradients)
-    ]
-    return dict(zip(errors, torch.stack(changes, dim=1).double().cpu(), strict=True))
+    changes = torch.zeros(len(errors), len(gradients), dtype=torch.float64)
+    out_features, in_features = trace.gradients.shape[1], trace.inputs.shape[1]
+    for rows in torch.arange(out_features).split(max(1, _ELEMENTS_AT_ONCE // in_features)):
+        piece = slice(int(rows[0]), int(rows[-1]) + 1)
+        stacked = torch.stack([error[piece].to(trace.inputs).flatten() for error in errors.values()])
+        for number, gradient in enumerate(gradients):
+            weight_gradient = gradient[:, piece].t() @ inputs[number % len(inputs)]
+            changes[:, number] += (stacked @ weight_gradient.flatten()).double().cpu()
+    return dict(zip(errors, changes, strict=True))
 
 
 def sequence_fisher(loss_changes: Tensor, *, tokens_per_sequence: int, around: Tensor | None = None) -> float:

@@ -68,8 +68,13 @@ def measure_sequence_fisher(job: Job) -> None:
             traces = trace_modules(block, inputs, hidden, gradient, kinds, fast_matmul_dtype(job.device))
         for module in modules:
             weight = block.get_submodule(module.id.kind).get_parameter("weight").detach()
-            errors = {spec: grids[module.id][spec].to(job.device).round_trip(weight) - weight for spec in menu}
-            changes = sequence_loss_changes(traces.pop(module.id.kind), errors, sequence_length=length)
+            trace = traces.pop(module.id.kind)
+            errors = {
+                spec: (grids[module.id][spec].to(job.device).round_trip(weight) - weight).to(trace.inputs.dtype)
+                for spec in menu
+            }
+            changes = sequence_loss_changes(trace, errors, sequence_length=length)
+            del trace, errors  # of one module only, beside the traces of those that follow
             rows += [_row(module, spec, changes[spec], length) for spec in menu]
     write_rows(job.output / "fisher.parquet", SEQUENCE_FISHER_SCHEMA, rows)
 

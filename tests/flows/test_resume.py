@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -80,7 +81,8 @@ class Run:
         os.kill(self.process.pid, signal.SIGKILL)
         assert self.process.wait() == -signal.SIGKILL, "the run was over before it was killed"
         for child in children:
-            child.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
 
 
 def content(run_dir: Path) -> dict[str, str]:
@@ -102,7 +104,7 @@ def undisturbed(model, tmp_path_factory) -> dict[str, str]:
     return content(place / "runs" / "resume")
 
 
-@pytest.mark.parametrize(("stage", "enough"), [("backward", 2), ("quantize", 4)])
+@pytest.mark.parametrize(("stage", "enough"), [("sampled-backward", 2), ("quantize", 4)])
 def test_killed_run_goes_on_where_it_was(model, undisturbed, tmp_path, stage, enough):
     config = write_config(model, tmp_path, "resume")
     run = Run.start(config, tmp_path / "home")

@@ -44,6 +44,17 @@ def test_groups_are_those_of_the_documented_reshape(axis: int) -> None:
 
 
 @pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_round_trip_is_what_its_codes_stand_for(dtype: torch.dtype, axis: int) -> None:
+    weight = _normal(64, 576).to(dtype)
+    before = weight.clone()
+    for spec in STOPS:
+        grid = _grid(weight, spec, axis)
+        assert torch.equal(grid.round_trip(weight), grid.dequantize(grid.codes(weight)))
+    assert torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("spec", [*STOPS, QuantSpec(4, 16, meta_group_size=7)], ids=str)
 def test_stored_tensors_take_the_bytes_of_the_configuration(spec: QuantSpec, axis: int) -> None:
     weight = _normal(96, 192)

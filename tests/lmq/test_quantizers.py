@@ -1,6 +1,7 @@
 import json
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from hqq.core.quantize import Quantizer as PackageQuantizer
@@ -9,6 +10,7 @@ from lmq.errors import InputError
 from lmq.grid import nearest_codes, to_groups
 from lmq.quant_spec import STOPS, QuantSpec
 from lmq.quantizers import QUANTIZERS, Quantizer, quantizer
+from lmq.quantizers.rtn import min_max_grid
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -93,6 +95,29 @@ def test_hqq_follows_its_formula_with_the_growing_beta_of_the_papers() -> None:
     fitted_scale, fitted_zero = quantizer("hqq", iterations=3, kappa=1.5).fit(weight, spec)
     assert torch.allclose(fitted_scale.double(), scale[:, 0], rtol=1e-6)
     assert (fitted_zero.double() - zero[:, 0]).abs().median() < 1e-5
+
+
+@pytest.mark.parametrize("name", ["narrow heavy tails", "large outliers, where the shrink step acts"])
+def test_hqq_leaves_settled_groups_without_changing_a_bit(name: str) -> None:
+    """Against every group going through every iteration; both stop where the matrix's error no longer falls."""
+    weight = WEIGHTS[name]
+    for spec in STOPS:
+        groups, top = to_groups(weight, spec.group_size, 1), 2**spec.bits - 1
+        inverse_scale, zero = min_max_grid(groups, spec.bits)
+        scaled, best = groups * inverse_scale[:, None], np.float32(np.inf)
+        for _ in range(20):
+            residual = (scaled + zero[:, None]).round().clamp(0, top) - scaled
+            errors = -(residual - zero[:, None]) * (1 / inverse_scale)[:, None]
+            sizes = errors.abs()
+            kept = errors.sign() * (sizes - sizes**-0.3 / 10).clamp(min=0)
+            next_zero = residual.mean(1) + kept.mean(1) * inverse_scale
+            sums = (residual - zero[:, None]).abs().sum(1) * (1 / inverse_scale)
+            error = np.float32(sums.sum(dtype=torch.float64).item() / weight.numel())
+            zero = next_zero
+            if not error < best:
+                break
+            best = error
+        assert torch.equal(quantizer("hqq").fit(weight, spec)[1], zero), spec
 
 
 def test_fit_leaves_the_weight_alone() -> None:

@@ -12,7 +12,7 @@ from lmq.errors import NotFiniteError
 from lmq.frobenius import fit_grids
 from lmq.quant_spec import QuantSpec
 from lmq.quantizers import quantizer
-from lmq.sensitivity import part_sensitivities
+from lmq.sensitivity import part_sensitivities, part_sensitivity_table
 from lmq.streaming import BlockInputs, StreamedModel
 from lmq.structure import PARTS, ModuleId, ModuleInfo
 
@@ -145,3 +145,28 @@ def test_modules_of_the_block_itself_are_judged_by_the_output_of_the_block() -> 
     inner = block.fc1(hidden).relu()
     error = inner @ (quantized["fc2"] - block.fc2.weight).t()
     assert scores["mlp_down"] == pytest.approx(error.square().mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_all_configurations_at_once_have_the_scores_of_each(
+    tiny_model: Path, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lmq.sensitivity._TOKENS_AT_ONCE", 2 * LENGTH)
+    streamed = open_streamed(tiny_model)
+    hidden = torch.randn(SEQUENCES, LENGTH, 64, generator=torch.Generator().manual_seed(2))
+    modules = streamed.structure.in_layer(LAYER)
+    inputs = streamed.block_inputs(LENGTH)[LAYER]
+    with streamed.block(LAYER) as block:
+        weights = {module.id.kind: block.get_submodule(module.id.kind).weight.clone() for module in modules}
+        menu = [QuantSpec(2, 32), SPEC, QuantSpec(8, 32)]
+        grids = {kind: fit_grids(weight, menu, quantizer("rtn")) for kind, weight in weights.items()}
+        quantized = {
+            spec: {kind: grids[kind][spec].round_trip(weight) for kind, weight in weights.items()} for spec in menu
+        }
+        makers = {spec: quantized[spec].__getitem__ for spec in menu}
+        table = part_sensitivity_table(block, inputs, hidden, modules, makers, dtype)
+        assert list(table) == menu
+        for spec in menu:
+            expected = part_sensitivities(block, inputs, hidden, modules, quantized[spec])
+            assert table[spec] == pytest.approx(expected, rel=tolerance), spec
+        assert not any("forward" in vars(module) for module in block.modules())

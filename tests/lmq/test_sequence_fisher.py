@@ -56,8 +56,12 @@ def changes_by_hand(trace: ModuleTrace, error: Tensor, length: int) -> list[floa
     return changes
 
 
+@pytest.mark.parametrize("elements_at_once", [8, 1 << 23], ids=["row by row", "all rows"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_loss_changes_are_those_of_a_float64_loop_over_tokens(dtype: torch.dtype, tolerance: float) -> None:
+def test_loss_changes_are_those_of_a_float64_loop_over_tokens(
+    dtype: torch.dtype, tolerance: float, elements_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lmq.sequence_fisher._ELEMENTS_AT_ONCE", elements_at_once)
     exact = trace_by_hand(3, 7)
     trace = ModuleTrace(exact.inputs.to(dtype), exact.gradients.to(dtype))
     errors = {spec: torch.randn(6, 8, generator=torch.Generator().manual_seed(spec.bits)) for spec in (SMALL, LARGE)}
