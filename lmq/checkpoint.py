@@ -237,7 +237,8 @@ def _quantized_config(
     config = _read_config(source_dir)
     if config.get("quantization_config") is not None:
         raise InputError(f"{source_dir} is quantized already; give the unquantized model")
-    modules = {structure.path(module): asdict(choice[module]) for module in sorted(choice)}
+    shapes = {info.id: [info.out_features, info.in_features] for info in structure.modules}
+    modules = {structure.path(module): {"shape": shapes[module], **asdict(choice[module])} for module in sorted(choice)}
     lmq_config = LmqConfig(modules=modules, axis=quantizer.axis, quantizer=quantizer.describe())
     return {**config, "quantization_config": lmq_config.to_dict()}
 

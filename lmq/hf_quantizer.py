@@ -24,20 +24,21 @@ from lmq.linear import QuantizedLinear
 from lmq.quant_spec import QuantSpec
 
 QUANT_METHOD = "lmq"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 class LmqConfig(QuantizationConfigMixin):
     """The `quantization_config` of a checkpoint's config.json.
 
-    `modules` maps the dotted path of each quantized matrix to the fields of its QuantSpec; `axis` is that of the
-    groups, `quantizer` describes how the grids were fitted. Raises InputError for a format this version cannot read.
+    `modules` maps the dotted path of each quantized matrix to its `shape` [out_features, in_features] and the fields
+    of its QuantSpec; `axis` is that of the groups, `quantizer` describes how the grids were fitted. Raises InputError
+    for a format this version cannot read.
     """
 
     def __init__(
         self,
         *,
-        modules: Mapping[str, Mapping[str, int]],
+        modules: Mapping[str, Mapping[str, Any]],
         axis: int,
         quantizer: Mapping[str, Any],
         format_version: int = FORMAT_VERSION,
@@ -57,7 +58,15 @@ class LmqConfig(QuantizationConfigMixin):
     @property
     def specs(self) -> dict[str, QuantSpec]:
         """Configuration of each quantized matrix, by dotted path."""
-        return {path: QuantSpec(**fields) for path, fields in self.modules.items()}
+        return {
+            path: QuantSpec(**{name: value for name, value in fields.items() if name != "shape"})
+            for path, fields in self.modules.items()
+        }
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """out_features and in_features of each quantized matrix, by dotted path."""
+        return {path: (fields["shape"][0], fields["shape"][1]) for path, fields in self.modules.items()}
 
 
 class LmqQuantizer(HfQuantizer):

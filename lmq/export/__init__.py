@@ -1,0 +1,1 @@
+"""Checkpoints of lmq written in the formats of other programs."""

@@ -1,0 +1,68 @@
+"""A checkpoint as an exporter reads it: one quantized matrix at a time, as codes and grid or as weights."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+
+from torch import Tensor
+
+from lmq.checkpoint import read_quantization_config
+from lmq.grid import GRID_TENSORS, Grid, from_groups
+from lmq.hf_quantizer import LmqConfig
+from lmq.linear import QUANTIZED_TENSORS
+from lmq.packing import unpack
+from lmq.quant_spec import QuantSpec
+from lmq.stored_tensors import StoredTensor, read_headers, read_tensors
+
+
+class QuantizedCheckpoint:
+    """The tensors of a checkpoint by the path of their module; nothing is kept in memory.
+
+    Raises InputError where `path` is no checkpoint of lmq.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.config: LmqConfig = read_quantization_config(path)
+
+    @cached_property
+    def specs(self) -> dict[str, QuantSpec]:
+        """Configuration of each quantized matrix, by dotted path."""
+        return self.config.specs
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """out_features and in_features of each quantized matrix, by dotted path."""
+        return self.config.shapes
+
+    @cached_property
+    def unquantized(self) -> dict[str, StoredTensor]:
+        """Every other tensor (embeddings, norms, biases, head), as stored, by name."""
+        quantized = {f"{path}.{name}" for path in self.specs for name in QUANTIZED_TENSORS}
+        return {name: tensor for name, tensor in self._stored.items() if name not in quantized}
+
+    def codes(self, module_path: str) -> Tensor:
+        """Codes of a matrix, uint8 [out_features, in_features]."""
+        stored = self._stored[f"{module_path}.codes"]
+        spec, shape = self.specs[module_path], self.shapes[module_path]
+        groups = unpack(read_tensors([stored])[stored.name], spec.bits).view(-1, spec.group_size)
+        return from_groups(groups, shape, self.config.axis)
+
+    def grid(self, module_path: str) -> Grid:
+        """The grid of a matrix."""
+        stored = {name: self._stored[f"{module_path}.{name}"] for name in GRID_TENSORS}
+        values = read_tensors(stored.values())
+        tensors = {name: values[tensor.name] for name, tensor in stored.items()}
+        return Grid.from_tensors(tensors, self.specs[module_path], self.shapes[module_path], self.config.axis)
+
+    def weight(self, module_path: str) -> Tensor:
+        """The dequantized weight, float32 [out_features, in_features]."""
+        grid = self.grid(module_path)
+        stored = self._stored[f"{module_path}.codes"]
+        codes = unpack(read_tensors([stored])[stored.name], grid.spec.bits)
+        return grid.dequantize(codes.view(-1, grid.spec.group_size))
+
+    @cached_property
+    def _stored(self) -> dict[str, StoredTensor]:
+        return read_headers(self.path)
