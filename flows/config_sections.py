@@ -117,6 +117,7 @@ MEASUREMENTS = (
     "divergence",
     "super_weights",
     "module_errors",
+    "delta_loss",
     "layer_importance",
 )
 """What can be measured beside what the strategies need."""

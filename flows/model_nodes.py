@@ -113,6 +113,11 @@ class ModelNodes:
             gradients.append(node)
         return gradients[::-1]
 
+    def delta_loss(self, specs: Sequence[QuantSpec], frobenius: list[Node], tokens: Node) -> list[Node]:
+        """Delta loss of every module, one node per configuration."""
+        inputs = {"frobenius": list(frobenius), "tokens": tokens}
+        return [self.add("delta-loss", spec.name, {"spec": spec.name}, inputs) for spec in specs]
+
     def layer_activity(self, hidden: list[Node], last: Node) -> list[Node]:
         """What the states around every layer say of its importance."""
         return self.per_layer("layer-activity", {}, hidden=hidden, leaving=[*hidden[1:], last])

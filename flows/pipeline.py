@@ -41,7 +41,10 @@ class Variant:
 
 @dataclass(kw_only=True)
 class Measurements:
-    """Nodes that measure one model; a list has one node per layer, an empty one and None were not asked for."""
+    """Nodes that measure one model; an empty list and None were not asked for.
+
+    A list has one node per layer, `delta_loss` one per configuration.
+    """
 
     frobenius: list[Node]
     kurtosis: list[Node] = field(default_factory=list)
@@ -50,6 +53,7 @@ class Measurements:
     sequence_fisher: list[Node] = field(default_factory=list)
     divergence: list[Node] = field(default_factory=list)
     module_errors: list[Node] = field(default_factory=list)
+    delta_loss: list[Node] = field(default_factory=list)
     super_weights: list[Node] = field(default_factory=list)
     layer_importance: list[Node] = field(default_factory=list)
     outliers: Node | None = None
@@ -129,6 +133,8 @@ class _ModelGraph(ModelNodes):
         if "divergence" in self._needs:
             alone = {"specs": self._kl_specs(), "sequences": measure.kl_sequences}
             found.divergence = self.per_layer("module-divergence", alone, **replayed, last=[last] * len(hidden))
+        if "delta_loss" in self._needs:
+            found.delta_loss = self.delta_loss(self.model.menu, found.frobenius, tokens)
         if "super_weights" in self._needs:
             found.super_weights = self.per_layer("super-weights", {}, hidden=hidden)
         if "layer_importance" in self._needs:

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from lmq.calibration import PYDOC_TOPICS
+from lmq.delta_loss import DELTA_LOSS_SCHEMA
 from lmq.errors import InputError
 from lmq.fisher import FISHER_SCHEMA
 from lmq.frobenius import FROBENIUS_SCHEMA
@@ -203,6 +204,7 @@ class CostStudy:
         }
         layers = sorted({module.layer for module, _ in sample})
         wanted = {name: [of_layer[layer] for layer in layers] for name, of_layer in tables.items()}
+        wanted["delta_loss"] = nodes.delta_loss(sorted({spec for _, spec in sample}), grids, tokens)
         wanted["divergence"] = []
         for layer in layers:
             pairs = [[module.kind, spec.name] for module, spec in sample if module.layer == layer]
@@ -217,6 +219,7 @@ _TABLES: dict[str, tuple[str, TableSchema]] = {
     "fisher": ("fisher.parquet", FISHER_SCHEMA),
     "sequence_fisher": ("fisher.parquet", SEQUENCE_FISHER_SCHEMA),
     "module_errors": ("module-errors.parquet", MODULE_ERRORS_SCHEMA),
+    "delta_loss": ("delta-loss.parquet", DELTA_LOSS_SCHEMA),
     "divergence": ("divergence.parquet", MODULE_DIVERGENCE_SCHEMA),
 }
 """File and schema of every table of the cost study."""
@@ -227,6 +230,7 @@ _CHEAP_COSTS = {
     "Fisher from H, G diagonal": ("module_errors", "fisher_diagonal"),
     "Fisher from gradient-weighted H": ("module_errors", "fisher_weighted"),
     "delta loss, gradient at full precision": ("module_errors", "delta_loss"),
+    "delta loss, gradient at the quantized point": ("delta_loss", "delta_loss"),
     "output error e(m, c)": ("module_errors", "input_error"),
 }
 """Table and column of every cheap cost but the Frobenius norm, which is squared."""

@@ -7,6 +7,7 @@ The full-precision model's predictions are kept as the states that leave its las
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -27,6 +28,9 @@ Choice = Mapping[ModuleId, QuantSpec]
 
 GridsOfLayer = Callable[[int], Mapping[ModuleId, Mapping[QuantSpec, Grid]]]
 """Grids of a layer's modules under every configuration of the menu."""
+
+ModuleProducts = Callable[[Tensor, Tensor, Mapping[QuantSpec, Grid], QuantSpec], list[float]]
+"""Inner products of a weight's gradient with changes, from the gradient, W, its grids and the chosen configuration."""
 
 _STATES_AT_ONCE = 1 << 28
 """Values of entering states held at a time on the way back: 1 GiB in float32, whatever the model."""
@@ -105,30 +109,59 @@ class QuantizedPoint:
         What replacing one module's configuration does to the divergence, to first order. Raises NotFiniteError
         naming the layer.
         """
-        structure = self._model.structure
-        per_sequence = structure.layers * token_ids.shape[1] * structure.hidden_size
-        at_once = max(1, _STATES_AT_ONCE // per_sequence)
+        at_once = self._sequences_at_once(token_ids)
         pairs = zip(token_ids.split(at_once), reference_states.split(at_once), strict=True)
-        sums = np.stack([self._slope_sums(*pair, choice, menu) for pair in pairs])
-        return sums.sum(axis=0) / _predicted(token_ids)
+        sums = [
+            self._gradient_products(
+                token_ids,
+                choice,
+                functools.partial(self._divergence_gradient, reference_states=reference),
+                functools.partial(_slopes, menu=menu),
+            )
+            for token_ids, reference in pairs
+        ]
+        return np.sum(sums, axis=0) / _predicted(token_ids)
 
-    def _slope_sums(
-        self, token_ids: Tensor, reference_states: Tensor, choice: Choice, menu: Sequence[QuantSpec]
+    def delta_losses(self, token_ids: Tensor, choice: Choice) -> np.ndarray:
+        """|⟨∇_Ŵ L, W − Ŵ⟩| of the next-token loss L, gradient at the quantized point.
+
+        Float64 [modules] in model order, nats per token: to first order what putting one module back to full precision
+        does to the loss, as Intel AutoRound's choice of schemes takes it. Raises NotFiniteError naming the layer.
+        """
+        pieces = token_ids.split(self._sequences_at_once(token_ids))
+        sums = [
+            self._gradient_products(piece, choice, functools.partial(self._loss_gradient, token_ids=piece), _way_back)
+            for piece in pieces
+        ]
+        return np.abs(np.sum(sums, axis=0))[:, 0] / _predicted(token_ids)
+
+    def _sequences_at_once(self, token_ids: Tensor) -> int:
+        structure = self._model.structure
+        return max(1, _STATES_AT_ONCE // (structure.layers * token_ids.shape[1] * structure.hidden_size))
+
+    def _gradient_products(
+        self,
+        token_ids: Tensor,
+        choice: Choice,
+        last_gradient: Callable[[Tensor], Tensor],
+        products: ModuleProducts,
     ) -> np.ndarray:
+        """`products` of every module at the quantized point, [modules, products], in model order.
+
+        `last_gradient` makes the gradient at the states that leave the last block from these.
+        """
         inputs = self._model.block_inputs(token_ids.shape[1])
         entering = self._entering_states(token_ids, choice, keep_all=True)
-        gradient = self._divergence_gradient(entering.pop(), reference_states)
+        gradient = last_gradient(entering.pop())
         by_layer: list[list[list[float]]] = []
         for layer in reversed(range(self._model.structure.layers)):
             with self._block(layer, choice) as (block, weights):
                 gradient, weight_gradients = self._backward(block, weights, inputs[layer], entering.pop(), gradient)
-                require_finite(gradient, f"the divergence gradient at the states that enter layer {layer}")
+                require_finite(gradient, f"the gradient at the states that enter layer {layer}")
                 grids = self._grids(layer)
                 by_layer.append(
                     [
-                        _inner_products(
-                            weight_gradients[module.id], weights[module.id], grids[module.id], choice[module.id], menu
-                        )
+                        products(weight_gradients[module.id], weights[module.id], grids[module.id], choice[module.id])
                         for module in self._model.structure.in_layer(layer)
                     ]
                 )
@@ -176,6 +209,10 @@ class QuantizedPoint:
                     grid = by_spec[choice[module]].to(self._model.device)
                     linear.weight = nn.Parameter(grid.round_trip(weights[module]))
             yield block, weights
+
+    def _loss_gradient(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
+        """Gradient of the summed next-token loss at the states that leave the last block."""
+        return self._model.loss_gradient(hidden, token_ids).gradient
 
     def _divergence_gradient(self, hidden: Tensor, reference_states: Tensor) -> Tensor:
         """Gradient of the summed KL(p ‖ p_hidden) at the states that leave the last block, float32, same shape.
@@ -229,7 +266,7 @@ class QuantizedPoint:
         return fast_products(self._model.device, self._matmul_dtype)
 
 
-def _inner_products(
+def _slopes(
     gradient: Tensor, weight: Tensor, grids: Mapping[QuantSpec, Grid], chosen: QuantSpec, menu: Sequence[QuantSpec]
 ) -> list[float]:
     """⟨gradient, Ŵ_c − Ŵ_chosen⟩ for every configuration of the menu."""
@@ -240,6 +277,12 @@ def _inner_products(
         else float((gradient * (grids[spec].to(weight.device).round_trip(weight) - current)).sum(dtype=torch.float64))
         for spec in menu
     ]
+
+
+def _way_back(gradient: Tensor, weight: Tensor, grids: Mapping[QuantSpec, Grid], chosen: QuantSpec) -> list[float]:
+    """⟨gradient, W − Ŵ_chosen⟩."""
+    change = weight - grids[chosen].to(weight.device).round_trip(weight)
+    return [float((gradient * change).sum(dtype=torch.float64))]
 
 
 def _predicted(token_ids: Tensor) -> int:

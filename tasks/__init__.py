@@ -2,6 +2,7 @@
 
 from lmq_tasks import (
     capture,
+    delta_loss,
     evaluation,
     importance,
     models,
@@ -39,6 +40,7 @@ STAGES: dict[str, Stage] = {
         sequence_fisher.measure_sequence_fisher,
         module_divergence.measure_module_divergence,
         second_moments.measure_module_errors,
+        delta_loss.measure_delta_loss,
         super_weights.find_super_weights,
         importance.measure_layer_activity,
         importance.join_layer_importance,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from lmq.delta_loss import DELTA_LOSS_SCHEMA
 from lmq.fisher import FISHER_SCHEMA
 from lmq.frobenius import FROBENIUS_SCHEMA
 from lmq.module_divergence import MODULE_DIVERGENCE_SCHEMA
@@ -34,6 +35,7 @@ SCHEMAS = {
     "divergence": MODULE_DIVERGENCE_SCHEMA,
     "super-weights": SUPER_WEIGHTS_SCHEMA,
     "module-errors": MODULE_ERRORS_SCHEMA,
+    "delta-loss": DELTA_LOSS_SCHEMA,
 }
 
 

@@ -83,11 +83,13 @@ def test_cheap_costs_stand_beside_the_exact_one(
         assert float(row["divergence_stderr"]) > 0
         assert float(row["squared Frobenius norm"]) > 0
         assert float(row["sequence-wise Fisher"]) > 0
+        assert float(row["delta loss, gradient at the quantized point"]) > 0
     printed = capsys.readouterr().out
     assert "sequence-wise Fisher" in printed
     assert "gradient at full precision" in printed
+    assert "gradient at the quantized point" in printed
     assert len(list((tmp_path / "store" / "manifests" / "module-divergence").iterdir())) <= 4
-    assert (out / "study.svg").read_text().count("<svg ") == 8
+    assert (out / "study.svg").read_text().count("<svg ") == 9
     assert "Which cost predicts best?" in (out / "study.html").read_text()
 
 

@@ -87,6 +87,24 @@ def test_divergence_and_slopes_are_those_of_the_whole_model(tiny_model: Path) ->
     assert not slopes[np.arange(len(slopes)), [MENU.index(spec) for spec in choice.values()]].any()
 
 
+def test_delta_losses_are_those_of_the_whole_model(tiny_model: Path) -> None:
+    bench = Bench(tiny_model)
+    choice = bench.mixed_choice()
+    bench.quantize_whole(choice)
+    logits = bench.whole(TOKEN_IDS).logits[:, :-1]
+    nn.functional.cross_entropy(logits.flatten(0, 1), TOKEN_IDS[:, 1:].flatten()).backward()
+    expected = []
+    for module, spec in choice.items():
+        gradient = bench.whole.get_submodule(bench.structure.path(module)).get_parameter("weight").grad
+        assert gradient is not None
+        change = bench.weights[module] - bench.grids[module][spec].round_trip(bench.weights[module])
+        expected.append(abs(float((gradient * change).double().sum())))
+    assert max(expected) > 1e-4
+    np.testing.assert_allclose(
+        bench.point.delta_losses(TOKEN_IDS, choice), expected, rtol=1e-2, atol=1e-3 * max(expected)
+    )
+
+
 def test_divergence_of_one_module_alone_is_that_of_the_whole_model(tiny_model: Path) -> None:
     bench = Bench(tiny_model)
     logits = bench.whole(TOKEN_IDS).logits.detach()
@@ -110,8 +128,11 @@ def test_slopes_do_not_depend_on_how_many_sequences_are_held_at_once(
     choice = bench.mixed_choice()
     reference = bench.point.last_states(TOKEN_IDS)
     together = bench.point.slopes(TOKEN_IDS, reference, choice, MENU)
+    losses_together = bench.point.delta_losses(TOKEN_IDS, choice)
     monkeypatch.setattr("lmq.quantized_point._STATES_AT_ONCE", 1)
     one_by_one = bench.point.slopes(TOKEN_IDS, reference, choice, MENU)
+    losses = bench.point.delta_losses(TOKEN_IDS, choice)
+    np.testing.assert_allclose(losses, losses_together, rtol=1e-4, atol=1e-6 * float(losses_together.max()))
     np.testing.assert_allclose(one_by_one, together, rtol=1e-4, atol=1e-6 * float(np.abs(together).max()))
 
 
