@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 
 from lmq.errors import InputError, UnsupportedModel
 from lmq.model_source import ModelSource, locate, source_digest
@@ -129,8 +131,9 @@ def match_tensors(model: PreTrainedModel, headers: Mapping[str, StoredTensor]) -
     """
     stored: dict[str, StoredTensor] = {}
     expected = model.state_dict()
+    renamed = _by_own_names(model, headers)
     for name, tensor in expected.items():
-        found = find_tensor(headers, name)
+        found = find_tensor(headers, name) or renamed.get(name)
         if found is not None and found.shape != tuple(tensor.shape):
             raise UnsupportedModel(
                 f"{found.file} holds {found.name} of shape {list(found.shape)} where config.json means "
@@ -151,6 +154,18 @@ def match_tensors(model: PreTrainedModel, headers: Mapping[str, StoredTensor]) -
             f"{_first_of(missing)}; it holds {_first_of(list(headers))}"
         )
     return stored
+
+
+def _by_own_names(model: PreTrainedModel, headers: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Stored tensors by the names of the model's own: transformers renames some of those that are saved."""
+    renamings = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
+    found = {}
+    for stored_name, tensor in headers.items():
+        name = stored_name
+        for renaming in renamings:
+            name, _ = renaming.rename_source_key(name)
+        found[name] = tensor
+    return found
 
 
 def _first_of(names: Sequence[str], most: int = 3) -> str:

@@ -5,11 +5,20 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from lmq.discovery import discover
 from lmq.errors import InputError, UnsupportedModel
 from lmq.model_source import ModelSource, locate, source_digest
+from lmq.streaming import StreamedModel
 from lmq.structure import ModelStructure
 
 LLAMA_PARTS = {
@@ -54,6 +63,19 @@ def test_structure_agrees_with_the_loaded_model(tiny_model: Path) -> None:
     assert structure.other_bytes == 4 * structure.other_parameters
     assert ModelStructure.from_json(json.loads(json.dumps(structure.to_json()))) == structure
     assert structure.weights_sha256 == source_digest(locate(ModelSource.parse(str(tiny_model))))
+
+
+def test_tensors_that_transformers_renames_are_found(tmp_path: Path) -> None:
+    """An untied GPT-NeoX keeps its head as `embed_out`."""
+    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+    model = GPTNeoXForCausalLM(GPTNeoXConfig(**shape, vocab_size=96, tie_word_embeddings=False)).eval()
+    model.save_pretrained(tmp_path)
+    structure = discover(tmp_path)
+    assert not structure.tied_embeddings
+    hidden = torch.randn(1, 5, 64)
+    streamed = StreamedModel.open(tmp_path, structure)
+    expected = model.lm_head(model.gpt_neox.final_layer_norm(hidden))
+    torch.testing.assert_close(streamed.head_logits(hidden), expected)
 
 
 @pytest.mark.parametrize(
