@@ -23,6 +23,7 @@ from lmq.block_stubs import BlockStub, StopForward, StubHandler, StubSwitch
 from lmq.discovery import build_skeleton, embedding_shape, match_tensors
 from lmq.errors import InputError, UnsupportedModel
 from lmq.finite import require_finite
+from lmq.products import OneDnnProducts
 from lmq.stored_tensors import StoredTensor, find_tensor, read_headers, read_tensors
 from lmq.structure import ModelStructure
 
@@ -45,7 +46,8 @@ class BlockInputs:
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """States that leave the block [sequences, sequence_length, hidden] for those that enter it."""
-        output = block(hidden.to(self.device, self.dtype), *self.args, **self.kwargs)
+        with OneDnnProducts():
+            output = block(hidden.to(self.device, self.dtype), *self.args, **self.kwargs)
         return output[0] if isinstance(output, tuple) else output
 
 
@@ -165,7 +167,7 @@ class StreamedModel:
         def replace_last(layer: int, entering: Tensor, *_: Any) -> Any:
             return self._as_output(states if layer == last else entering)
 
-        with self._switch.to(replace_last):
+        with self._switch.to(replace_last), OneDnnProducts():
             logits = self._model(inputs_embeds=self._dummy(len(states), 1), use_cache=False).logits
         return logits.reshape(*hidden.shape[:-1], logits.shape[-1])
 
