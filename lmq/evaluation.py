@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor, nn
@@ -23,13 +24,21 @@ from lmq.discovery import discover
 from lmq.divergence import TokenScores, score_tokens
 from lmq.errors import InputError, NotFiniteError
 from lmq.model_source import nearest_sibling
-from lmq.perplexity import Estimate, Window, full_windows, mean_estimate, strided_perplexity
+from lmq.perplexity import (
+    Estimate,
+    Window,
+    full_windows,
+    infinite_window,
+    mean_estimate,
+    protocol_name,
+    strided_perplexity,
+)
 from lmq.streaming import StreamedModel
 from lmq.tables import TableSchema
 
 WINDOWS_SCHEMA = TableSchema(
     "windows",
-    1,
+    2,
     pa.schema(
         [
             pa.field("start", pa.int64(), nullable=False),
@@ -37,11 +46,12 @@ WINDOWS_SCHEMA = TableSchema(
             pa.field("fresh", pa.int64(), nullable=False),
             pa.field("nll_sum", pa.float64(), nullable=False),
             pa.field("kl_sum", pa.float64()),
+            pa.field("kl", pa.list_(pa.float32())),
             pa.field("top1_agreements", pa.int64()),
         ]
     ),
 )
-
+"""Per window, sums over its scored tokens in nats, and `kl` of each of them in order."""
 
 BlockPreparation = Callable[[nn.Module, int], None]
 """Called with a freshly loaded block and its layer, before it is used: puts quantized weights in place."""
@@ -104,6 +114,7 @@ def score_windows(
 def _row(window: Window, pieces: Sequence[TokenScores]) -> dict[str, Any]:
     """Row of the windows table from the scores of a window's tokens, piece by piece."""
     nll_sum = sum(piece.nll.sum().item() for piece in pieces)
+    kl = [value for piece in pieces if piece.kl is not None for value in piece.kl.float().tolist()]
     kl_sums = [piece.kl.sum().item() for piece in pieces if piece.kl is not None]
     agreements = [int(piece.agrees.sum()) for piece in pieces if piece.agrees is not None]
     if math.isnan(nll_sum) or math.isnan(sum(kl_sums)):
@@ -117,6 +128,7 @@ def _row(window: Window, pieces: Sequence[TokenScores]) -> dict[str, Any]:
         "fresh": window.fresh,
         "nll_sum": nll_sum,
         "kl_sum": sum(kl_sums) if kl_sums else None,
+        "kl": kl if kl_sums else None,
         "top1_agreements": sum(agreements) if agreements else None,
     }
 
@@ -140,27 +152,39 @@ def paired_difference(rows: Sequence[Mapping[str, Any]], baseline: Sequence[Mapp
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What the windows table says of a model; None where it was not measured."""
+    """What the windows table says of a model; None where it was not measured.
 
+    `protocol` names the windows, `kl_p99` is the 99th percentile of the tokens' KL. Where perplexity is infinite
+    `broken_window` is the first window that makes it so.
+    """
+
+    protocol: str
     perplexity: Estimate
     kl_divergence: Estimate | None
+    kl_p99: float | None
     top1_agreement: float | None
     scored_tokens: int
+    broken_window: Window | None = None
 
 
 def summarize(rows: Sequence[Mapping[str, Any]]) -> Evaluation:
-    """Perplexity, mean KL (nats per token) and top-1 agreement from rows of the windows table."""
+    """Perplexity, KL (nats per token; mean and 99th percentile) and top-1 agreement from rows of the windows table."""
     windows = [Window(row["start"], row["end"], row["fresh"]) for row in rows]
     scored = [window.scored for window in windows]
-    kl = agreement = None
+    kl = kl_p99 = agreement = None
     if rows[0]["kl_sum"] is not None:
+        kl_p99 = float(np.quantile(np.concatenate([row["kl"] for row in rows]), 0.99))
         kl = mean_estimate([row["kl_sum"] / n for row, n in zip(rows, scored, strict=True)], scored)
         agreement = sum(row["top1_agreements"] for row in rows) / sum(scored)
+    nll_sums = [row["nll_sum"] for row in rows]
     return Evaluation(
-        perplexity=strided_perplexity(windows, [row["nll_sum"] for row in rows]),
+        protocol=protocol_name(windows),
+        perplexity=strided_perplexity(windows, nll_sums),
         kl_divergence=kl,
+        kl_p99=kl_p99,
         top1_agreement=agreement,
         scored_tokens=sum(scored),
+        broken_window=infinite_window(windows, nll_sums),
     )
 
 

@@ -45,6 +45,20 @@ def full_windows(tokens: int, window: int, stride: int) -> list[Window]:
     return [Window(0, window, window), *later]
 
 
+def protocol_name(windows: Sequence[Window]) -> str:
+    """`strided 1024/512`, or `non-overlapping 2048` where no token is seen twice."""
+    length, stride = windows[0].end - windows[0].start, windows[-1].fresh
+    return f"non-overlapping {length}" if stride == length else f"strided {length}/{stride}"
+
+
+def infinite_window(windows: Sequence[Window], nll_sums: Sequence[float]) -> Window | None:
+    """The first window whose own perplexity is infinite or exceeds the largest float, if there is one."""
+    for window, nll_sum in zip(windows, nll_sums, strict=True):
+        if not nll_sum / window.scored < _LARGEST_EXPONENT:
+            return window
+    return None
+
+
 @dataclass(frozen=True)
 class Estimate:
     """A measured mean with its standard error over windows (None with fewer than two, or where it is not finite)."""

@@ -25,8 +25,8 @@ class VariantResult:
 
     `budget` is the text as written, such as `uniform b4g64`, None for full precision. `size_bytes` counts the
     quantized modules as stored, `checkpoint_bytes` the whole checkpoint directory on disk. `perplexity` and
-    `kl_divergence` (nats per token, to full precision) carry standard errors; `top1_agreement` is a share in 0..1;
-    `tokens` were scored in `seconds`. `objective`, `lower_bound` and `gap` are the solver's. A strategy that tries
+    `kl_divergence` (nats per token, to full precision) carry standard errors, `kl_p99` is the 99th percentile over
+    tokens; `top1_agreement` is a share in 0..1; `tokens` were scored in `seconds`, in windows that `protocol` names. `objective`, `lower_bound` and `gap` are the solver's. A strategy that tries
     plans on the model (auto) has their divergence on the validation slice of the calibration text, its own and that
     of uniform at the same budget. `error` is the message of a variant that failed. Raises NotFiniteError for NaN or
     infinity.
@@ -43,7 +43,9 @@ class VariantResult:
     perplexity_stderr: float | None = None
     kl_divergence: float | None = None
     kl_divergence_stderr: float | None = None
+    kl_p99: float | None = None
     top1_agreement: float | None = None
+    protocol: str | None = None
     tokens: int | None = None
     seconds: float | None = None
     checkpoint: str | None = None

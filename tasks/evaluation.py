@@ -20,19 +20,19 @@ from lmq_tasks.texts import PREFIX_FILE, TOKENS_FILE
 WINDOWS_FILE = "windows.parquet"
 
 
-@stage("reference", version=1, schema="reference/1")
+@stage("reference", version=2, schema="reference/1")
 def reference(job: Job) -> None:
     """Perplexity of the full-precision model, and the states its predictions follow from."""
     _evaluate(job)
 
 
-@stage("evaluate", version=1, schema=WINDOWS_SCHEMA.label)
+@stage("evaluate", version=2, schema=WINDOWS_SCHEMA.label)
 def evaluate(job: Job) -> None:
     """Perplexity of a variant, and its divergence from the full-precision model."""
     _evaluate(job)
 
 
-@stage("evaluate-without-layers", version=1, schema=WINDOWS_SCHEMA.label)
+@stage("evaluate-without-layers", version=2, schema=WINDOWS_SCHEMA.label)
 def evaluate_without_layers(job: Job) -> None:
     """Perplexity of the full-precision model without the layers `removed`, of which no checkpoint is written."""
     model = open_model(job)

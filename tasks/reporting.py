@@ -103,10 +103,14 @@ def _measured(evaluation: Evaluation | None) -> tuple[dict[str, Any], str | None
         "perplexity_stderr": perplexity.stderr if finite else None,
         "kl_divergence": kl.value if kl else None,
         "kl_divergence_stderr": kl.stderr if kl else None,
+        "kl_p99": evaluation.kl_p99,
         "top1_agreement": evaluation.top1_agreement,
+        "protocol": evaluation.protocol,
         "tokens": evaluation.scored_tokens,
     }
-    return fields, None if finite else "perplexity is infinite: the model gives some tokens no probability"
+    broken = evaluation.broken_window
+    where = f", first in the window of tokens {broken.start} to {broken.end}" if broken else ""
+    return fields, None if finite else f"perplexity is infinite{where}: the model gives tokens no probability"
 
 
 def _size(

@@ -79,7 +79,7 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
     console.print(
         f"perplexity {evaluation.perplexity.value:.4f}"
         + (f" ± {stderr:.4f}" if stderr is not None else "")
-        + f" (strided {arguments.window}/{arguments.stride}, {evaluation.scored_tokens:,} tokens scored)",
+        + f" ({evaluation.protocol}, {evaluation.scored_tokens:,} tokens scored)",
         highlight=False,
     )
     return 0

@@ -141,12 +141,15 @@ def _variant_table(results: Sequence[VariantResult], several_models: bool) -> st
         Column("Matrices", True, "quantized matrices as stored"),
         Column("On disk", True, "the whole checkpoint directory"),
         Column("KL", True, "mean divergence to full precision, nats per token, ± standard error"),
+        Column("KL 99 %", True, "99th percentile of the tokens' divergence: how bad the worst tokens are"),
         Column("Top-1", True, "share of tokens where the likeliest next token is the same as at full precision"),
         *([] if same_tokens else [Column("Tokens", True, "tokens scored")]),
         Column("Time", True, "seconds of evaluation"),
     ]
     rows = [_variant_row(result, results, several_models, same_tokens) for result in results]
-    scored = f"Scored on {tokens.pop():,} tokens. " if len(tokens) == 1 else ""
+    protocols = ", ".join(sorted({result.protocol for result in results if result.protocol}))
+    windows = f" in windows: {protocols}" if protocols else ""
+    scored = f"Scored on {tokens.pop():,} tokens{windows}. " if len(tokens) == 1 else ""
     names = [item.name for item in fields(VariantResult)]
     link = csv_link("variants.csv", names, (astuple(result) for result in results))
     return table(columns, rows, "Variants") + f'<p class="note">{scored}Select a heading to sort. {link}</p>'
@@ -174,6 +177,7 @@ def _variant_row(
         number(format_bytes(result.size_bytes), result.size_bytes),
         number(format_bytes(result.checkpoint_bytes), result.checkpoint_bytes),
         number(format_measured(result.kl_divergence, result.kl_divergence_stderr, decimals=4), result.kl_divergence),
+        number(format_number(result.kl_p99, 3), result.kl_p99),
         number(format_percent(result.top1_agreement), result.top1_agreement),
         *([] if same_tokens else [number(format_number(result.tokens, 0), result.tokens)]),
         number(f"{format_number(result.seconds, 1)} s", result.seconds),

@@ -28,7 +28,7 @@ from lmq.evaluation import (
     summarize,
     window_tokens,
 )
-from lmq.perplexity import full_windows
+from lmq.perplexity import Window, full_windows, protocol_name
 from lmq.quant_spec import STOPS
 from lmq.quantizers import quantizer
 from lmq.streaming import StreamedModel
@@ -77,8 +77,8 @@ def rows_against_full_precision(path: Path, stream: Tensor, stride: int, prefix:
 
 
 @torch.no_grad()
-def plain_divergence(path: Path, stream: Tensor, stride: int, prefix: int | None) -> tuple[float, float]:
-    """Mean KL in float64 and top-1 agreement of the perturbed model with the model, over the same scored tokens."""
+def plain_divergence(path: Path, stream: Tensor, stride: int, prefix: int | None) -> tuple[Tensor, float]:
+    """KL of every scored token in float64, and top-1 agreement, of the perturbed model with the model."""
     model, perturbed = open_plain(path), perturbed_plain(path)
     kl, agrees = [], []
     for window in full_windows(len(stream), WINDOW, stride):
@@ -89,7 +89,7 @@ def plain_divergence(path: Path, stream: Tensor, stride: int, prefix: int | None
         new = slice(-min(window.fresh, WINDOW - 1), None)
         kl.append(nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)[new])
         agrees.append((log_p.argmax(-1) == log_q.argmax(-1))[new])
-    return torch.cat(kl).mean().item(), torch.cat(agrees).double().mean().item()
+    return torch.cat(kl), torch.cat(agrees).double().mean().item()
 
 
 @pytest.mark.parametrize(("stride", "prefix"), [(STRIDE, None), (WINDOW, None), (STRIDE, 0)])
@@ -100,7 +100,8 @@ def test_scores_equal_those_of_plain_models(tiny_model: Path, stream: Tensor, st
     kl, agreement = plain_divergence(tiny_model, stream, stride, prefix)
     assert found.perplexity.value == pytest.approx(expected, rel=1e-4)
     assert found.kl_divergence is not None
-    assert found.kl_divergence.value == pytest.approx(kl, rel=1e-4)
+    assert found.kl_divergence.value == pytest.approx(float(kl.mean()), rel=1e-4)
+    assert found.kl_p99 == pytest.approx(float(np.percentile(kl.numpy(), 99)), rel=1e-3)
     assert found.top1_agreement == pytest.approx(agreement, abs=1e-9)
     assert 0 < agreement < 1
 
@@ -114,7 +115,7 @@ def test_the_model_itself_has_no_divergence(tiny_gemma: Path, stream: Tensor) ->
     assert found.kl_divergence is not None
     assert (found.kl_divergence.value, found.top1_agreement) == (0.0, 1.0)
     alone = summarize(score_windows(model, windows, tokens, states, None))
-    assert (alone.kl_divergence, alone.top1_agreement) == (None, None)
+    assert (alone.kl_divergence, alone.kl_p99, alone.top1_agreement) == (None, None, None)
     assert alone.perplexity == found.perplexity
 
 
@@ -125,6 +126,7 @@ def test_a_large_vocabulary_is_scored_piece_by_piece(
     whole = rows_against_full_precision(tiny_qwen, stream, STRIDE, None)
     monkeypatch.setattr(streaming, "_LOGITS_AT_ONCE", logits_at_once)
     for row, expected in zip(rows_against_full_precision(tiny_qwen, stream, STRIDE, None), whole, strict=True):
+        assert row.pop("kl") == pytest.approx(expected.pop("kl"), rel=1e-4, abs=1e-7)
         assert row == pytest.approx(expected, rel=1e-5)
 
 
@@ -161,7 +163,8 @@ def row(start: int, nll_sum: float, kl_sum: float | None = None, agreements: int
     """A window of 10 tokens, of which 5 are new but for the first."""
     fresh = 10 if start == 0 else 5
     table_row = {"start": start, "end": start + 10, "fresh": fresh, "nll_sum": nll_sum}
-    return {**table_row, "kl_sum": kl_sum, "top1_agreements": agreements}
+    kl = None if kl_sum is None else [kl_sum] + [0.0] * (min(fresh, 9) - 1)
+    return {**table_row, "kl_sum": kl_sum, "kl": kl, "top1_agreements": agreements}
 
 
 def test_a_summary_weighs_tokens_equally() -> None:
@@ -177,6 +180,16 @@ def test_a_summary_weighs_tokens_equally() -> None:
 def test_an_infinite_perplexity_is_a_value() -> None:
     found = summarize([row(0, 9 * 800.0), row(5, 5 * 900.0), row(10, 5 * 1000.0)])
     assert (found.perplexity.value, found.perplexity.stderr) == (math.inf, None)
+    assert found.broken_window == Window(0, 10, 10)
+    partly = summarize([row(0, 9 * 2.0), row(5, math.inf)])
+    assert (partly.perplexity.value, partly.broken_window) == (math.inf, Window(5, 15, 5))
+    assert summarize([row(0, 18.0)]).broken_window is None
+
+
+@pytest.mark.parametrize(("stride", "name"), [(512, "strided 1024/512"), (1024, "non-overlapping 1024")])
+def test_the_protocol_is_named(stride: int, name: str) -> None:
+    assert protocol_name(full_windows(4096, 1024, stride)) == name
+    assert protocol_name(full_windows(1024, 1024, stride)) == "non-overlapping 1024"
 
 
 def test_paired_differences_are_those_of_the_same_windows() -> None:
