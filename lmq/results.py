@@ -26,10 +26,10 @@ class VariantResult:
     `budget` is the text as written, such as `uniform b4g64`, None for full precision. `size_bytes` counts the
     quantized modules as stored, `checkpoint_bytes` the whole checkpoint directory on disk. `perplexity` and
     `kl_divergence` (nats per token, to full precision) carry standard errors, `kl_p99` is the 99th percentile over
-    tokens; `top1_agreement` is a share in 0..1; `tokens` were scored in `seconds`, in windows that `protocol` names. `objective`, `lower_bound` and `gap` are the solver's. A strategy that tries
-    plans on the model (auto) has their divergence on the validation slice of the calibration text, its own and that
-    of uniform at the same budget. `error` is the message of a variant that failed. Raises NotFiniteError for NaN or
-    infinity.
+    tokens; `top1_agreement` is a share in 0..1; `tokens` were scored in `seconds`, in windows that `protocol` names.
+    `objective`, `lower_bound` and `gap` are the solver's. A strategy that tries plans on the model (auto) has their
+    divergence on the validation slice of the calibration text, its own and that of uniform at the same budget.
+    `error` is the message of a variant that failed. Raises NotFiniteError for NaN or infinity.
     """
 
     model: str
@@ -122,6 +122,21 @@ def markdown_table(results: Sequence[VariantResult]) -> str:
     alignment = ["---:" if is_number_column(header) else ":---" for header in headers]
     cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in [headers, alignment, *cells]) + "\n"
+
+
+def latex_table(results: Sequence[VariantResult]) -> str:
+    """The same table as a LaTeX tabular with the rules of the booktabs package."""
+    headers, rows = results_table(results)
+    columns = "".join("r" if is_number_column(header) else "l" for header in headers)
+    lines = [" & ".join(map(_latex, row)) + r" \\" for row in [headers, *rows]]
+    parts = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", lines[0], r"\midrule", *lines[1:]]
+    return "\n".join([*parts, r"\bottomrule", r"\end{tabular}"]) + "\n"
+
+
+def _latex(text: str) -> str:
+    escaped = {char: f"\\{char}" for char in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}"}
+    signs = {"^": r"\textasciicircum{}", "±": r"$\pm$", "−": "$-$", "–": "--", "\n": " "}
+    return "".join((escaped | signs).get(char, char) for char in text)
 
 
 def full_precision_of(model: str, results: Sequence[VariantResult]) -> VariantResult | None:

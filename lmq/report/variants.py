@@ -201,9 +201,6 @@ def _scatter(model: str, data: ReportData, *, named: bool) -> str:
     shown = drawable(own)
     if not shown:
         return not_measured(f"Perplexity against size of {model}")
-    styles = strategy_styles(data.results)
-    wide = figure_svg(perplexity_by_size(own, model=model, styles=styles))
-    narrow = figure_svg(perplexity_by_size(own, model=model, styles=styles, width_px=360, height_px=400))
     header = ["strategy", "budget", "size_bytes", "perplexity", "perplexity_stderr"]
     rows = [(r.strategy, r.budget, r.size_bytes, r.perplexity, r.perplexity_stderr) for r in shown]
     left_out = sum(result.strategy != FULL_PRECISION for result in own) - len(shown)
@@ -212,8 +209,18 @@ def _scatter(model: str, data: ReportData, *, named: bool) -> str:
     if left_out:
         caption += f"Not drawn: {left_out} without a measured size or perplexity. "
     link = csv_link(f"perplexity-by-size-{slug(model)}.csv", header, rows)
-    legend = _legend([r.strategy for r in shown], styles)
-    return figure(f'{legend}<div class="wide">{wide}</div><div class="narrow">{narrow}</div>', caption, link, "scatter")
+    return perplexity_figure(model, own, strategy_styles(data.results), caption, link)
+
+
+def perplexity_figure(
+    model: str, own: Sequence[VariantResult], styles: Mapping[str, SeriesStyle], caption: str, download: str = ""
+) -> str:
+    """Perplexity against size of one model's variants `own`, drawn for wide and for narrow screens."""
+    wide = figure_svg(perplexity_by_size(own, model=model, styles=styles))
+    narrow = figure_svg(perplexity_by_size(own, model=model, styles=styles, width_px=360, height_px=400))
+    drawn = f'<div class="wide">{wide}</div><div class="narrow">{narrow}</div>'
+    legend = _legend([result.strategy for result in drawable(own)], styles)
+    return figure(legend + drawn, caption, download, "scatter")
 
 
 def _legend(strategies: Sequence[str], styles: Mapping[str, SeriesStyle]) -> str:

@@ -135,6 +135,7 @@ def results(model: str = MODEL, count: int = 6) -> list[VariantResult]:
         bits_per_weight=16.0,
         perplexity=FULL_PERPLEXITY,
         perplexity_stderr=0.33,
+        protocol="strided 1024/512",
         tokens=4096,
         seconds=31.2,
     )
