@@ -13,6 +13,7 @@ from lmq.constraints_text import parse_constraints
 from lmq.errors import InputError, unknown_name
 from lmq.quant_spec import STOPS, QuantSpec
 from lmq.strategies import strategy
+from lmq.targets import target_named
 from lmq_flows.names import slug
 
 T = TypeVar("T")
@@ -163,6 +164,13 @@ class StrategyConfig(Section):
     def label(self) -> str:
         """Name with the options that were set: `sensi-boost top_m=1`."""
         return " ".join([self.name, *(f"{key}={value}" for key, value in sorted(self.options.items()))])
+
+
+def _target_name(name: str) -> str:
+    return checked(lambda: target_named(name)).name
+
+
+TargetName = Annotated[str, AfterValidator(_target_name)]
 
 
 class ConstraintsConfig(Section):

@@ -67,9 +67,9 @@ def resolve_budgets(config: RunConfig, model: PreparedModel) -> dict[str, int]:
     for text, budget_bytes in budgets.items():
         what = f"the budget {text!r} of model {model.config.name}"
         check_feasible(budget_bytes, model.structure, model.menu, what=what)
-        if config.constraints.plain:
+        if config.kept_constraints.plain:
             modules = model.structure.modules
-            constraints = config.constraints.parsed().compile(modules, model.menu)
+            constraints = config.kept_constraints.parsed().compile(modules, model.menu)
             check_feasible_program(module_sizes(modules, model.menu), budget_bytes, constraints)
     return budgets
 
@@ -101,7 +101,7 @@ class _ModelGraph(ModelNodes):
         measure = self._config.measure
         also = {QuantSpec.parse(measure.sensitivity_spec)} if "sensitivity" in self._needs else set()
         specs = sorted({*self.model.menu, *also}, key=lambda spec: spec.bits_per_weight)
-        found = Measurements(frobenius=self.frobenius(specs, {"name": measure.quantizer, "axis": measure.axis}))
+        found = Measurements(frobenius=self.frobenius(specs, self._config.quantizer))
         if "kurtosis" in self._needs:
             found.kurtosis = self.per_layer("kurtosis", {})
         if self._config.needs_calibration:
@@ -178,8 +178,8 @@ class _ModelGraph(ModelNodes):
             "budget_bytes": variant.budget_bytes,
             "menu": [spec.name for spec in self.model.menu],
         }
-        if self._config.constraints.plain and chosen.keeps_constraints:
-            config["constraints"] = self._config.constraints.plain
+        if self._config.kept_constraints.plain and chosen.keeps_constraints:
+            config["constraints"] = self._config.kept_constraints.plain
         inputs: dict[str, Input | list[Input]] = {
             need: list(getattr(self.measurements, need)) for need in sorted(needs - {"trials"})
         }
@@ -200,7 +200,7 @@ class _ModelGraph(ModelNodes):
         variant.checkpoint = self.add(
             "checkpoint",
             what,
-            {"quantizer": {"name": self._config.measure.quantizer, "axis": self._config.measure.axis}},
+            {"quantizer": self._config.quantizer},
             {"choice": choice, "quantized": list(variant.quantized)},
             expected_bytes=self.model.structure.other_bytes,
             variant=label,

@@ -138,8 +138,8 @@ def prepared_model(
 ) -> PreparedModel:
     """A model whose structure artifact is there, ready for the graph of the run.
 
-    Raises InputError when the model's context does not hold the sequences it would be measured on, or the
-    configuration of the sensitivity measurement does not fit a module.
+    Raises InputError when the model's context does not hold the sequences it would be measured on, the configuration of
+    the sensitivity measurement does not fit a module, or the target holds nothing of the menu.
     """
     store = open_store(node.site.store_url)
     structure = read_structure_of(store, structure_ref)
@@ -152,9 +152,7 @@ def prepared_model(
         device=device,
         threads_per_worker=config.runner.threads_per_worker,
     )
-    menu = tuple(
-        sorted((QuantSpec.parse(name) for name in model.menu or config.measure.menu), key=lambda s: s.bits_per_weight)
-    )
+    menu = config.menu_of(model, structure.modules)
     return PreparedModel(config=model, structure=structure, structure_ref=structure_ref, site=site, menu=menu)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,8 +11,12 @@ import yaml
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, field_validator, model_validator
 
 from lmq.errors import InputError
+from lmq.quant_spec import QuantSpec
+from lmq.quantizers import QUANTIZERS
 from lmq.strategies import STRATEGIES, strategy
 from lmq.strategies.uniform import Uniform
+from lmq.structure import ModuleInfo
+from lmq.targets import TARGETS, restrict_menu, target_named
 from lmq_flows.config_problems import problem_texts
 from lmq_flows.config_sections import (
     NAME_PATTERN,
@@ -23,6 +29,7 @@ from lmq_flows.config_sections import (
     RunnerConfig,
     Section,
     StrategyConfig,
+    TargetName,
     without_repeats,
 )
 from lmq_flows.overrides import apply_override
@@ -36,6 +43,9 @@ class RunConfig(Section):
     strategies: tuple[StrategyConfig, ...] = Field(min_length=1)
     budgets: Annotated[tuple[BudgetText, ...], AfterValidator(without_repeats)] = Field(
         min_length=1, description='"4.25" (bits per weight), "80 MB", "uniform b4g64 + 2%"'
+    )
+    target: TargetName | None = Field(
+        None, description=f"What will serve the checkpoints: plan within what it holds ({', '.join(TARGETS)})"
     )
     constraints: ConstraintsConfig = ConstraintsConfig()
     calibration: CalibrationConfig = CalibrationConfig()
@@ -83,12 +93,31 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _strategies_keep_the_constraints(self) -> RunConfig:
-        if not self.constraints.plain:
+        if not self.kept_constraints.plain:
             return self
         for item in self.strategies:
             if item.name != Uniform.name and not STRATEGIES[item.name].keeps_constraints:
                 able = ", ".join(name for name, each in STRATEGIES.items() if each.keeps_constraints)
-                raise ValueError(f"strategy {item.label!r} keeps no constraints; those that do: {able}")
+                of_target = "" if self.constraints.plain else f", such as those of target {self.target!r}"
+                raise ValueError(f"strategy {item.label!r} keeps no constraints{of_target}; those that do: {able}")
+        return self
+
+    @model_validator(mode="after")
+    def _grids_suit_the_target(self) -> RunConfig:
+        if self.target is None:
+            return self
+        if self.measure.axis != 1:
+            raise ValueError(f"target {self.target!r} takes groups along in_features; set measure.axis to 1")
+        able = [
+            name
+            for name, each in QUANTIZERS.items()
+            if "integer_zeros" in {field.name for field in fields(each)}  # type: ignore[arg-type]
+        ]
+        if target_named(self.target).integer_zeros and self.measure.quantizer not in able:
+            raise ValueError(
+                f"target {self.target!r} takes whole zeros, which measure.quantizer = {self.measure.quantizer!r} "
+                f"does not fit; those that do: {', '.join(able)}"
+            )
         return self
 
     @model_validator(mode="after")
@@ -103,6 +132,38 @@ class RunConfig(Section):
     def run_dir(self) -> Path:
         """Where this run's results are written."""
         return Path(self.runs_dir) / self.name
+
+    @property
+    def kept_constraints(self) -> ConstraintsConfig:
+        """The constraints of the run with those of its target."""
+        if self.target is None:
+            return self.constraints
+        alike = dict.fromkeys((*self.constraints.alike, *target_named(self.target).alike))
+        return self.constraints.model_copy(update={"alike": tuple(alike)})
+
+    @property
+    def quantizer(self) -> dict[str, Any]:
+        """Name and options of the quantizer."""
+        whole = {"integer_zeros": True} if self.target and target_named(self.target).integer_zeros else {}
+        return {"name": self.measure.quantizer, "axis": self.measure.axis, **whole}
+
+    def menu_of(self, model: ModelConfig, modules: Sequence[ModuleInfo]) -> tuple[QuantSpec, ...]:
+        """The configurations for a model with these modules, smallest first: those of its menu that the target holds.
+
+        Raises InputError where it holds none of them, or not one of measure.kl_specs.
+        """
+        specs = [QuantSpec.parse(name) for name in model.menu or self.measure.menu]
+        menu = tuple(sorted(specs, key=lambda spec: spec.bits_per_weight))
+        if self.target is None:
+            return menu
+        held = restrict_menu(menu, target_named(self.target), modules)
+        names = [spec.name for spec in held]
+        if missing := [name for name in self.measure.kl_specs or () if name not in names]:
+            raise InputError(
+                f"measure.kl_specs has {missing[0]}, which target {self.target!r} does not hold for every module of "
+                f"{model.name}; left of its menu: {', '.join(names)}"
+            )
+        return held
 
     @property
     def needs(self) -> frozenset[str]:

@@ -55,7 +55,10 @@ def fit_grids(
     menu = tuple(menu)
     for spec in menu:
         spec.groups(weight.numel())
-    return {spec: encode(weight, *quantizer.fit(weight, spec), spec, quantizer.axis) for spec in menu}
+    return {
+        spec: encode(weight, *quantizer.fit(weight, spec), spec, quantizer.axis, integer_zeros=quantizer.integer_zeros)
+        for spec in menu
+    }
 
 
 def frobenius_norm(weight: torch.Tensor) -> float:

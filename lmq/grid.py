@@ -9,7 +9,7 @@ Both are stored in 8 bits:
 - `scale_ranges` float16 [ceil(groups / meta_group_size), 2]: low and high of the scales of `meta_group_size`
   consecutive groups, in multiples of the scale unit.
 - `zero_codes` uint8 [groups]: `zero_low + code * (zero_high - zero_low) / 255`.
-- `matrix_range` float32 [3]: scale unit, zero_low, zero_high.
+- `matrix_range` float32 [3]: scale unit, zero_low, zero_high. Whole zeros are their own codes: 0 and 255.
 
 With axis 1 the groups are the rows of `weight.reshape(-1, group_size)`: they run along in_features, and straddle
 rows where group_size does not divide in_features, as in hqq. With axis 0 they are the columns of
@@ -157,20 +157,34 @@ def nearest_codes(groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor,
     return codes.add_(zero[:, None]).round_().clamp_(0, 2**bits - 1)
 
 
-def encode(weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, spec: QuantSpec, axis: int) -> Grid:
+def encode(
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+    spec: QuantSpec,
+    axis: int,
+    *,
+    integer_zeros: bool = False,
+) -> Grid:
     """Store the fitted scale and zero of every group (float32 [groups]) in 8 bits: the grid of `weight`.
 
     Groups whose fitted grid is out of reach of the shared 8-bit ranges, or much wider than their weights
     (constant groups, spreads below what hqq resolves), get the min-max grid instead. The zero is then refitted
     to the stored scale so that the middle of the grid stays where it was.
+
+    With `integer_zeros` the zeros are whole numbers from 0 to 255 and are stored as they are, on grids that suit.
     """
     groups = to_groups(weight.detach(), spec.group_size, axis)
-    scale, zero = _reachable(groups, scale, zero, spec.bits)
+    if not integer_zeros:
+        scale, zero = _reachable(groups, scale, zero, spec.bits)
     scale_codes, scale_ranges, unit = _encode_scales(scale, spec.meta_group_size)
-    stored = _decode_scales(scale_codes, scale_ranges, unit, spec.meta_group_size)
-    middle = (2**spec.bits - 1) / 2
-    refitted = torch.where(stored > 0, middle - (middle - zero) * scale / stored, middle)
-    zero_codes, zero_range = _encode_zeros(refitted, stored > 0)
+    if integer_zeros:
+        zero_codes, zero_range = zero.to(torch.uint8), zero.new_tensor([0, _ZERO_STEPS])
+    else:
+        stored = _decode_scales(scale_codes, scale_ranges, unit, spec.meta_group_size)
+        middle = (2**spec.bits - 1) / 2
+        refitted = torch.where(stored > 0, middle - (middle - zero) * scale / stored, middle)
+        zero_codes, zero_range = _encode_zeros(refitted, stored > 0)
     matrix_range = torch.cat([unit.reshape(1), zero_range])
     return Grid(spec, (weight.shape[0], weight.shape[1]), axis, scale_codes, zero_codes, scale_ranges, matrix_range)
 

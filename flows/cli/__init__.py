@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from lmq.export import FORMATS
 from lmq_flows.pruning_metrics import PRUNING_METRICS
 
 Command = Callable[[argparse.Namespace], int]
@@ -79,9 +80,15 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--stride", type=_at_least(1), default=512, help="tokens scored per window (default: %(default)s)"
     )
-    report = _add(commands, "report", "commands.report_command", "print a run's table and where its report is")
-    report.add_argument("run", type=Path, metavar="RUN", help="run directory (runs/demo) or its name")
-    report.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+    report = _add(commands, "report", "commands.report_command", "print a run's table; compare several runs")
+    report.add_argument("run", type=Path, nargs="+", metavar="RUN", help="run directory (runs/demo) or its name")
+    form = report.add_mutually_exclusive_group()
+    form.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+    form.add_argument("--latex", action="store_true", help="print the table as a LaTeX tabular (booktabs)")
+    report.add_argument(
+        "--output", type=Path, default=Path("comparison.html"), help="page of several runs (default: %(default)s)"
+    )
+    _add_export(commands)
     _add_frontier(commands)
     _add_study(commands)
     _add_importance(commands)
@@ -112,6 +119,7 @@ def _add_config(
         metavar="A.B=VALUE",
         help="override a key, as in evaluation.tokens=4096; repeatable",
     )
+    parser.add_argument("--target", metavar="NAME", help="plan within what it holds, as in vllm; the key target")
     if name == "plan":
         parser.add_argument("--layers", action="store_true", help="one line per layer instead of per stage")
 
@@ -132,6 +140,30 @@ def _add_budget(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     budget.add_argument(
         "--axis", type=int, choices=(0, 1), default=1, help="grouping in the hqq layout (default: %(default)s)"
     )
+
+
+def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    text = "write a checkpoint in the format of another program, and check that it opens there as the same model"
+    export = _add(commands, "export", "export.export_command", text)
+    export.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="directory of a checkpoint of lmq")
+    export.add_argument(
+        "--format",
+        required=True,
+        choices=FORMATS,
+        help="; ".join(f"{name}: {format_.summary}" for name, format_ in FORMATS.items()),
+    )
+    export.add_argument("--output", type=Path, required=True, metavar="PATH", help="directory, or .gguf file, to write")
+    export.add_argument(
+        "--dtype",
+        choices=("float16", "bfloat16", "float32"),
+        help="of the float tensors of safetensors and hqq (default: as in the checkpoint; scales of hqq float16)",
+    )
+    export.add_argument(
+        "--fidelity",
+        choices=("exact", "size"),
+        help="of gguf: types that hold the checkpoint's values, or those nearest in size (default: exact)",
+    )
+    export.add_argument("--no-check", action="store_true", help="do not open the export and compare it")
 
 
 def _add_frontier(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

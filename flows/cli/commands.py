@@ -6,12 +6,13 @@ import argparse
 import textwrap
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.table import Table
 
 from lmq.errors import InputError, LmqError
-from lmq.results import is_number_column, markdown_table, read_results, results_table
+from lmq.results import is_number_column, latex_table, markdown_table, read_results, results_table
 from lmq_flows.cli.terminal import console, run_directory
 from lmq_flows.plan import PlannedNode
 from lmq_flows.run_config import RunConfig, load_run_config, preset_names, preset_path
@@ -86,14 +87,32 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
 
 
 def report_command(arguments: argparse.Namespace) -> int:
-    """Print the table of a finished run and the path of its report."""
-    run_dir = run_directory(arguments.run)
-    if arguments.markdown:
-        console.print(markdown_table(read_results(run_dir / "results.json")), markup=False, highlight=False)
-    else:
-        _print_table(run_dir)
-    console.print(str(run_dir / "report.html"), highlight=False, soft_wrap=True)
+    """Print the tables of finished runs and the path of their report; several are compared on a page of their own."""
+    directories = [run_directory(run) for run in arguments.run]
+    for directory in directories:
+        results = read_results(directory / "results.json")
+        if len(directories) > 1:
+            console.print(f"[bold]{directory.name}[/bold]", highlight=False)
+        if arguments.markdown or arguments.latex:
+            text = latex_table(results) if arguments.latex else markdown_table(results)
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            _print_table(directory)
+    page = directories[0] / "report.html" if len(directories) == 1 else _write_comparison(directories, arguments.output)
+    console.print(str(page), highlight=False, soft_wrap=True)
     return 0
+
+
+def _write_comparison(directories: Sequence[Path], output: Path) -> Path:
+    from lmq.report.comparison import build_comparison
+
+    names = [directory.name for directory in directories]
+    repeated = next((name for name in names if names.count(name) > 1), None)
+    if repeated:
+        raise InputError(f"two runs are called {repeated}; compare runs of different names")
+    runs = {directory.name: read_results(directory / "results.json") for directory in directories}
+    output.write_text(build_comparison(runs), encoding="utf-8")
+    return output
 
 
 def strategies_command(arguments: argparse.Namespace) -> int:
@@ -152,7 +171,8 @@ def _load(arguments: argparse.Namespace) -> RunConfig:
     path = Path(arguments.config)
     if not path.exists() and arguments.config in preset_names():
         path = preset_path(arguments.config)
-    return load_run_config(path, tuple(arguments.overrides))
+    target = [] if arguments.target is None else [f"target={arguments.target}"]
+    return load_run_config(path, (*arguments.overrides, *target))
 
 
 def _print_table(run_dir: Path) -> None:

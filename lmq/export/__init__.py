@@ -1,1 +1,63 @@
-"""Checkpoints of lmq written in the formats of other programs."""
+"""Checkpoints of lmq written in the formats of other programs.
+
+Every format is a module with `problems(checkpoint)`, what it cannot hold of a checkpoint, and
+`export(checkpoint, target, **options)`, which writes it and reports what every matrix became.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, cast
+
+from lmq.errors import unknown_name
+
+if TYPE_CHECKING:
+    from lmq.export.report import ExportReport
+    from lmq.export.source import QuantizedCheckpoint
+
+
+class Exporter(Protocol):
+    """The module of a format."""
+
+    def problems(self, checkpoint: QuantizedCheckpoint) -> list[str]:
+        """What the format cannot hold; empty where the checkpoint can be exported."""
+
+    def export(self, checkpoint: QuantizedCheckpoint, target: Path, **options: str) -> ExportReport:
+        """Write `target`, all of it or nothing. Raises InputError listing the problems."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportFormat:
+    """A format: what it is for, the module that writes it, and the options that its `export` takes."""
+
+    summary: str
+    module: str
+    options: tuple[str, ...] = ()
+
+    def exporter(self) -> Exporter:
+        """The module of the format, imported only now: some import large libraries."""
+        return cast(Exporter, importlib.import_module(self.module))
+
+
+FORMATS: Mapping[str, ExportFormat] = {
+    "safetensors": ExportFormat(
+        summary="a plain model with the quantized values, for any program",
+        module="lmq.export.dense",
+        options=("dtype",),
+    ),
+    "hqq": ExportFormat(summary="a checkpoint of the hqq library", module="lmq.export.hqq", options=("dtype",)),
+    "gguf": ExportFormat(
+        summary="a file for llama.cpp and its relatives", module="lmq.export.gguf", options=("fidelity",)
+    ),
+    "compressed-tensors": ExportFormat(summary="packed integers for vLLM", module="lmq.export.compressed_tensors"),
+}
+
+
+def export_format(name: str) -> ExportFormat:
+    """The format of a name. Raises InputError for an unknown one."""
+    if name not in FORMATS:
+        raise unknown_name("export format", name, FORMATS)
+    return FORMATS[name]

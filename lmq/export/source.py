@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from lmq.checkpoint import read_quantization_config
@@ -14,6 +18,9 @@ from lmq.linear import QUANTIZED_TENSORS
 from lmq.packing import unpack
 from lmq.quant_spec import QuantSpec
 from lmq.stored_tensors import StoredTensor, read_headers, read_tensors
+
+FLOAT_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Types of a model's tensors, by the name that safetensors gives them."""
 
 
 class QuantizedCheckpoint:
@@ -35,6 +42,21 @@ class QuantizedCheckpoint:
     def shapes(self) -> dict[str, tuple[int, int]]:
         """out_features and in_features of each quantized matrix, by dotted path."""
         return self.config.shapes
+
+    @cached_property
+    def model_config(self) -> dict[str, Any]:
+        """The config.json of the model that was quantized: without `quantization_config`."""
+        config = json.loads((self.path / "config.json").read_text("utf-8"))
+        return {name: value for name, value in config.items() if name != "quantization_config"}
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The type that most of the unquantized weights are stored in; float32 where none is stored as a float."""
+        weights: Counter[torch.dtype] = Counter()
+        for tensor in self.unquantized.values():
+            if tensor.dtype in FLOAT_TYPES:
+                weights[FLOAT_TYPES[tensor.dtype]] += tensor.elements
+        return weights.most_common(1)[0][0] if weights else torch.float32
 
     @cached_property
     def unquantized(self) -> dict[str, StoredTensor]:

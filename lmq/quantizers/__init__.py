@@ -30,6 +30,11 @@ class Quantizer(Protocol):
         """1: groups run along in_features; 0: along out_features, as in the papers."""
         ...
 
+    @property
+    def integer_zeros(self) -> bool:
+        """Whether zeros are whole numbers from 0 to 2^bits - 1, 128 at 8 bits, and are stored as they are."""
+        ...
+
     def fit(self, weight: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale and zero float32 [groups] of `weight` [out_features, in_features], before they are stored in 8 bits."""
         ...

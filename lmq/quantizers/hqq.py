@@ -18,6 +18,7 @@ import torch
 from lmq.errors import InputError
 from lmq.grid import group_blocks, require_axis, to_groups
 from lmq.quant_spec import QuantSpec
+from lmq.quantizers.integer_zeros import refit_scale, whole_zeros
 from lmq.quantizers.rtn import min_max_grid
 
 
@@ -26,6 +27,7 @@ class Hqq:
     """Zeros that minimise the l_p norm of the error by half-quadratic splitting; scales of the min-max grid.
 
     `kappa` multiplies beta after each iteration: 1.0 is what hqq 0.2.8 does, 1.01 what the papers used.
+    `integer_zeros` takes the nearest whole zeros instead (see `lmq.quantizers.integer_zeros`), and refits the scales.
     """
 
     name: ClassVar[str] = "hqq"
@@ -34,6 +36,7 @@ class Hqq:
     lp_norm: float = 0.7
     beta: float = 10.0
     kappa: float = 1.0
+    integer_zeros: bool = False
 
     def __post_init__(self) -> None:
         require_axis(self.axis)
@@ -54,7 +57,11 @@ class Hqq:
         for block in group_blocks(groups):
             error_sums += self._iterate(groups[block], inverse_scale[block], zeros[:, block], 2**spec.bits - 1)
         stop = _stopping_iteration(error_sums / weight.numel())
-        return 1 / inverse_scale, zeros[stop].clone()
+        scale, zero = 1 / inverse_scale, zeros[stop].clone()
+        if not self.integer_zeros:
+            return scale, zero
+        scale, zero = whole_zeros(groups, scale, zero, spec.bits)
+        return refit_scale(groups, scale, zero, spec.bits), zero
 
     def describe(self) -> dict[str, Any]:
         """Options as JSON."""

@@ -16,6 +16,7 @@ class HqqPackage:
     """`hqq.core.quantize.Quantizer` on the device of the weight; hqq iterates in float16 on CUDA, float32 on CPU."""
 
     name: ClassVar[str] = "hqq-package"
+    integer_zeros: ClassVar[bool] = False
     axis: int = 1
     optimize: bool = True
 

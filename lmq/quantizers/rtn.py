@@ -9,6 +9,7 @@ import torch
 
 from lmq.grid import require_axis, to_groups
 from lmq.quant_spec import QuantSpec
+from lmq.quantizers.integer_zeros import whole_zeros
 
 _SMALLEST_SPREAD = 1e-4
 _LARGEST_INVERSE_SCALE = 2e4
@@ -16,18 +17,24 @@ _LARGEST_INVERSE_SCALE = 2e4
 
 @dataclass(frozen=True, kw_only=True)
 class RoundToNearest:
-    """Min-max grid without iterations: hqq with `optimize=False`."""
+    """Min-max grid without iterations: hqq with `optimize=False`.
+
+    `integer_zeros` takes the nearest whole zeros instead (see `lmq.quantizers.integer_zeros`).
+    """
 
     name: ClassVar[str] = "rtn"
     axis: int = 1
+    integer_zeros: bool = False
 
     def __post_init__(self) -> None:
         require_axis(self.axis)
 
     def fit(self, weight: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale and zero float32 [groups]."""
-        inverse_scale, zero = min_max_grid(to_groups(weight.detach(), spec.group_size, self.axis), spec.bits)
-        return 1 / inverse_scale, zero
+        groups = to_groups(weight.detach(), spec.group_size, self.axis)
+        inverse_scale, zero = min_max_grid(groups, spec.bits)
+        scale = 1 / inverse_scale
+        return whole_zeros(groups, scale, zero, spec.bits) if self.integer_zeros else (scale, zero)
 
     def describe(self) -> dict[str, Any]:
         """Options as JSON."""

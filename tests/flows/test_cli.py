@@ -14,6 +14,7 @@ import yaml
 
 from lmq.budget import Budget, feasible_range
 from lmq.discovery import discover
+from lmq.hf_quantizer import FORMAT_VERSION
 from lmq.quant_spec import STOPS
 from lmq.results import VariantResult, write_results
 from lmq.storage_layouts import hqq_size_bytes
@@ -31,6 +32,7 @@ COMMANDS = [
     ["budget"],
     ["evaluate"],
     ["report"],
+    ["export"],
     ["frontier"],
     ["strategies"],
     ["store"],
@@ -299,6 +301,18 @@ def test_report_shows_what_of_the_budget_is_used(run_dir: Path, capsys: pytest.C
     assert "mxq @ uniform b4g64 failed: out of memory" in printed
 
 
+def test_several_runs_are_compared_on_one_page(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = shutil.copytree(run_dir, tmp_path / "other")
+    page = tmp_path / "both.html"
+    assert main(["report", str(run_dir), str(other), "--latex", "--output", str(page)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("\\begin{tabular}") == 2
+    assert "sensi-boost" in page.read_text()
+    assert f"two runs are called {run_dir.name}" in refusal(capsys, "report", run_dir, run_dir)
+
+
 def test_frontier_solves_all_budgets_from_the_store(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["frontier", str(run_dir), "--points", "20"]) == 0
     printed = capsys.readouterr().out
@@ -374,7 +388,10 @@ def test_evaluate_refuses_a_checkpoint_of_a_newer_version(checkpoint: Path, caps
     config["quantization_config"]["format_version"] += 1
     (checkpoint / "config.json").write_text(json.dumps(config))
     message = refusal(capsys, "evaluate", checkpoint, *EVALUATION)
-    assert "has lmq format version 2, this lmq reads version 1; install the version of lmq that wrote it" in message
+    assert (
+        f"has lmq format version {FORMAT_VERSION + 1}, this lmq reads version {FORMAT_VERSION}; install the version"
+        in message
+    )
 
 
 def test_evaluate_refuses_more_tokens_at_once_than_the_model_sees(
