@@ -44,6 +44,7 @@ from lmq_flows.ui import publish_results
 from lmq_storage import ArtifactRef
 from lmq_tasks import STAGES
 from lmq_tasks.engine import GPU_LIMIT
+from lmq_tasks.reporting import CARDS_FOLDER, card_file
 from lmq_tasks.stage import Site, open_store
 
 SOME_VARIANTS_FAILED = "SomeVariantsFailed"
@@ -174,11 +175,14 @@ class _Run:
         store = open_store(absolute_store_url(self.config.store))
         run_dir = self.config.run_dir
         run_dir.mkdir(parents=True, exist_ok=True)
-        for name, path in store.files(report).items():
-            _copy_atomically(path, run_dir / name)
+        files = store.files(report)
+        for name, path in files.items():
+            if not name.startswith(f"{CARDS_FOLDER}/"):
+                _copy_atomically(path, run_dir / name)
         for variant in variants:
             if variant.checkpoint is not None and (ref := outcomes[variant.checkpoint].ref) is not None:
-                store.materialize(ref, run_dir / "checkpoints" / variant_slug(variant))
+                name = variant_slug(variant)
+                store.materialize(ref, run_dir / "checkpoints" / name, beside={"README.md": files[card_file(name)]})
         (run_dir / "config.yaml").write_text(_config_text(self.config))
         return run_dir
 

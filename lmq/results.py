@@ -24,7 +24,7 @@ class VariantResult:
     """What one variant (model × strategy × budget) cost and how good it is; None is "not measured", never 0.
 
     `budget` is the text as written, such as `uniform b4g64`, None for full precision. `size_bytes` counts the
-    quantized modules as stored, `checkpoint_bytes` the whole checkpoint directory on disk. `perplexity` and
+    quantized modules as stored, `checkpoint_bytes` its directory but for the model card. `perplexity` and
     `kl_divergence` (nats per token, to full precision) carry standard errors, `kl_p99` is the 99th percentile over
     tokens; `top1_agreement` is a share in 0..1; `tokens` were scored in `seconds`, in windows that `protocol` names.
     `objective`, `lower_bound` and `gap` are the solver's. A strategy that tries plans on the model (auto) has their

@@ -90,14 +90,15 @@ class ArtifactStore:
             raise DamagedArtifact(f"artifact {ref.uri} is gone; run again to make it anew")
         return {name: self.path(ref, name) for name in manifest.files}
 
-    def materialize(self, ref: ArtifactRef, directory: Path) -> Path:
+    def materialize(self, ref: ArtifactRef, directory: Path, *, beside: Mapping[str, Path] | None = None) -> Path:
         """Lay the artifact's files out under their names in `directory`, replacing what is there; returns it.
 
-        Large files are hard links where the file system allows. The directory appears whole or not at all, and
-        stays untouched where it holds exactly these files already.
+        Large files are hard links where the file system allows; the files `beside` (name → file) are copied to them.
+        The directory appears whole or not at all, and stays untouched where it holds exactly these files already.
         """
+        beside = beside or {}
         manifest = self.manifest(ref.stage, ref.key)
-        if manifest is not None and self._is_laid_out(manifest, directory):
+        if manifest is not None and self._is_laid_out(manifest, directory, beside):
             return directory
         partial = directory.with_name(f".{directory.name}.{uuid.uuid4().hex[:8]}")
         try:
@@ -105,15 +106,19 @@ class ArtifactStore:
                 target = partial / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 _link_or_copy(blob, target)
+            for name, file in beside.items():
+                shutil.copyfile(file, partial / name)
             _replace_directory(partial, directory)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         return directory
 
-    def _is_laid_out(self, manifest: Manifest, directory: Path) -> bool:
+    def _is_laid_out(self, manifest: Manifest, directory: Path, beside: Mapping[str, Path]) -> bool:
         there = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
-        return there == set(manifest.files) and all(
-            self._matches(directory / name, file) for name, file in manifest.files.items()
+        return (
+            there == {*manifest.files, *beside}
+            and all(self._matches(directory / name, file) for name, file in manifest.files.items())
+            and all((directory / name).read_bytes() == file.read_bytes() for name, file in beside.items())
         )
 
     # ── writing ──────────────────────────────────────────────────────────────────────────────────────────

@@ -16,7 +16,15 @@ from lmq.fisher import FISHER_SCHEMA
 from lmq.frobenius import FROBENIUS_SCHEMA
 from lmq.outliers import OUTLIERS_SCHEMA
 from lmq.plots import figure_png
-from lmq.report import ModelReport, PairedDifference, ReportData, StageTiming, build_report, report_pictures
+from lmq.report import (
+    ModelReport,
+    PairedDifference,
+    ReportData,
+    StageTiming,
+    build_report,
+    model_card,
+    report_pictures,
+)
 from lmq.results import FULL_PRECISION, UNIFORM, VariantResult, markdown_table, write_results
 from lmq.sensitivity import SENSITIVITY_SCHEMA
 from lmq.sequence_fisher import SEQUENCE_FISHER_SCHEMA
@@ -29,12 +37,13 @@ from lmq_tasks.stage import Job, JsonDict, library_versions, stage
 PICTURE_DOTS_PER_INCH = 110
 WARNINGS_FILE = "warnings.txt"
 """What makes measurements of the run unfair, a line each; empty when nothing does."""
+CARDS_FOLDER = "cards"
 _DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
-@stage("report", version=2, schema="report/1")
+@stage("report", version=3, schema="report/1")
 def report(job: Job) -> None:
-    """Write results.json, report.html, summary.md, warnings.txt and one CSV per allocation."""
+    """Write results.json, report.html, summary.md, warnings.txt, a CSV per allocation, a model card per checkpoint."""
     structures = {name: _structure(job, name) for name in job.config["models"]}
     variants = [_Variant(job, number, item, structures) for number, item in enumerate(job.config["variants"])]
     results = [variant.result for variant in variants]
@@ -57,8 +66,18 @@ def report(job: Job) -> None:
         digests={f"{name} weights": structure.weights_sha256 for name, structure in structures.items()},
     )
     (job.output / "report.html").write_text(build_report(data), encoding="utf-8")
+    for variant in variants:
+        if variant.result.checkpoint is not None:
+            card = job.output / card_file(variant.slug)
+            card.parent.mkdir(exist_ok=True)
+            card.write_text(model_card(data, variant.result), encoding="utf-8")
     for name, picture in report_pictures(data).items():
         figure_png(picture, job.output / f"{name}.png", dots_per_inch=PICTURE_DOTS_PER_INCH)
+
+
+def card_file(slug: str) -> str:
+    """File of the report that holds the model card of a variant."""
+    return f"{CARDS_FOLDER}/{slug}.md"
 
 
 class _Variant:

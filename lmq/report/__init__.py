@@ -1,7 +1,16 @@
-"""The report of a run: one HTML page with the answer, the evidence and the costs."""
+"""The report of a run: one HTML page with the answer, the evidence and the costs; a card for every checkpoint."""
 
+from lmq.report.card import model_card
 from lmq.report.data import ModelReport, PairedDifference, ReportData, StageTiming
 from lmq.report.page import build_report
 from lmq.report.pictures import report_pictures
 
-__all__ = ["ModelReport", "PairedDifference", "ReportData", "StageTiming", "build_report", "report_pictures"]
+__all__ = [
+    "ModelReport",
+    "PairedDifference",
+    "ReportData",
+    "StageTiming",
+    "build_report",
+    "model_card",
+    "report_pictures",
+]

@@ -73,7 +73,8 @@ def test_checkpoints_hold_what_the_solver_counted_and_open(finished):
     for result in read_results(config.run_dir / "results.json")[1:]:
         checkpoint = config.run_dir / result.checkpoint
         assert quantized_bytes(checkpoint) == result.size_bytes
-        assert sum(path.stat().st_size for path in checkpoint.iterdir()) == result.checkpoint_bytes
+        sizes = {path.name: path.stat().st_size for path in checkpoint.iterdir()}
+        assert sum(sizes.values()) - sizes["README.md"] == result.checkpoint_bytes
     model = lmq.load(config.run_dir / result.checkpoint, dtype=torch.float32)
     assert model(torch.arange(8)[None]).logits.isfinite().all()
 
@@ -84,6 +85,16 @@ def test_everything_a_run_promises_is_written(finished):
     assert {"results.json", "report.html", "config.yaml", "summary.md", "checkpoints"} <= names
     with (config.run_dir / "allocation-tiny-mxq-uniform-b4g64.csv").open() as stream:
         assert len(list(csv.DictReader(stream))) == 4 * 7
+
+
+def test_every_checkpoint_has_a_card_that_tells_nothing_of_this_machine(finished):
+    config, _, _ = finished
+    for result in read_results(config.run_dir / "results.json")[1:]:
+        card = (config.run_dir / result.checkpoint / "README.md").read_text()
+        assert f"# tiny, {result.label}" in card
+        assert f"| {result.label} | " in card
+        assert "/tmp" not in card
+        assert str(config.run_dir) not in card
 
 
 def test_artifacts_are_on_the_flow_run(finished):

@@ -122,6 +122,27 @@ def test_materialize_lays_files_out_and_replaces(store, tmp_path):
     ]
 
 
+def test_files_lie_beside_an_artifact_until_they_change(store, tmp_path):
+    with store.workspace() as folder:
+        (folder / "a.txt").write_text("a")
+        ref = store.publish(
+            stage="checkpoint", key="c", schema="directory/1", files={"a.txt": folder / "a.txt"}, algorithm_version=1
+        )
+    card, target = tmp_path / "card", tmp_path / "out"
+    card.write_text("first")
+    store.materialize(ref, target, beside={"README.md": card})
+    assert {path.name: path.read_text() for path in target.iterdir()} == {"a.txt": "a", "README.md": "first"}
+    made = target.stat().st_ino
+    store.materialize(ref, target, beside={"README.md": card})
+    assert target.stat().st_ino == made
+    card.write_text("second")
+    store.materialize(ref, target, beside={"README.md": card})
+    assert (target / "README.md").read_text() == "second"
+    store.materialize(ref, target)
+    assert [path.name for path in target.iterdir()] == ["a.txt"]
+    assert store.verify() == []
+
+
 @pytest.mark.parametrize("repetition", range(20))
 def test_many_writers_of_one_key_agree(tmp_path, repetition):
     store_url = str(tmp_path / "store")
