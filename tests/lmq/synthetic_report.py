@@ -203,7 +203,8 @@ def report_data(variants: int = 6) -> ReportData:
         results=[*results(count=variants), failed],
         models=[model_report(variants=variants)],
         stages=stages(),
-        config="models:\n  - {name: SmallLlama-135M, source: maker/small-llama@main}\nstrategies: [uniform, mxq, loss-aware]\nbudgets:\n  - uniform b4g64\n",
+        config="models:\n  - {name: SmallLlama-135M, source: maker/small-llama@main}\n"
+        "strategies: [uniform, mxq, loss-aware]\nbudgets:\n  - uniform b4g64\n",
         versions={"lmq": "0.1.0", "torch": "2.9.0", "transformers": "5.23.0"},
         digests={MODEL: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"},
     )
