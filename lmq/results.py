@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lmq.errors import InputError, NotFiniteError, unknown_name
+from lmq.task_scores import TaskScore, task_scores_from_json
 
 FULL_PRECISION = "full-precision"
 """Strategy name of the unquantized model."""
@@ -29,7 +30,12 @@ class VariantResult:
     tokens; `top1_agreement` is a share in 0..1; `tokens` were scored in `seconds`, in windows that `protocol` names.
     `objective`, `lower_bound` and `gap` are the solver's. A strategy that tries plans on the model (auto) has their
     divergence on the validation slice of the calibration text, its own and that of uniform at the same budget.
-    `error` is the message of a variant that failed. Raises NotFiniteError for NaN or infinity.
+    `error` is the message of a variant that failed.
+
+    `predicted_bytes` is what the weights take by the plan, unquantized tensors included. Memory and speed are of a
+    process of its own that opens the variant and generates: what the opened model adds to it (`memory_resident_bytes`),
+    the most it adds while it generates (`peak_generation_bytes`), and tokens per second; `performance_host` says on
+    what. `tasks` are zero-shot scores. Raises NotFiniteError for NaN or infinity.
     """
 
     model: str
@@ -54,6 +60,13 @@ class VariantResult:
     gap: float | None = None
     validation_divergence: float | None = None
     uniform_validation_divergence: float | None = None
+    predicted_bytes: int | None = None
+    memory_resident_bytes: int | None = None
+    peak_generation_bytes: int | None = None
+    prompt_tokens_per_second: float | None = None
+    generation_tokens_per_second: float | None = None
+    performance_host: str | None = None
+    tasks: tuple[TaskScore, ...] | None = None
     error: str | None = None
 
     def __post_init__(self) -> None:
@@ -201,6 +214,16 @@ _ALLOWED: dict[str, tuple[type, ...]] = {
     "float | None": (int, float, type(None)),
 }
 _FIELD_TYPES = {field.name: str(field.type) for field in fields(VariantResult)}
+_LATER_FIELDS = (
+    "predicted_bytes",
+    "memory_resident_bytes",
+    "peak_generation_bytes",
+    "prompt_tokens_per_second",
+    "generation_tokens_per_second",
+    "performance_host",
+    "tasks",
+)
+"""What results of earlier versions lack; there it was not measured."""
 
 
 def _from_json(item: object, where: str) -> VariantResult:
@@ -209,14 +232,19 @@ def _from_json(item: object, where: str) -> VariantResult:
     for key in item:
         if key not in _FIELD_TYPES:
             raise InputError(f"{where}: {unknown_name('key', str(key), _FIELD_TYPES)}; {_AGAIN}")
-    missing = [name for name in _FIELD_TYPES if name not in item]
+    missing = [name for name in _FIELD_TYPES if name not in item and name not in _LATER_FIELDS]
     if missing:
         raise InputError(f"{where} has no {', '.join(missing)}; {_AGAIN}")
-    return VariantResult(**{name: _checked(item[name], name, where) for name in _FIELD_TYPES})
+    return VariantResult(**{name: _checked(item.get(name), name, where) for name in _FIELD_TYPES})
 
 
 def _checked(value: Any, name: str, where: str) -> Any:
     expected = _FIELD_TYPES[name]
+    if name == "tasks":
+        try:
+            return None if value is None else task_scores_from_json(value)
+        except InputError as error:
+            raise InputError(f"{where}: tasks: {error}; {_AGAIN}") from error
     if isinstance(value, bool) or not isinstance(value, _ALLOWED[expected]):
         raise InputError(f"{where}: {name} = {value!r} is not {expected.replace('None', 'null')}; {_AGAIN}")
     return value

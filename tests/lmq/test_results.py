@@ -19,6 +19,7 @@ from lmq.results import (
     results_table,
     write_results,
 )
+from lmq.task_scores import TaskScore
 
 FULL = VariantResult(
     model="m", strategy="full-precision", bits_per_weight=16.0, checkpoint_bytes=269_060_552, perplexity=29.19
@@ -55,6 +56,9 @@ def test_round_trip_keeps_what_was_not_measured_as_null(tmp_path):
         perplexity=st.none() | st.floats(allow_nan=False, allow_infinity=False),
         tokens=st.none() | st.integers(0, 2**53),
         error=st.none() | st.text(),
+        memory_resident_bytes=st.none() | st.integers(0, 2**53),
+        tasks=st.none()
+        | st.lists(st.builds(TaskScore, task=st.text(), value=st.none() | st.floats(0, 1)), max_size=2).map(tuple),
     )
 )
 def test_any_record_survives_the_file(tmp_path_factory, result):
@@ -85,6 +89,8 @@ def test_values_that_are_not_finite_are_refused(value):
         ({"tokens": 3.5}, "tokens = 3.5 is not int | null"),
         ({"tokens": True}, "tokens = True is not int | null"),
         ({"model": None}, "model = None is not str"),
+        ({"tasks": [{"task": "piqa"}]}, "a task score has the keys"),
+        ({"tasks": "piqa"}, "a list of task scores was expected"),
     ],
 )
 def test_a_file_of_another_version_is_refused(tmp_path, change, message):
@@ -110,6 +116,14 @@ def test_a_damaged_file_is_refused(tmp_path, content, message):
     path.write_text(content)
     with pytest.raises(InputError, match=message):
         read_results(path)
+
+
+def test_what_an_earlier_version_did_not_measure_is_null(tmp_path):
+    path = tmp_path / "results.json"
+    later = {name for name in asdict(MIXED) if name.startswith(("memory", "peak", "performance", "predicted"))}
+    later |= {"tasks", "prompt_tokens_per_second", "generation_tokens_per_second"}
+    path.write_text(json.dumps([{key: value for key, value in asdict(MIXED).items() if key not in later}]))
+    assert read_results(path) == [MIXED]
 
 
 def test_a_missing_file_is_named(tmp_path):
