@@ -137,12 +137,19 @@ def _model_rows(config: RunConfig) -> Iterator[str]:
         losses = judge.losses(choice)
         if variant.strategy is not None and variant.strategy.name == "uniform":
             uniform = losses
-        yield _row(variant, choice, losses, uniform, full)
+        yield _row(variant, models[0], choice, losses, uniform, full)
 
 
-def _row(variant: Variant, choice: Choice, losses: np.ndarray, uniform: np.ndarray, full: np.ndarray) -> str:
+def _row(
+    variant: Variant,
+    model: PreparedModel,
+    choice: Choice,
+    losses: np.ndarray,
+    uniform: np.ndarray,
+    full: np.ndarray,
+) -> str:
     """One row; `losses`, `uniform` and `full` are nats per token of every evaluation window."""
-    structure = variant.model.structure
+    structure = model.structure
     assert variant.strategy is not None
     size_bytes = sum(choice[module.id].size_bytes(module.parameters) for module in structure.modules)
     gap, gain = float((uniform - full).mean()), uniform - losses
@@ -150,7 +157,7 @@ def _row(variant: Variant, choice: Choice, losses: np.ndarray, uniform: np.ndarr
     size = (variant.budget or "").removeprefix("uniform ")
     bits_per_weight = 8 * size_bytes / structure.parameters
     return (
-        f"| {variant.model.config.name} | {size} | {variant.strategy.label} | {bits_per_weight:.3f} "
+        f"| {model.config.name} | {size} | {variant.strategy.label} | {bits_per_weight:.3f} "
         f"| {math.exp(losses.mean()):.2f} | {closed:.1f} ± {error:.1f} % |"
     )
 

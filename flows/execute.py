@@ -18,6 +18,7 @@ from prefect.states import State
 
 from lmq.errors import InputError
 from lmq_flows.graph import Graph, Node, resolve_inputs
+from lmq_flows.records import record_storage
 from lmq_storage import ArtifactRef
 from lmq_tasks.engine import BAD_INPUT, DAMAGED_INPUT, stage_task
 from lmq_tasks.stage import open_store, stage_key
@@ -88,7 +89,11 @@ class _Walk:
         key = stage_key(store, node.stage, node.config, resolve_inputs(node, refs))
         if store.find(node.stage.name, key) is not None:
             self._was_there.add(node)
-        task = stage_task(node.stage.name).with_options(refresh_cache=node not in self._was_there)
+        task = stage_task(node.stage.name).with_options(
+            refresh_cache=node not in self._was_there,
+            result_storage=record_storage(node.site.store_url),
+            tags=node.tags,
+        )
         self._watch(node, None)
         future = task.submit(
             label=f"{node.stage.name} {node.label}",

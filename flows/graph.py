@@ -15,7 +15,7 @@ class Node:
     """One stage applied to one thing: a layer, a variant, a model.
 
     `inputs` are nodes, files of nodes, finished artifacts, or lists of them. `expected_bytes` is what the
-    artifact is expected to keep on disk, None when that is not known beforehand.
+    artifact is expected to keep on disk, None when that is not known beforehand. `tags` find its task in the UI.
     """
 
     stage: Stage
@@ -25,6 +25,7 @@ class Node:
     site: Site
     expected_bytes: int | None = None
     variant: str | None = None
+    tags: tuple[str, ...] = ()
     parents: list[Node] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -63,9 +64,10 @@ class Graph:
         inputs: dict[str, Input | list[Input]] | None = None,
         expected_bytes: int | None = None,
         variant: str | None = None,
+        tags: tuple[str, ...] = (),
     ) -> Node:
         """Append a node and return it."""
-        node = Node(stage, label, config or {}, inputs or {}, site, expected_bytes, variant)
+        node = Node(stage, label, config or {}, inputs or {}, site, expected_bytes, variant, tags)
         self.nodes.append(node)
         return node
 

@@ -1,4 +1,4 @@
-"""Names made from labels: what a person reads in the UI, and what a file system takes."""
+"""Names made from labels, as a file system takes them."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from lmq.allocation import check_feasible_program
 from lmq.budget import Budget, check_feasible, module_sizes
+from lmq.errors import InputError
 from lmq.module_divergence import default_specs
 from lmq.quant_spec import QuantSpec
 from lmq.strategies import strategy
@@ -20,12 +21,16 @@ FULL_PRECISION = "full-precision"
 
 @dataclass(kw_only=True)
 class Variant:
-    """A model × strategy × budget with the nodes that make it; full precision has no allocation."""
+    """A model × strategy × budget with the nodes that make it; full precision has no allocation.
 
-    model: PreparedModel
-    strategy: StrategyConfig | None
-    budget: str | None
-    budget_bytes: int | None
+    `error` says why there are no nodes: the budget cannot be met, or the model cannot be used.
+    """
+
+    model: str
+    strategy: StrategyConfig | None = None
+    budget: str | None = None
+    budget_bytes: int | None = None
+    error: str | None = None
     allocation: Node | None = None
     checkpoint: Node | None = None
     evaluation: Node | None = None
@@ -35,8 +40,14 @@ class Variant:
     def label(self) -> str:
         """`smollm2 loss-aware @ uniform b4g64`."""
         if self.strategy is None:
-            return f"{self.model.config.name} {FULL_PRECISION}"
-        return f"{self.model.config.name} {self.strategy.label} @ {self.budget}"
+            return f"{self.model} {FULL_PRECISION}"
+        return f"{self.model} {self.strategy.label} @ {self.budget}"
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """What finds the variant's tasks in the UI."""
+        chosen = () if self.strategy is None else (f"strategy:{self.strategy.label}", f"budget:{self.budget}")
+        return (f"model:{self.model}", *chosen)
 
 
 @dataclass(kw_only=True)
@@ -61,17 +72,38 @@ class Measurements:
     """Inputs of the stage that tries plans on the model, beside the tables of its candidates."""
 
 
-def resolve_budgets(config: RunConfig, model: PreparedModel) -> dict[str, int]:
-    """Bytes of every budget for a model. Raises InfeasibleBudget or InputError before anything is measured."""
-    budgets = {text: Budget.parse(text).resolve(model.structure) for text in config.budgets}
-    for text, budget_bytes in budgets.items():
+def resolve_budgets(config: RunConfig, model: PreparedModel) -> dict[str, int | InputError]:
+    """Bytes of every budget for a model, or why it cannot be met; before anything is measured.
+
+    Raises InfeasibleBudget or InputError when not one of them can.
+    """
+    budgets = {text: _resolved(config, model, text) for text in config.budgets}
+    problems = [found for found in budgets.values() if isinstance(found, InputError)]
+    if len(problems) == len(budgets):
+        raise problems[0]
+    return budgets
+
+
+def _resolved(config: RunConfig, model: PreparedModel, text: str) -> int | InputError:
+    try:
+        budget_bytes = Budget.parse(text).resolve(model.structure)
         what = f"the budget {text!r} of model {model.config.name}"
         check_feasible(budget_bytes, model.structure, model.menu, what=what)
         if config.kept_constraints.plain:
             modules = model.structure.modules
             constraints = config.kept_constraints.parsed().compile(modules, model.menu)
             check_feasible_program(module_sizes(modules, model.menu), budget_bytes, constraints)
-    return budgets
+    except InputError as error:
+        return error
+    return budget_bytes
+
+
+def failed_variants(config: RunConfig, model: str, error: str) -> list[Variant]:
+    """The variants of a model that cannot be used."""
+    found = [Variant(model=model, error=error)]
+    for text in config.budgets:
+        found += [Variant(model=model, strategy=item, budget=text, error=error) for item in config.strategies]
+    return found
 
 
 def build_graph(
@@ -158,18 +190,23 @@ class _ModelGraph(ModelNodes):
         seen = (1 + max(0, evaluation.tokens - evaluation.window) // evaluation.stride) * evaluation.window
         keep = seen * self.model.structure.hidden_size * FLOAT32_BYTES
         reference = self.add("reference", FULL_PRECISION, windows, {"tokens": tokens}, expected_bytes=keep)
-        found = [Variant(model=self.model, strategy=None, budget=None, budget_bytes=None, evaluation=reference)]
-        for text, budget_bytes in resolve_budgets(self._config, self.model).items():
+        name = self.model.config.name
+        found = [Variant(model=name, evaluation=reference)]
+        for text, budget in resolve_budgets(self._config, self.model).items():
             for item in self._config.strategies:
-                variant = Variant(model=self.model, strategy=item, budget=text, budget_bytes=budget_bytes)
-                self._add_variant(variant, tokens, reference, windows)
+                variant = Variant(model=name, strategy=item, budget=text)
+                if isinstance(budget, InputError):
+                    variant.error = str(budget)
+                else:
+                    variant.budget_bytes = budget
+                    self._add_variant(variant, tokens, reference, windows)
                 found.append(variant)
         return found
 
     def _add_variant(self, variant: Variant, tokens: Node, reference: Node, windows: dict[str, int]) -> None:
         assert variant.strategy is not None
         what = f"{variant.strategy.label} @ {variant.budget}"
-        label = variant.label
+        own: dict[str, Any] = {"variant": variant.label, "tags": variant.tags}
         chosen = strategy(variant.strategy.name, **variant.strategy.options)
         needs = chosen.needs
         config = {
@@ -187,13 +224,13 @@ class _ModelGraph(ModelNodes):
         if "trials" in needs:
             stage = "refine"
             inputs |= self.measurements.trials
-        variant.allocation = self.add(stage, what, config, inputs, variant=label)
+        variant.allocation = self.add(stage, what, config, inputs, **own)
         for layer, frobenius in enumerate(self.measurements.frobenius):
             choice = FileOf(variant.allocation, layer_choice_file(layer))
             inputs = {"choice": choice, "frobenius": frobenius}
             expected = (variant.budget_bytes or 0) // self.model.structure.layers
             node = self.add(
-                "quantize", f"{what} layer {layer}", {"layer": layer}, inputs, expected_bytes=expected, variant=label
+                "quantize", f"{what} layer {layer}", {"layer": layer}, inputs, expected_bytes=expected, **own
             )
             variant.quantized.append(node)
         choice = FileOf(variant.allocation, "choice.json")
@@ -203,10 +240,10 @@ class _ModelGraph(ModelNodes):
             {"quantizer": self._config.quantizer},
             {"choice": choice, "quantized": list(variant.quantized)},
             expected_bytes=self.model.structure.other_bytes,
-            variant=label,
+            **own,
         )
         inputs = {"tokens": tokens, "reference": reference, "checkpoint": variant.checkpoint}
-        variant.evaluation = self.add("evaluate", what, windows, inputs, variant=label)
+        variant.evaluation = self.add("evaluate", what, windows, inputs, **own)
 
 
 def layer_choice_file(layer: int) -> str:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from lmq.errors import InputError
+from lmq_flows.config_sections import ModelConfig
 from lmq_flows.execute import Outcome, Watcher
+from lmq_flows.failures import failure_of_all
 from lmq_flows.graph import Graph, Node, resolve_inputs
 from lmq_flows.pipeline import PreparedModel, TextIdentity, build_graph, resolve_budgets
 from lmq_flows.plan import PlannedNode, plan_graph
 from lmq_flows.prepare import (
+    absolute_store_url,
     check_directory,
     check_texts,
+    identify_model,
     identify_models,
     identify_texts,
     preparation_graph,
@@ -20,6 +25,7 @@ from lmq_flows.prepare import (
 )
 from lmq_flows.run_config import RunConfig
 from lmq_storage import ArtifactRef
+from lmq_tasks.retries import is_transient
 from lmq_tasks.stage import open_store, run_stage, stage_key
 
 
@@ -47,24 +53,39 @@ def execute_directly(
 def check_run(config: RunConfig) -> None:
     """Refuse what can be refused before Prefect starts and anything is measured. Raises InputError.
 
-    Models that must be converted first are checked once they are. Reads no weights.
+    That is a run of which no variant can be made; where some can, the others fail by name in the run. Models that must
+    be converted first are checked once they are. Reads no weights.
     """
     check_directory(config.run_dir, "runs_dir")
-    _Ready.of(config)
+    try:
+        _Ready.of(config)
+    except InputError as error:
+        if not is_transient(error):  # the run tries to reach the hub again, later and later
+            raise
 
 
-def plan_run(config: RunConfig) -> tuple[list[PlannedNode], list[str]]:
-    """What a run would do, and the names of models that must be converted before more can be said.
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """What a run would do: its nodes, models that must be converted before more can be said, what would fail."""
 
-    A model that needs no conversion is inspected on the way, which reads no weights. Raises InputError as a
-    run would.
+    nodes: list[PlannedNode]
+    to_convert: list[str]
+    problems: list[str]
+
+
+def plan_run(config: RunConfig) -> RunPlan:
+    """What a run would do.
+
+    A model that needs no conversion is inspected on the way, which reads no weights. Raises InputError when no
+    variant of the run could be made.
     """
     ready = _Ready.of(config)
-    planned = ready.preparation
+    nodes, problems = ready.preparation, [str(error) for error in ready.problems]
     if ready.models:
-        whole, _, _ = build_graph(config, ready.models, ready.texts)
-        planned = planned + plan_graph(whole)
-    return planned, ready.to_convert
+        whole, variants, _ = build_graph(config, ready.models, ready.texts)
+        nodes = nodes + plan_graph(whole)
+        problems += dict.fromkeys(variant.error for variant in variants if variant.error)
+    return RunPlan(nodes=nodes, to_convert=ready.to_convert, problems=problems)
 
 
 def ready_models(config: RunConfig) -> tuple[list[PreparedModel], dict[str, TextIdentity]]:
@@ -78,30 +99,41 @@ def ready_models(config: RunConfig) -> tuple[list[PreparedModel], dict[str, Text
     return ready.models, ready.texts
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class _Ready:
     """What a run starts from, as far as it can be had without a conversion, and checked."""
 
     texts: dict[str, TextIdentity]
-    preparation: list[PlannedNode]
-    models: list[PreparedModel]
-    to_convert: list[str]
+    preparation: list[PlannedNode] = field(default_factory=list)
+    models: list[PreparedModel] = field(default_factory=list)
+    to_convert: list[str] = field(default_factory=list)
+    problems: list[InputError] = field(default_factory=list)
 
     @classmethod
     def of(cls, config: RunConfig) -> _Ready:
+        """Look at every model. Raises InputError when none can be used."""
         device = resolve_device(config.runner.device)
-        texts = identify_texts(config)
-        identified = identify_models(config)
-        preparation = plan_graph(preparation_graph(config, identified)[0])
-        to_convert = {item.node.label for item in preparation if item.node.stage.name == "convert" and not item.cached}
-        models = []
-        for model in identified:
-            if model.config.name in to_convert:
-                continue
-            only, nodes = preparation_graph(config, [model])
-            node = nodes[model.config.name]
-            models.append(prepared_model(config, model.config, node, execute_directly(only)[node], device))
-        for ready in models:
+        check_directory(open_store(absolute_store_url(config.store)).local_dir, "store")
+        ready = cls(texts=identify_texts(config))
+        for model in config.models:
+            try:
+                ready._add(config, model, device)
+            except InputError as error:
+                ready.problems.append(error)
+        if len(ready.problems) == len(config.models):
+            raise failure_of_all(ready.problems)
+        check_texts(config, ready.models)
+        return ready
+
+    def _add(self, config: RunConfig, model: ModelConfig, device: str) -> None:
+        identified = identify_model(config, model)
+        graph, nodes = preparation_graph(config, [identified])
+        planned = plan_graph(graph)
+        if any(item.node.stage.name == "convert" and not item.cached for item in planned):
+            self.to_convert.append(model.name)
+        else:
+            node = nodes[model.name]
+            ready = prepared_model(config, model, node, execute_directly(graph)[node], device)
             resolve_budgets(config, ready)
-        check_texts(config, models)
-        return cls(texts=texts, preparation=preparation, models=models, to_convert=sorted(to_convert))
+            self.models.append(ready)
+        self.preparation += planned

@@ -92,14 +92,16 @@ class IdentifiedModel:
 
 def identify_models(config: RunConfig) -> list[IdentifiedModel]:
     """Find every model of a run. Raises InputError for one that is missing or not what was expected."""
+    return [identify_model(config, model) for model in config.models]
+
+
+def identify_model(config: RunConfig, model: ModelConfig) -> IdentifiedModel:
+    """Find a model. Raises InputError when it is missing or not what was expected."""
     store = open_store(absolute_store_url(config.store))
     check_directory(store.local_dir, "store")
-    found = []
-    for model in config.models:
-        located = locate(ModelSource.parse(model.source, model.sha256))
-        sha256 = source_digest(located, store.local_dir / "digests.json")
-        found.append(IdentifiedModel(config=model, located=located, sha256=sha256))
-    return found
+    located = locate(ModelSource.parse(model.source, model.sha256))
+    sha256 = source_digest(located, store.local_dir / "digests.json")
+    return IdentifiedModel(config=model, located=located, sha256=sha256)
 
 
 def preparation_graph(config: RunConfig, models: list[IdentifiedModel]) -> tuple[Graph, dict[str, Node]]:

@@ -15,6 +15,7 @@ from prefect.states import Failed, State
 
 from lmq.errors import InputError, LmqError
 from lmq_storage import DamagedArtifact, StoreError
+from lmq_tasks.retries import UNAVAILABLE, is_transient, retry_options
 from lmq_tasks.stage import JsonDict, Site, run_stage
 
 GPU_LIMIT = "lmq-gpu"
@@ -46,6 +47,7 @@ def stage_task(name: str) -> Task[..., Any]:
         persist_result=True,
         result_serializer="json",
         log_prints=False,
+        **retry_options(),
     )
     def run(label: str, key: str, site: JsonDict, config: JsonDict, inputs: JsonDict) -> JsonDict | State[Any]:
         try:
@@ -53,11 +55,19 @@ def stage_task(name: str) -> Task[..., Any]:
                 return run_stage(stage, key, Site.from_json(site), config, inputs).to_json()
         except DamagedArtifact as error:
             return Failed(name=DAMAGED_INPUT, message=str(error))
-        except (LmqError, StoreError) as error:
-            name = BAD_INPUT if isinstance(error, InputError) else "Failed"
-            return Failed(name=name, message=f"{label}: {error}")
+        except Exception as error:
+            if not is_transient(error) and not isinstance(error, LmqError | StoreError):
+                raise
+            return Failed(name=failed_name(error), message=f"{label}: {error}")
 
     return run
+
+
+def failed_name(error: Exception) -> str:
+    """Name of the state of a task that ended with this error; it says whether trying again can help."""
+    if is_transient(error):
+        return UNAVAILABLE
+    return BAD_INPUT if isinstance(error, InputError) else "Failed"
 
 
 @contextmanager

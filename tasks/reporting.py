@@ -89,9 +89,9 @@ class _Variant:
         prefix = f"variant {number} "
         self.windows = _rows(job, prefix + "evaluation", "windows.parquet", WINDOWS_SCHEMA)
         self.allocation = _rows(job, prefix + "allocation", "allocation.parquet", ALLOCATION_SCHEMA)
-        self.result = self._result(job, prefix, structures[item["model"]])
+        self.result = self._result(job, prefix, structures.get(item["model"]))
 
-    def _result(self, job: Job, prefix: str, structure: ModelStructure) -> VariantResult:
+    def _result(self, job: Job, prefix: str, structure: ModelStructure | None) -> VariantResult:
         evaluation = summarize(self.windows) if self.windows else None
         measured, note = _measured(evaluation)
         item = self.item
@@ -133,8 +133,11 @@ def _measured(evaluation: Evaluation | None) -> tuple[dict[str, Any], str | None
 
 
 def _size(
-    job: Job, prefix: str, structure: ModelStructure, allocation: Sequence[JsonDict], is_reference: bool
+    job: Job, prefix: str, structure: ModelStructure | None, allocation: Sequence[JsonDict], is_reference: bool
 ) -> dict[str, Any]:
+    """Sizes of a variant, as far as they are known: of a model that could not be used there are none."""
+    if structure is None:
+        return {}
     if is_reference:
         size_bytes = structure.parameters * _DTYPE_BYTES[structure.dtype]
         checkpoint_bytes: int | None = size_bytes + structure.other_bytes

@@ -54,10 +54,12 @@ def plan_command(arguments: argparse.Namespace) -> int:
     """Print what a run would do."""
     from lmq_flows.planning import plan_run
 
-    planned, unknown = plan_run(_load(arguments))
-    _print_plan(planned, by_layer=arguments.layers)
-    for name in unknown:
+    plan = plan_run(_load(arguments))
+    _print_plan(plan.nodes, by_layer=arguments.layers)
+    for name in plan.to_convert:
         console.print(f"{name} is converted first; what follows is planned once that is done", highlight=False)
+    for problem in plan.problems:
+        console.print(f"would fail: {problem}", style="yellow", highlight=False, markup=False, soft_wrap=True)
     return 0
 
 

@@ -235,7 +235,7 @@ def test_a_failed_variant_leaves_the_others(server, tiny_llama, tmp_path, monkey
     config = tiny_config(tiny_llama, tmp_path, strategies=["uniform", "mxq"])
     done = run_and_look(config)
     assert done.state.is_failed()
-    assert "2 of 3 variants" in done.state.message
+    assert "1 of 2 variants; failed: allocate tiny mxq @ uniform b4g64: the solver is on strike" in done.state.message
     results = {result.strategy: result for result in read_results(config.run_dir / "results.json")}
     assert "on strike" in results["mxq"].error
     assert results["mxq"].perplexity is None
