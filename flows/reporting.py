@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from lmq.errors import LmqError
+from lmq_flows.config_sections import MEASUREMENTS
 from lmq_flows.graph import Graph, Input, Node
 from lmq_flows.measured_tables import write_measured_tables
 from lmq_flows.model_run import ModelOutcome, execute_with_progress
@@ -22,7 +23,7 @@ from lmq_tasks import STAGES
 from lmq_tasks.reporting import CARDS_FOLDER, card_file
 from lmq_tasks.stage import Site, open_store
 
-_SIGNALS = ("kurtosis", "sensitivity", "frobenius", "fisher", "sequence_fisher")
+_MEASURED = (*MEASUREMENTS, "frobenius")
 
 
 def make_report(config: RunConfig, models: Sequence[ModelOutcome]) -> ArtifactRef:
@@ -119,7 +120,7 @@ def _model_inputs(model: ModelOutcome) -> dict[str, Input | list[Input]]:
         f"{model.name} structure": model.model.structure_ref,
         f"{model.name} all": there(list(model.outcomes)),
     }
-    for signal in _SIGNALS:
+    for signal in _MEASURED:
         nodes = getattr(model.measurements, signal)
         if nodes and len(found := there(nodes)) == len(nodes):
             inputs[f"{model.name} {signal}"] = found
@@ -139,6 +140,7 @@ def _config_text(config: RunConfig, exclude: set[str] | None = None) -> str:
 
 
 def _copy_atomically(source: Path, target: Path) -> None:
+    target.parent.mkdir(exist_ok=True)
     partial = target.with_name(f".{target.name}.partial")
     try:
         shutil.copyfile(source, partial)

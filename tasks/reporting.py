@@ -9,15 +9,9 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from lmq.allocation import ALLOCATION_SCHEMA
-from lmq.coarse_grid import CoarseGrid, coarse_grid_warnings
-from lmq.error_table import ErrorTable
 from lmq.evaluation import WINDOWS_SCHEMA, Evaluation, paired_difference, summarize
-from lmq.fisher import FISHER_SCHEMA
-from lmq.frobenius import FROBENIUS_SCHEMA
-from lmq.outliers import OUTLIERS_SCHEMA
 from lmq.plots import figure_png
 from lmq.report import (
-    ModelReport,
     PairedDifference,
     ReportData,
     StageTiming,
@@ -26,12 +20,8 @@ from lmq.report import (
     report_pictures,
 )
 from lmq.results import FULL_PRECISION, UNIFORM, VariantResult, markdown_table, write_results
-from lmq.sensitivity import SENSITIVITY_SCHEMA
-from lmq.sequence_fisher import SEQUENCE_FISHER_SCHEMA
-from lmq.structure import ModelStructure, ModuleId
-from lmq.tables import TableSchema, read_rows
-from lmq.weight_statistics import WEIGHT_STATISTICS_SCHEMA
-from lmq_tasks.planning import spec_of
+from lmq.structure import ModelStructure
+from lmq_tasks.report_tables import model_report, rows_of
 from lmq_tasks.stage import Job, JsonDict, library_versions, stage
 
 PICTURE_DOTS_PER_INCH = 110
@@ -52,7 +42,9 @@ def report(job: Job) -> None:
     for variant in variants:
         if variant.allocation:
             _write_csv(job, variant)
-    models = [_model_report(job, name, structures[name], variants) for name in structures]
+    models = [
+        model_report(job, name, structure, _allocations(name, variants)) for name, structure in structures.items()
+    ]
     warnings = [f"{model.name}: {warning}\n" for model in models for warning in model.warnings]
     (job.output / WARNINGS_FILE).write_text("".join(warnings))
     data = ReportData(
@@ -80,6 +72,11 @@ def card_file(slug: str) -> str:
     return f"{CARDS_FOLDER}/{slug}.md"
 
 
+def _allocations(model: str, variants: Sequence[_Variant]) -> dict[str, list[JsonDict]]:
+    own = [variant for variant in variants if variant.item["model"] == model and variant.allocation]
+    return {variant.result.label: variant.allocation for variant in own}
+
+
 class _Variant:
     """One variant's measured windows and allocation, and the record made of them."""
 
@@ -87,8 +84,8 @@ class _Variant:
         self.item = item
         self.slug = item["slug"]
         prefix = f"variant {number} "
-        self.windows = _rows(job, prefix + "evaluation", "windows.parquet", WINDOWS_SCHEMA)
-        self.allocation = _rows(job, prefix + "allocation", "allocation.parquet", ALLOCATION_SCHEMA)
+        self.windows = rows_of(job, prefix + "evaluation", "windows.parquet", WINDOWS_SCHEMA)
+        self.allocation = rows_of(job, prefix + "allocation", "allocation.parquet", ALLOCATION_SCHEMA)
         self.result = self._result(job, prefix, structures.get(item["model"]))
 
     def _result(self, job: Job, prefix: str, structure: ModelStructure | None) -> VariantResult:
@@ -173,52 +170,6 @@ def _seconds(job: Job, name: str) -> float | None:
 
 def _structure(job: Job, model: str) -> ModelStructure:
     return ModelStructure.from_json(json.loads(job.input(f"{model} structure", "structure.json").read_text()))
-
-
-def _rows(job: Job, name: str, file: str, schema: TableSchema) -> list[JsonDict]:
-    return read_rows(job.input(name, file), schema) if job.has(name) else []
-
-
-def _layer_rows(job: Job, model: str, signal: str, schema: TableSchema, file: str | None = None) -> list[JsonDict]:
-    name = f"{model} {signal}"
-    if not job.has(name):
-        return []
-    return [row for path in job.inputs(name, file or f"{signal}.parquet") for row in read_rows(path, schema)]
-
-
-def _model_report(job: Job, name: str, structure: ModelStructure, variants: Sequence[_Variant]) -> ModelReport:
-    frobenius = _layer_rows(job, name, "frobenius", FROBENIUS_SCHEMA)
-    sequence_fisher = _layer_rows(job, name, "sequence_fisher", SEQUENCE_FISHER_SCHEMA, "fisher.parquet")
-    fisher = sequence_fisher or _layer_rows(job, name, "fisher", FISHER_SCHEMA)
-    kurtosis = _layer_rows(job, name, "kurtosis", WEIGHT_STATISTICS_SCHEMA)
-    own = [variant for variant in variants if variant.item["model"] == name and variant.allocation]
-    return ModelReport(
-        name=name,
-        structure=structure,
-        kurtosis=kurtosis,
-        sensitivity=_layer_rows(job, name, "sensitivity", SENSITIVITY_SCHEMA),
-        outliers=_rows(job, f"{name} outliers", "outliers.parquet", OUTLIERS_SCHEMA),
-        frobenius=ErrorTable.from_rows(frobenius, "frobenius_error") if frobenius else None,
-        fisher=ErrorTable.from_rows(fisher, "fisher") if fisher else None,
-        allocations={variant.result.label: variant.allocation for variant in own},
-        warnings=_coarse_grid_warnings(job, name, kurtosis, frobenius),
-    )
-
-
-def _coarse_grid_warnings(
-    job: Job, name: str, statistics: Sequence[JsonDict], frobenius: Sequence[JsonDict]
-) -> list[str]:
-    """Sentences about measured configurations that the source's own quantization makes unfair."""
-    if not statistics or not frobenius:
-        return []
-    found = {
-        ModuleId(row["layer"], row["kind"]): row["grid_bits"] and CoarseGrid(row["grid_bits"], row["grid_group_size"])
-        for row in statistics
-    }
-    ref = job.refs(f"{name} frobenius")[0]
-    manifest = job.store.manifest(ref.stage, ref.key)
-    axis = manifest.config["quantizer"]["axis"] if manifest else 1
-    return coarse_grid_warnings(found, sorted({spec_of(row) for row in frobenius}), axis=axis)
 
 
 def _paired(variants: Sequence[_Variant]) -> list[PairedDifference]:

@@ -31,13 +31,14 @@ INK = Colour("ink", "#1b1f24", "#e7e9ec")
 MUTED = Colour("muted", "#5c6570", "#9aa4b0")
 RULE = Colour("rule", "#dfe3e8", "#30363e")
 SURFACE = Colour("surface", "#fdfdfc", "#14171b")
+ALERT = Colour("alert", "#b34700", "#ff9a5c")
 
 SERIES = (
     Colour("series-0", "#0072b2", "#4fb3ee"),
     Colour("series-1", "#d55e00", "#ff8f4a"),
     Colour("series-2", "#009e73", "#3ccfa4"),
     Colour("series-3", "#b8578f", "#e69ac4"),
-    Colour("series-4", "#c98a00", "#f2b632"),
+    Colour("series-4", "#b57c00", "#f2b632"),
     Colour("series-5", "#3f9bd0", "#9bd4f7"),
 )
 MARKERS = ("o", "^", "D", "v", "P", "s")
@@ -72,15 +73,22 @@ RAMP = _ramp()
 DIVERGING = _diverging()
 """Fewer bits (orange), the same (grey), more bits (blue)."""
 
-ALL = (INK, MUTED, RULE, SURFACE, *SERIES, *RAMP, *DIVERGING)
+ALL = (INK, MUTED, RULE, SURFACE, ALERT, *SERIES, *RAMP, *DIVERGING)
 BY_LIGHT = {colour.light: colour for colour in ALL}
 
 
 def theme_css() -> str:
-    """CSS that defines every colour for light and dark pages; print is always light."""
+    """CSS that defines every colour for light and dark pages; print is always light.
+
+    The reader's system chooses, unless the root element has `data-theme="light"` or `"dark"`.
+    """
     light = "".join(f"--{colour.name}:{colour.light};" for colour in ALL)
     dark = "".join(f"--{colour.name}:{colour.dark};" for colour in ALL)
-    return f":root{{{light}}}\n@media screen and (prefers-color-scheme:dark){{:root{{{dark}}}}}\n"
+    return (
+        f":root{{{light}}}\n"
+        f"@media screen and (prefers-color-scheme:dark){{:root:not([data-theme=light]){{{dark}}}}}\n"
+        f"@media screen{{:root[data-theme=dark]{{{dark}}}}}\n"
+    )
 
 
 def ramp_colour(rank: int, count: int) -> Colour:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -30,24 +30,24 @@ def layer_curve(
     _scale(axes, measured, len(values))
     heights = [float("nan") if value is None else value for value in values]
     axes.plot(range(len(values)), heights, color=SERIES[0].light, linewidth=1.6, marker="o", markersize=2.6)
-    marked = [layer for layer in sorted(outlier_layers) if values[layer] is not None]
-    axes.plot(
-        marked,
-        [heights[layer] for layer in marked],
-        linestyle="none",
-        marker="o",
-        markersize=8.5,
-        markerfacecolor="none",
-        markeredgecolor=SERIES[1].light,
-        markeredgewidth=1.6,
-    )
-    for layer in marked:
-        _mark(axes, layer, heights[layer], len(values))
+    _ring(axes, {layer: heights[layer] for layer in outlier_layers if values[layer] is not None}, len(values))
     return figure
 
 
-def cost_curves(table: ErrorTable, kind: str, *, specs: Sequence[QuantSpec], layers: int, title: str) -> Figure:
-    """Cost of the modules of one kind over the layers, one line per configuration, on a log scale."""
+def cost_curves(
+    table: ErrorTable,
+    kind: str,
+    *,
+    specs: Sequence[QuantSpec],
+    layers: int,
+    title: str,
+    ringed: QuantSpec | None = None,
+    outlier_layers: Collection[int] = (),
+) -> Figure:
+    """Cost of the modules of one kind over the layers, one line per configuration, on a log scale.
+
+    `outlier_layers` are ringed and numbered on the line of `ringed`. Costs of 0 and below leave a gap.
+    """
     figure, axes = _panel(title, f"cost of {kind} over {layers} layers at {', '.join(map(str, specs))}")
     rows = [(row, module.layer) for row, module in enumerate(table.modules) if module.kind == kind]
     lines = {spec: [float(table.cost[row, table.specs.index(spec)]) for row, _ in rows] for spec in specs}
@@ -61,6 +61,9 @@ def cost_curves(table: ErrorTable, kind: str, *, specs: Sequence[QuantSpec], lay
     for colour, (_, line) in zip(SERIES, lines.items(), strict=False):
         shown = [value if value > 0 else float("nan") for value in line]
         axes.plot([layer for _, layer in rows], shown, color=colour.light, linewidth=1.6)
+    if ringed is not None:
+        heights = {layer: value for (_, layer), value in zip(rows, lines[ringed], strict=True) if value > 0}
+        _ring(axes, {layer: heights[layer] for layer in outlier_layers if layer in heights}, layers)
     return figure
 
 
@@ -80,6 +83,23 @@ def _scale(axes: Axes, measured: Sequence[float], layers: int) -> None:
 def _scale_layers(axes: Axes, layers: int) -> None:
     axes.set_xlim(-0.5, layers - 0.5)
     layer_ticks(axes, layers)
+
+
+def _ring(axes: Axes, heights: Mapping[int, float], layers: int) -> None:
+    """A ring at every layer's height, with its number."""
+    marked = sorted(heights)
+    axes.plot(
+        marked,
+        [heights[layer] for layer in marked],
+        linestyle="none",
+        marker="o",
+        markersize=8.5,
+        markerfacecolor="none",
+        markeredgecolor=INK.light,
+        markeredgewidth=1.6,
+    )
+    for layer in marked:
+        _mark(axes, layer, heights[layer], layers)
 
 
 def _mark(axes: Axes, layer: int, value: float, layers: int) -> None:

@@ -12,6 +12,7 @@ from lmq.plots.allocation_map import allocation_map, difference_map, short_kind
 from lmq.plots.palette import DIVERGING, ramp_colour
 from lmq.plots.svg import figure_svg
 from lmq.quant_spec import QuantSpec
+from lmq.report.chooser import difference_chooser
 from lmq.report.data import ModelReport, ReportData, Rows
 from lmq.report.html import Cell, Column, csv_link, details, figure, not_measured, number, section, slug, table
 from lmq.results import UNIFORM, VariantResult, format_bytes, format_number, format_percent
@@ -41,8 +42,9 @@ def _model_part(model: ModelReport, data: ReportData, *, named: bool) -> str:
     folded = "".join(details(label, html) for label, html in zip(mixed[OPEN_MAPS:], maps[OPEN_MAPS:], strict=True))
     flat = ", ".join(f"{label} ({next(iter(allocations[label].values()))})" for label in same if allocations[label])
     note = f'<p class="note">The same configuration for every module, so no map: {escape(flat)}.</p>' if flat else ""
-    legend = _legend(scale, any(row["boosted"] for rows in model.allocations.values() for row in rows)) if mixed else ""
-    return f"{heading}{legend}{''.join(maps[:OPEN_MAPS])}{folded}{note}{_kind_table(model, allocations)}"
+    legend = _legend(scale, any(row["boosted"] for rows in model.allocations.values() for row in rows))
+    chooser = difference_chooser(model.structure, allocations, scale)
+    return f"{heading}{legend}{''.join(maps[:OPEN_MAPS])}{folded}{note}{chooser}{_kind_table(model, allocations)}"
 
 
 def _as_specs(rows: Rows) -> dict[ModuleId, QuantSpec]:

@@ -8,6 +8,7 @@ from html import escape
 
 from lmq.comparison import Runs, Tally, Yardstick, by_yardstick, pareto_front, tallies
 from lmq.plots.perplexity import drawable, strategy_styles
+from lmq.report.certainty import offer, tally_table
 from lmq.report.html import Cell, Column, csv_link, not_measured, number, section, slug, table, text
 from lmq.report.page import whole_page
 from lmq.report.variants import perplexity_figure
@@ -42,18 +43,10 @@ def _model_section(index: int, yardstick: Yardstick, members: Sequence[_Member])
         f'<p class="note">{escape(yardstick.protocol)}, {yardstick.tokens:,} tokens scored, '
         f"full precision: {escape(yardstick.full_precision)}.</p>"
     )
-    best = "".join(f"<li>{_offer(result)}</li>" for result in front)
+    best = "".join(map(offer, front))
     answer = f'<div class="answer"><p>Not beaten at their size:</p><ul>{best}</ul></div>' if front else ""
     body = f"{judged}\n{answer}\n{_table(members, front, yardstick)}\n{_scatter(yardstick.model, results)}"
     return section(f"model-{index}", yardstick.model, body)
-
-
-def _offer(result: VariantResult) -> str:
-    perplexity = format_measured(result.perplexity, result.perplexity_stderr)
-    return (
-        f"{format_bytes(result.size_bytes)}: <strong>{escape(result.label)}</strong>, "
-        f'perplexity <span class="figure">{perplexity}</span>'
-    )
 
 
 def _distinct(results: Sequence[VariantResult]) -> list[VariantResult]:
@@ -98,19 +91,4 @@ def _scatter(model: str, results: Sequence[VariantResult]) -> str:
 def _tally_section(found: Sequence[Tally]) -> str:
     if not found:
         return section("tally", "Who wins?", not_measured("Two strategies at one budget"))
-    columns = [
-        Column("Strategy"),
-        Column("Against"),
-        Column("Wins", True),
-        Column("Ties", True),
-        Column("Losses", True),
-    ]
-    rows = [
-        [text(t.strategy), text(t.against), *(number(str(count), count) for count in (t.wins, t.ties, t.losses))]
-        for t in found
-    ]
-    note = (
-        '<p class="note">Over models and budgets where both were measured; perplexities rounded to two decimals, lower '
-        "wins. Budgets are equal, sizes need not be: boosts exceed theirs.</p>"
-    )
-    return section("tally", "Who wins?", table(columns, rows, "Wins, ties and losses") + note)
+    return section("tally", "Who wins?", tally_table(found))

@@ -15,13 +15,17 @@ Rows = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class StageTiming:
-    """One stage of the run: what it was done for (`label`), whether it ran, how long it took, what it left."""
+    """One stage of the run: what it was done for (`label`), whether it ran, how long it took, what it left.
+
+    `peak_memory_bytes` is the most that the process held while the stage ran, None where other stages ran beside it.
+    """
 
     stage: str
     label: str
     state: Literal["ran", "cached"]
     seconds: float | None = None
     size_bytes: int | None = None
+    peak_memory_bytes: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,18 +46,20 @@ class PairedDifference:
 class ModelReport:
     """What was measured on one model.
 
-    Rows are mappings with layer and kind and, in `kurtosis`, kurtosis; in `sensitivity`, sensitivity; in
-    `outliers`, signal, z, outlier (bool); in `allocations` (by `VariantResult.label`), bits, group_size,
-    size_bytes, boosted (bool). A row's value may be None. `warnings` say what makes the measurements unfair.
+    `statistics`, `super_weights` and `layer_activity` are rows of the tables of these names, `sensitivity` and
+    `outliers` too; `costs` holds what every module loses, by names of `lmq.report.costs.COSTS`. Rows of `allocations`
+    (by `VariantResult.label`) have layer, kind, bits, group_size, size_bytes and boosted (bool). A row's value may be
+    None. `warnings` say what makes the measurements unfair.
     """
 
     name: str
     structure: ModelStructure
-    kurtosis: Rows = ()
+    statistics: Rows = ()
     sensitivity: Rows = ()
     outliers: Rows = ()
-    frobenius: ErrorTable | None = None
-    fisher: ErrorTable | None = None
+    super_weights: Rows = ()
+    layer_activity: Rows = ()
+    costs: Mapping[str, ErrorTable] = field(default_factory=dict)
     allocations: Mapping[str, Rows] = field(default_factory=dict)
     warnings: Sequence[str] = ()
 

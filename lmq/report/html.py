@@ -78,6 +78,16 @@ def figure(svg: str, caption: str = "", download: str = "", css_class: str = "")
     return f'<figure class="{css_class}">{svg}{under}</figure>' if css_class else f"<figure>{svg}{under}</figure>"
 
 
+def panels(title: str, meaning: str, link: str, figures: Sequence[str], measured: int, legend: str = "") -> str:
+    """Small figures of one measurement side by side, under its title and what it means (text)."""
+    rest = f" {measured - len(figures)} more kinds are in the CSV." if measured > len(figures) else ""
+    drawn = "".join(f"<figure>{one}</figure>" for one in figures)
+    return (
+        f'<h4>{escape(title)}</h4><p class="note">{escape(meaning)}{rest} {link}</p>{legend}'
+        f'<div class="panels">{drawn}</div>'
+    )
+
+
 def csv_link(file_name: str, header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A link that saves the data behind a figure as CSV; the data is inside the page. None becomes empty."""
     buffer = io.StringIO()

@@ -56,6 +56,7 @@ def whole_page(*, title: str, header: str, main: str, footer: str) -> str:
 {theme_css()}{_resource("report.css")}</style>
 </head>
 <body>
+<button type="button" class="theme" hidden>Theme: system</button>
 {header}
 <main>
 {main}

@@ -28,7 +28,7 @@ def report_pictures(data: ReportData) -> dict[str, Figure]:
             pictures[f"allocation-{slug(model.name)}-{slug(label)}"] = _allocation(model, label)
         for signal, title, rows in (
             ("sensitivity", "Activation sensitivity", model.sensitivity),
-            ("kurtosis", "Kurtosis of the weights", model.kurtosis),
+            ("kurtosis", "Kurtosis of the weights", model.statistics),
         ):
             for curve in profile_curves(model, rows, signal):
                 if curve.outlier_layers:

@@ -9,6 +9,7 @@ from html import escape
 from lmq.plots.palette import SeriesStyle
 from lmq.plots.perplexity import drawable, perplexity_by_size, strategy_styles
 from lmq.plots.svg import figure_svg
+from lmq.report.certainty import certainty_part
 from lmq.report.data import ReportData
 from lmq.report.html import Cell, Column, csv_link, figure, not_measured, number, section, slug, table, text
 from lmq.report.verdict import Verdict, best_measured, verdicts
@@ -36,7 +37,8 @@ def variants_section(data: ReportData) -> str:
     several = len(models) > 1
     answers = "\n".join(_answer(model, data, named=several) for model in models)
     figures = "\n".join(_scatter(model, data, named=several) for model in models)
-    body = f"{answers}\n{_variant_table(data.results, several)}\n{_failures(data.results, several)}\n{figures}"
+    tables = f"{_variant_table(data.results, several)}\n{_failures(data.results, several)}"
+    body = f"{answers}\n{tables}\n{figures}\n{certainty_part(data, several)}"
     return section("variants", "Which variant should I use?", body)
 
 

@@ -88,12 +88,25 @@ def error_table(model: ModelStructure, scale: float, seed: int) -> ErrorTable:
 def model_report(name: str = MODEL, layers: int = 30, variants: int = 6) -> ModelReport:
     model = structure(layers)
     rng = np.random.default_rng(7)
-    kurtosis, sensitivity, outliers = [], [], []
+    statistics, sensitivity, outliers = [], [], []
     for kind in SHAPES:
         spikes = {1: 9.0, layers - 1: 3.0} if kind in ("mlp.down_proj", "self_attn.o_proj") else {0: 2.0}
         for layer in range(layers):
             value = 3.1 + rng.gamma(2, 0.25) + spikes.get(layer, 0.0)
-            kurtosis.append({"layer": layer, "kind": kind, "kurtosis": value})
+            statistics.append(
+                {
+                    "layer": layer,
+                    "kind": kind,
+                    "kurtosis": value,
+                    "percentile_0": 0.0,
+                    "percentile_99": 0.4,
+                    "percentile_99_9": 0.6,
+                    "percentile_99_99": 0.9,
+                    "percentile_100": 0.4 * value,
+                    "grid_bits": 4 if kind == "mlp.up_proj" else None,
+                    "grid_group_size": 32 if kind == "mlp.up_proj" else None,
+                }
+            )
             flagged = layer in spikes and layer > 0
             z = float(rng.normal(0, 0.8)) + (6 if flagged else 0)
             outliers += [
@@ -116,13 +129,41 @@ def model_report(name: str = MODEL, layers: int = 30, variants: int = 6) -> Mode
     return ModelReport(
         name=name,
         structure=model,
-        kurtosis=kurtosis,
+        statistics=statistics,
         sensitivity=sensitivity,
         outliers=outliers,
-        frobenius=error_table(model, 60.0, 1),
-        fisher=error_table(model, 3.0, 2),
+        super_weights=[super_weight(layer) for layer in range(layers)],
+        layer_activity=[layer_activity(layer, layers) for layer in range(layers)],
+        costs={
+            "sequence_fisher": error_table(model, 3.0, 2),
+            "divergence": error_table(model, 1.5, 3),
+            "frobenius": error_table(model, 60.0, 1),
+        },
         allocations=allocations,
     )
+
+
+def super_weight(layer: int) -> dict:
+    ratio = 900.0 if layer == 2 else 14.0 + layer
+    sides = {
+        f"{side}_{name}": value
+        for side in ("input", "output")
+        for name, value in (("spike", 3 * ratio), ("channel", 7 * layer), ("token", 0), ("rms_ratio", ratio))
+    }
+    return {"layer": layer, "kind": "mlp.down_proj", **sides}
+
+
+def layer_activity(layer: int, layers: int) -> dict:
+    edge = 5.0 if layer in (0, layers - 1) else 1.0
+    return {
+        "layer": layer,
+        "variance": edge * (1 + layer / layers),
+        "pooled_variance": edge * (2 + layer / layers),
+        "sparsity": 0.01 + 0.001 * layer,
+        "relative_sparsity": 0.1 + 0.001 * layer,
+        "elements": 1 << 20,
+        "block_influence": 0.02 * edge + 0.001 * layer,
+    }
 
 
 def results(model: str = MODEL, count: int = 6) -> list[VariantResult]:

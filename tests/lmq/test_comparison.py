@@ -7,7 +7,7 @@ from lmq.comparison import Tally, by_yardstick, pareto_front, tallies
 from lmq.errors import InputError
 from lmq.report.comparison import build_comparison
 from lmq.results import VariantResult, latex_table
-from tests.lmq.browser import dom_after
+from tests.lmq.browser import Page
 from tests.lmq.synthetic_report import results as synthetic_results
 
 FULL = VariantResult(model="m", strategy="full-precision", perplexity=10.0, protocol="strided 8/4", tokens=100)
@@ -74,11 +74,15 @@ def test_wins_ties_and_losses_are_counted_at_two_decimals() -> None:
     assert next(iter(found)) == ("loss-aware", "uniform")
 
 
-def test_the_page_opens_by_itself_and_shows_every_run(tmp_path: Path) -> None:
+def test_the_page_opens_by_itself_and_shows_every_run(tmp_path: Path, tab: Page) -> None:
     second = [replace(result, model="<other>") for result in RUN]
     page = build_comparison({"night <1>": RUN, "two": second, "synthetic": synthetic_results(count=9)})
     assert build_comparison({"night <1>": RUN, "two": second, "synthetic": synthetic_results(count=9)}) == page
-    dom = dom_after(page, tmp_path)
+    file = tmp_path / "page.html"
+    file.write_text(page, encoding="utf-8")
+    tab.open(file)
+    assert tab.problems == []
+    dom = tab.run("document.body.innerHTML")
     assert "night &lt;1&gt;" in dom
     assert "<other>" not in dom
     assert dom.count('class="sortable"') == 4

@@ -22,7 +22,18 @@ from lmq.plots import (
 from lmq.plots.allocation_map import short_kind
 from lmq.plots.canvas import number_text
 from lmq.plots.labels import CHARACTER_PX, Box, place_names
-from lmq.plots.palette import ALL, CHANGE_EDGES, MARKERS, change_colour, series_style
+from lmq.plots.palette import (
+    ALERT,
+    ALL,
+    CHANGE_EDGES,
+    INK,
+    MARKERS,
+    MUTED,
+    SERIES,
+    SURFACE,
+    change_colour,
+    series_style,
+)
 from lmq.plots.perplexity import strategy_styles
 from lmq.quant_spec import STOPS, QuantSpec
 from lmq.structure import ModuleId
@@ -144,7 +155,25 @@ def test_difference_colours_grow_with_the_difference():
 
 def test_every_colour_has_its_own_light_form_and_both_themes():
     assert len({colour.light for colour in ALL}) == len(ALL)
-    assert all(theme_css().count(f"--{colour.name}:") == 2 for colour in ALL)
+    assert all(theme_css().count(f"--{colour.name}:") == 3 for colour in ALL)
+
+
+def luminance(hexadecimal):
+    channels = [int(hexadecimal[start : start + 2], 16) / 255 for start in (1, 3, 5)]
+    linear = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_contrast_suffices_for_text_and_for_marks(theme):
+    """WCAG 2.1 AA: 4.5 for text, 3 for what a figure is read from."""
+
+    def contrast(colour):
+        low, high = sorted(luminance(getattr(one, theme)) for one in (colour, SURFACE))
+        return (high + 0.05) / (low + 0.05)
+
+    assert all(contrast(colour) >= 4.5 for colour in (INK, MUTED, ALERT, SERIES[0]))
+    assert all(contrast(colour) >= 3 for colour in SERIES)
 
 
 def test_series_styles_differ_for_36_series():
