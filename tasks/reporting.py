@@ -31,7 +31,7 @@ CARDS_FOLDER = "cards"
 _DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
-@stage("report", version=4, schema="report/1")
+@stage("report", version=5, schema="report/1")
 def report(job: Job) -> None:
     """Write results.json, report.html, summary.md, warnings.txt, a CSV per allocation, a model card per checkpoint."""
     structures = {name: _structure(job, name) for name in job.config["models"]}

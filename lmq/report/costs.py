@@ -17,7 +17,19 @@ from lmq.plots.profiles import cost_curves
 from lmq.plots.svg import figure_svg
 from lmq.quant_spec import QuantSpec
 from lmq.report.data import ModelReport
-from lmq.report.html import Cell, Column, csv_link, details, not_measured, number, panels, slug, table, text
+from lmq.report.html import (
+    Cell,
+    Column,
+    csv_link,
+    details,
+    not_measured,
+    number,
+    panels,
+    significant,
+    slug,
+    table,
+    text,
+)
 from lmq.results import format_number, format_percent
 from lmq.structure import ModuleId
 
@@ -175,7 +187,7 @@ def _costliest(model: ModelReport, name: str) -> str:
         share = cost / total if total > 0 else None
         cells = [
             Cell(f"layer {module.layer} {escape(short_kind(module.kind, model.structure.kinds))}", str(module)),
-            number(_significant(cost), cost),
+            number(significant(cost), cost),
             number(format_percent(share), share),
         ]
         rows.append([*cells, *(text(str(specs[module]) if module in specs else None) for specs in mixed.values())])
@@ -211,8 +223,3 @@ def _agreement(model: ModelReport, measured: Sequence[str]) -> str:
         "1 is the same order, 0 none in common.</p>"
     )
     return table(columns, rows, "Do the costs agree?") + note
-
-
-def _significant(value: float) -> str:
-    """Three significant digits."""
-    return f"{value:.3g}".replace("-", "−")

@@ -38,6 +38,11 @@ def number(shown: str, value: float | None) -> Cell:
     return Cell(missing() if value is None else escape(shown), value)
 
 
+def significant(value: float) -> str:
+    """Three significant digits."""
+    return f"{value:.3g}".replace("-", "−")
+
+
 def missing() -> str:
     """The sign for "not measured"."""
     return '<span class="missing" title="not measured">–</span>'

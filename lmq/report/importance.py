@@ -10,8 +10,7 @@ from lmq.importance.layers import layer_scores
 from lmq.plots.importance import importance_bands
 from lmq.plots.svg import figure_svg
 from lmq.report.data import ModelReport
-from lmq.report.html import Cell, Column, csv_link, figure, not_measured, number, slug, table
-from lmq.results import format_number
+from lmq.report.html import Cell, Column, csv_link, figure, not_measured, number, significant, slug, table
 
 TITLE = "Importance of the layers"
 _METRICS = {"block_influence": "Block Influence", "avss": "AVSS", "avss_pooled": "AVSS, pooled variance"}
@@ -61,6 +60,6 @@ def _rank_table(shown: dict[str, list[float]], ranks: dict[str, list[int]]) -> s
         cells = [Cell(str(layer), layer)]
         for title, values in shown.items():
             place = ranks[title][layer]
-            cells += [number(format_number(values[layer], 4), values[layer]), number(str(place), place)]
+            cells += [number(significant(values[layer]), values[layer]), number(str(place), place)]
         rows.append(cells)
     return table(columns, rows, "Layers and their ranks")

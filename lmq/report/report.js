@@ -41,7 +41,9 @@ const ROW = 17, COLUMN = 14, LEFT = 78, BOTTOM = 20;
 const drawDifference = (part) => {
   const { kinds, names, layers, specs, edges, variants } = JSON.parse(part.querySelector("script").textContent);
   const [first, second] = [...part.querySelectorAll("select")].map((choice) => variants[choice.value]);
-  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+  const chosen = part.querySelector(".chosen");
+  chosen.innerHTML = "<svg></svg>";
+  const svg = chosen.firstChild;
   const put = (name, attributes, text) => {
     const made = svg.appendChild(document.createElementNS(svg.namespaceURI, name));
     for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
@@ -74,7 +76,6 @@ const drawDifference = (part) => {
   const said = `${first.label} has more bits than ${second.label} in ${count.more} modules, ` +
     `fewer in ${count.fewer}, the same in ${count.same}.`;
   svg.setAttribute("aria-label", said);
-  part.querySelector(".chosen").replaceChildren(svg);
   part.querySelector(".said").textContent = said;
 };
 for (const part of document.querySelectorAll(".chooser")) {

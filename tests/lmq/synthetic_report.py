@@ -8,7 +8,7 @@ import numpy as np
 
 from lmq.error_table import ErrorTable
 from lmq.quant_spec import STOPS, QuantSpec
-from lmq.report import ModelReport, ReportData, StageTiming
+from lmq.report import ModelReport, PairedDifference, ReportData, StageTiming
 from lmq.results import VariantResult
 from lmq.structure import ModelStructure, ModuleId, ModuleInfo
 
@@ -232,6 +232,22 @@ def stages() -> list[StageTiming]:
     return made
 
 
+def paired(made: list[VariantResult]) -> list[PairedDifference]:
+    """Every strategy against uniform at its budget, a hundredth of a nat uncertain."""
+    uniform = {result.budget: result for result in made if result.strategy == "uniform"}
+    return [
+        PairedDifference(
+            model=result.model,
+            variant=result.label,
+            baseline=uniform[result.budget].label,
+            difference=math.log(result.perplexity / uniform[result.budget].perplexity),
+            stderr=0.01,
+        )
+        for result in made
+        if result.strategy != "uniform" and result.budget in uniform
+    ]
+
+
 def report_data(variants: int = 6) -> ReportData:
     failed = VariantResult(
         model=MODEL,
@@ -239,9 +255,11 @@ def report_data(variants: int = 6) -> ReportData:
         budget="uniform b4g64",
         error="InfeasibleBudget: the budget of 10 bytes is below <the smallest>",
     )
+    made = results(count=variants)
     return ReportData(
         run="demo",
-        results=[*results(count=variants), failed],
+        results=[*made, failed],
+        paired=paired(made),
         models=[model_report(variants=variants)],
         stages=stages(),
         config="models:\n  - {name: SmallLlama-135M, source: maker/small-llama@main}\n"
