@@ -202,6 +202,19 @@ class ConstraintsConfig(Section):
 class RunnerConfig(Section):
     """How work is spread. Changes no result's key."""
 
-    workers: int = Field(2, ge=1, description="Stages worked on at once")
+    kind: Literal["threads", "dask", "ray"] = Field(
+        default="threads", description="threads of one process, or worker processes of Dask or Ray, here or elsewhere"
+    )
+    address: str | None = Field(
+        None, description="An existing cluster, as in tcp://host:8786 or ray://host:10001; none: one on this machine"
+    )
+    workers: int = Field(2, ge=1, description="Stages (with Dask and Ray: tasks) worked on at once")
     threads_per_worker: int = Field(1, ge=1, description="Threads of one stage's tensor work")
+    chunk_seconds: float = Field(20.0, gt=0, description="Work that one task of Dask or Ray carries, where there is it")
     device: str = Field("auto", description="auto (CUDA when there is one), cpu, or cuda[:n]")
+
+    @model_validator(mode="after")
+    def _threads_have_no_address(self) -> RunnerConfig:
+        if self.kind == "threads" and self.address is not None:
+            raise ValueError(f"address = {self.address!r} is for kind dask or ray; threads run in this process")
+        return self

@@ -41,27 +41,33 @@ Watcher = Callable[[Node, Outcome | None], None]
 """Called with a node and None when it starts, with its outcome when it ends."""
 
 
-def execute(graph: Graph, *, in_flight: int, watch: Watcher) -> dict[Node, Outcome]:
+def execute(
+    graph: Graph, *, in_flight: int, watch: Watcher, chunk_seconds: float | None = None
+) -> dict[Node, Outcome]:
     """Run all nodes inside the current flow run; returns the outcome of each.
 
-    `in_flight` nodes are with the task runner at a time. A failed node leaves what does not need it alone.
+    `in_flight` tasks are with the task runner at a time: nodes, or with `chunk_seconds` chunks of nodes that hold about
+    so much work, for runners whose tasks are dear. A failed node leaves what does not need it alone.
     Raises DamagedInput when an artifact that a node relied on turned out to be damaged, and InputError when a
     node that all variants share finds that it cannot work with what the user gave.
     """
-    walk = _Walk(graph, watch)
+    from lmq_flows.chunks import ChunkedWalk
+
+    walk = Walk(graph, watch) if chunk_seconds is None else ChunkedWalk(graph, watch, in_flight, chunk_seconds)
     while walk.unfinished:
         while walk.ready and len(walk.running) < in_flight:
             walk.submit_next()
-        walk.take_one_result()
+        if walk.running:
+            walk.take_one_result()
     return walk.outcomes
 
 
-class _Walk:
+class Walk:
     """State of one walk over a graph; used by the flow's thread alone, except for the queue of results."""
 
     def __init__(self, graph: Graph, watch: Watcher):
         self.outcomes: dict[Node, Outcome] = {}
-        self.running: dict[Node, PrefectFuture[Any]] = {}
+        self.running: dict[Any, PrefectFuture[Any]] = {}
         self.ready: list[tuple[int, int, Node]] = []
         self._watch = watch
         self._children = graph.children()
@@ -70,7 +76,7 @@ class _Walk:
         self._waiting_for = {node: len(node.parents) for node in graph}
         self._finished: dict[Node, PrefectFuture[Any]] = {}
         self._was_there: set[Node] = set()
-        self._results: queue.SimpleQueue[Node] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[Any] = queue.SimpleQueue()
         for node in graph:
             if not node.parents:
                 self._make_ready(node)
@@ -80,13 +86,16 @@ class _Walk:
         return len(self.outcomes) < len(self._order)
 
     def _make_ready(self, node: Node) -> None:
-        heapq.heappush(self.ready, (-self._depth[node], self._order[node], node))
+        heapq.heappush(self.ready, self._entry(node))
+
+    def _entry(self, node: Node) -> tuple[int, int, Node]:
+        """What ready nodes are sorted by: the longest chain first."""
+        return -self._depth[node], self._order[node], node
 
     def submit_next(self) -> None:
         _, _, node = heapq.heappop(self.ready)
-        refs = {parent: ref.to_json() for parent in node.parents if (ref := self.outcomes[parent].ref) is not None}
         store = open_store(node.site.store_url)
-        key = stage_key(store, node.stage, node.config, resolve_inputs(node, refs))
+        key = stage_key(store, node.stage, node.config, resolve_inputs(node, self._refs_of_parents(node)))
         if store.find(node.stage.name, key) is not None:
             self._was_there.add(node)
         task = stage_task(node.stage.name).with_options(
@@ -104,6 +113,9 @@ class _Walk:
         )
         self.running[node] = future
         future.add_done_callback(lambda _: self._results.put(node))
+
+    def _refs_of_parents(self, node: Node) -> dict[Node, Any]:
+        return {parent: ref.to_json() for parent in node.parents if (ref := self.outcomes[parent].ref) is not None}
 
     def take_one_result(self) -> None:
         node = self._results.get()
@@ -130,8 +142,13 @@ def _outcome(node: Node, future: PrefectFuture[Any], was_there: bool) -> Outcome
     state: State[Any] = future.state
     if state.is_completed():
         return Outcome("cached" if was_there else "ran", ArtifactRef.from_json(state.result()))
-    if state.name == DAMAGED_INPUT:
-        raise DamagedInput(state.message)
-    if state.name == BAD_INPUT and node.variant is None:
-        raise InputError(state.message)
-    return Outcome("failed", error=state.message or "failed without a message")
+    return failure(node, state.name, state.message or "failed without a message")
+
+
+def failure(node: Node, state: str | None, message: str) -> Outcome:
+    """The outcome of a node that ended in a state of this name. Raises what ends the walk."""
+    if state == DAMAGED_INPUT:
+        raise DamagedInput(message)
+    if state == BAD_INPUT and node.variant is None:
+        raise InputError(message)
+    return Outcome("failed", error=message)

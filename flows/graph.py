@@ -15,7 +15,8 @@ class Node:
     """One stage applied to one thing: a layer, a variant, a model.
 
     `inputs` are nodes, files of nodes, finished artifacts, or lists of them. `expected_bytes` is what the
-    artifact is expected to keep on disk, None when that is not known beforehand. `tags` find its task in the UI.
+    artifact is expected to keep on disk, None when that is not known beforehand. `tags` find its task in the UI. A node
+    that is to be made `here` reads files that only the machine of the flow is sure to have.
     """
 
     stage: Stage
@@ -26,6 +27,7 @@ class Node:
     expected_bytes: int | None = None
     variant: str | None = None
     tags: tuple[str, ...] = ()
+    here: bool = False
     parents: list[Node] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -65,9 +67,10 @@ class Graph:
         expected_bytes: int | None = None,
         variant: str | None = None,
         tags: tuple[str, ...] = (),
+        here: bool = False,
     ) -> Node:
         """Append a node and return it."""
-        node = Node(stage, label, config or {}, inputs or {}, site, expected_bytes, variant, tags)
+        node = Node(stage, label, config or {}, inputs or {}, site, expected_bytes, variant, tags, here)
         self.nodes.append(node)
         return node
 

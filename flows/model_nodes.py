@@ -71,7 +71,7 @@ class ModelNodes:
         identity = self._texts[text.source]
         config = {"text": identity.identity, "column": text.column, "part": text.part, "seed": text.seed, **sizes}
         site = replace(self.model.site, text=identity.location)
-        return self.add(stage, what, config, {}, site=site, expected_bytes=12 * sizes["tokens"])
+        return self.add(stage, what, config, {}, site=site, expected_bytes=12 * sizes["tokens"], here=True)
 
     def frobenius(self, specs: Sequence[QuantSpec], quantizer: dict[str, Any]) -> list[Node]:
         """Grids of every layer for these configurations, with their errors."""

@@ -8,17 +8,17 @@ from prefect import flow, tags
 from prefect.client.orchestration import get_client
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed, State
-from prefect.task_runners import ThreadPoolTaskRunner
 
 from lmq.errors import LmqError
 from lmq_flows.config_sections import ModelConfig
 from lmq_flows.failures import failure_of_all
 from lmq_flows.model_run import SOME_VARIANTS_FAILED, ModelOutcome, heal_damage, quantize_model, variants_made
 from lmq_flows.pipeline import failed_variants
-from lmq_flows.prepare import resolve_device
+from lmq_flows.prepare import absolute_store_url, resolve_device
 from lmq_flows.reporting import make_report, write_results
 from lmq_flows.run_config import RunConfig
 from lmq_flows.run_names import run_name, run_tags
+from lmq_flows.runners import check_runner, started_runner
 from lmq_flows.ui import publish_results
 from lmq_tasks.engine import GPU_LIMIT
 
@@ -39,17 +39,19 @@ def quantize_to_the_end(config: RunConfig) -> State[Any]:
 
     Raises what stopped the models when nothing came of any.
     """
+    check_runner(config.runner, absolute_store_url(config.store))
     _tag_flow_run(config)
     _limit_gpu(config)
-    models = heal_damage(lambda: _models_and_report(config))
+    with started_runner(config.runner) as runner:
+        models = heal_damage(lambda: _models_and_report(config, runner))
     message = f"{variants_made(models)}; report: {config.run_dir / 'report.html'}"
     if any(model.failures for model in models):
         return Failed(name=SOME_VARIANTS_FAILED, message=message)
     return Completed(message=message)
 
 
-def _models_and_report(config: RunConfig) -> list[ModelOutcome]:
-    models = [_quantize_alone(config, model) for model in config.models]
+def _models_and_report(config: RunConfig, runner: Any) -> list[ModelOutcome]:
+    models = [_quantize_alone(config, model, runner) for model in config.models]
     errors = [model.error for model in models if model.error is not None]
     if len(errors) == len(models):
         raise failure_of_all(errors)
@@ -59,10 +61,10 @@ def _models_and_report(config: RunConfig) -> list[ModelOutcome]:
     return models
 
 
-def _quantize_alone(config: RunConfig, model: ModelConfig) -> ModelOutcome:
+def _quantize_alone(config: RunConfig, model: ModelConfig, runner: Any) -> ModelOutcome:
     """Run one model of the configuration in a flow run of its own; an error of any kind ends only that."""
     alone = config.model_copy(update={"models": (model,)})
-    configured = quantize_model.with_options(task_runner=task_runner(config))
+    configured = quantize_model.with_options(task_runner=runner)
     with tags(f"run:{config.name}", f"model:{model.name}"):
         state = configured(alone, return_state=True)
     found = state.result(raise_on_failure=False)
@@ -71,11 +73,6 @@ def _quantize_alone(config: RunConfig, model: ModelConfig) -> ModelOutcome:
     if not isinstance(found, Exception):
         raise found if isinstance(found, BaseException) else LmqError(f"{model.name}: {state.message}")
     return ModelOutcome(name=model.name, variants=failed_variants(alone, model.name, str(found)), error=found)
-
-
-def task_runner(config: RunConfig) -> Any:
-    """What works on the stages of a model."""
-    return ThreadPoolTaskRunner(max_workers=config.runner.workers)
 
 
 def _tag_flow_run(config: RunConfig) -> None:

@@ -120,6 +120,8 @@ def _add_config(
         help="override a key, as in evaluation.tokens=4096; repeatable",
     )
     parser.add_argument("--target", metavar="NAME", help="plan within what it holds, as in vllm; the key target")
+    if name == "run":
+        parser.add_argument("--runner", choices=("threads", "dask", "ray"), help="how work is spread; runner.kind")
     if name == "plan":
         parser.add_argument("--layers", action="store_true", help="one line per layer instead of per stage")
 

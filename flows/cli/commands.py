@@ -173,8 +173,9 @@ def _load(arguments: argparse.Namespace) -> RunConfig:
     path = Path(arguments.config)
     if not path.exists() and arguments.config in preset_names():
         path = preset_path(arguments.config)
-    target = [] if arguments.target is None else [f"target={arguments.target}"]
-    return load_run_config(path, (*arguments.overrides, *target))
+    given = {"target": arguments.target, "runner.kind": getattr(arguments, "runner", None)}
+    options = [f"{key}={value}" for key, value in given.items() if value is not None]
+    return load_run_config(path, (*arguments.overrides, *options))
 
 
 def _print_table(run_dir: Path) -> None:
