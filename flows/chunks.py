@@ -20,6 +20,7 @@ from prefect.futures import PrefectFuture
 
 from lmq_flows.execute import Outcome, Walk, Watcher, failure
 from lmq_flows.graph import Graph, Node, resolve_inputs
+from lmq_flows.records import record_storage
 from lmq_storage import ArtifactRef
 from lmq_tasks.chunk import run_chunk, run_node
 from lmq_tasks.stage import open_store, stage_key
@@ -90,7 +91,8 @@ class ChunkedWalk(Walk):
         parents = {self._task_runs[parent] for node in chunk for parent in node.parents if parent in self._task_runs}
         dependencies: dict[str, set[RunInput]] = {"items": {TaskRunResult(id=run) for run in parents}}
         parameters = {"label": label, "items": self._items(chunk)}
-        return context.task_runner.submit(run_chunk, parameters, dependencies=dependencies)
+        carrier = run_chunk.with_options(result_storage=record_storage(first.site.store_url))
+        return context.task_runner.submit(carrier, parameters, dependencies=dependencies)
 
     def _items(self, chunk: list[Node]) -> list[dict[str, Any]]:
         carried = {node: {"item": number} for number, node in enumerate(chunk)}
@@ -98,15 +100,7 @@ class ChunkedWalk(Walk):
         for node in chunk:
             done = {parent: self.outcomes[parent].ref for parent in node.parents if parent in self.outcomes}
             refs = {parent: ref.to_json() for parent, ref in done.items() if ref is not None}
-            items.append(
-                {
-                    "stage": node.stage.name,
-                    "label": node.label,
-                    "site": node.site.to_json(),
-                    "config": node.config,
-                    "inputs": resolve_inputs(node, {**carried, **refs}),
-                }
-            )
+            items.append(_as_item(node, resolve_inputs(node, {**carried, **refs})))
         return items
 
     def _chunk_from(self, first: Node) -> list[Node]:
@@ -152,7 +146,10 @@ class ChunkedWalk(Walk):
     def _run_here(self, node: Node) -> None:
         self._watch(node, None)
         inputs = resolve_inputs(node, self._refs_of_parents(node))
-        found = run_node(node.stage.name, node.label, node.site.to_json(), node.config, inputs)
+        found = run_node(
+            **_as_item(node, inputs),
+            result_storage=record_storage(node.site.store_url),
+        )
         self._take(node, found)
         if found["state"] == "cached":
             ref = ArtifactRef.from_json(found["ref"])
@@ -199,3 +196,14 @@ class ChunkedWalk(Walk):
     def _make_ready(self, node: Node) -> None:
         if node not in self._under_way:
             super()._make_ready(node)
+
+
+def _as_item(node: Node, inputs: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "stage": node.stage.name,
+        "label": node.label,
+        "site": node.site.to_json(),
+        "config": node.config,
+        "inputs": inputs,
+        "tags": list(node.tags),
+    }

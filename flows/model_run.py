@@ -22,6 +22,7 @@ from lmq_flows.prepare import identify_texts, preparation_graph, prepared_model,
 from lmq_flows.progress import ArtifactReporter, RunProgress, TerminalReporter
 from lmq_flows.run_config import RunConfig
 from lmq_flows.run_names import model_run_name
+from lmq_flows.shared_models import share_models
 from lmq_storage import StoreError
 from lmq_tasks.engine import BAD_INPUT
 
@@ -112,7 +113,9 @@ def execute_with_progress(graph: Graph, config: RunConfig) -> dict[Node, Outcome
     with TerminalReporter(Console()) as terminal:
         progress = RunProgress([terminal, ArtifactReporter()])
         progress.expect(graph)
-        return execute(graph, in_flight=config.runner.workers, watch=progress.watch)
+        runner = config.runner
+        chunk_seconds = None if runner.kind == "threads" else runner.chunk_seconds
+        return execute(graph, in_flight=runner.workers, watch=progress.watch, chunk_seconds=chunk_seconds)
 
 
 def _walk(config: RunConfig, model_config: ModelConfig) -> ModelOutcome:
@@ -133,7 +136,7 @@ def _walk(config: RunConfig, model_config: ModelConfig) -> ModelOutcome:
 
 def _prepare(config: RunConfig, model: ModelConfig) -> tuple[PreparedModel, list[str]]:
     """The model, converted and inspected, and the artifacts that came of that."""
-    identified = find_model(config, model)
+    (identified,) = share_models(config, [find_model(config, model)])
     graph, structures = preparation_graph(config, [identified])
     outcomes = execute_with_progress(graph, config)
     node = structures[model.name]
@@ -141,6 +144,7 @@ def _prepare(config: RunConfig, model: ModelConfig) -> tuple[PreparedModel, list
     if ref is None:
         raise LmqError(outcomes[node].error or f"{model.name} could not be read")
     uris = [outcome.ref.uri for outcome in outcomes.values() if outcome.ref is not None]
+    uris += [] if identified.shared is None else [identified.shared.uri]
     return prepared_model(config, model, node, ref, resolve_device(config.runner.device)), uris
 
 

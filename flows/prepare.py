@@ -83,11 +83,15 @@ def check_directory(path: Path, key: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class IdentifiedModel:
-    """A model that was found, with the digest of its files; nothing was read of its weights yet."""
+    """A model that was found, with the digest of its files; nothing was read of its weights yet.
+
+    `shared` is the artifact that holds its files where workers do not see those of this machine.
+    """
 
     config: ModelConfig
     located: LocatedModel
     sha256: str
+    shared: ArtifactRef | None = None
 
 
 def identify_models(config: RunConfig) -> list[IdentifiedModel]:
@@ -125,6 +129,8 @@ def preparation_graph(config: RunConfig, models: list[IdentifiedModel]) -> tuple
 
 
 def _source_location(model: IdentifiedModel) -> ModelLocation:
+    if model.shared is not None:
+        return ModelLocation(kind="artifact", place=model.shared.uri)
     if model.located.kind == "hub":
         return ModelLocation(kind="hub", place=f"{model.config.source.partition('@')[0]}@{model.located.revision}")
     return ModelLocation(kind="directory", place=str(model.located.path.absolute()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import ipaddress
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,6 +16,9 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from lmq.errors import InputError
 from lmq_flows.config_sections import RunnerConfig
+
+CONNECT_TIMEOUT_S = 30
+"""How long to wait for a cluster to answer."""
 
 _LEAST_OBJECT_STORE_BYTES = 80_000_000
 """What Ray takes for passed objects at the least; our tasks pass a few kilobytes of JSON."""
@@ -65,7 +69,7 @@ def _dask(config: RunnerConfig) -> Iterator[Any]:
     distributed = importlib.import_module("distributed")
     if config.address is not None:
         try:
-            distributed.Client(config.address, timeout=30, set_as_default=False).close()
+            distributed.Client(config.address, timeout=CONNECT_TIMEOUT_S, set_as_default=False).close()
         except (OSError, ValueError) as error:
             raise _unreachable(config, error) from error
         yield package.DaskTaskRunner(address=config.address)
@@ -95,6 +99,7 @@ def _ray(config: RunnerConfig) -> Iterator[Any]:
                 config.address or "local",
                 namespace="prefect",
                 log_to_driver=False,
+                logging_level=logging.ERROR,
                 **({} if config.address else local),
             )
     except (ConnectionError, ValueError, RuntimeError) as error:

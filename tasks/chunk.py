@@ -33,7 +33,7 @@ NOT_RUN = "NotRun"
 def run_chunk(label: str, items: list[JsonDict]) -> list[JsonDict]:
     """Outcomes of the items in their order, as `run_node` gives them.
 
-    An item is `{stage, label, site, config, inputs}`; `{"artifact": {"item": 3}}` among its inputs stands for what
+    An item is `{stage, label, site, config, inputs, tags}`; `{"artifact": {"item": 3}}` among its inputs stands for what
     the item of this number makes.
     """
     outcomes: list[JsonDict] = []
@@ -46,10 +46,19 @@ def run_chunk(label: str, items: list[JsonDict]) -> list[JsonDict]:
     return outcomes
 
 
-def run_node(stage: str, label: str, site: JsonDict, config: JsonDict, inputs: JsonDict) -> JsonDict:
+def run_node(
+    stage: str,
+    label: str,
+    site: JsonDict,
+    config: JsonDict,
+    inputs: JsonDict,
+    tags: Sequence[str] = (),
+    **options: Any,
+) -> JsonDict:
     """Run one node as a Prefect task here; `{state, seconds}` with its `ref`, or with a `message` when it failed.
 
-    `state` is "cached" or "ran", or the name of the state that it failed in.
+    `state` is "cached" or "ran", or the name of the state that it failed in. `options` are those of the task, such as
+    `result_storage`, which otherwise is that of the task or flow around it.
     """
     from lmq_tasks import STAGES
 
@@ -57,7 +66,7 @@ def run_node(stage: str, label: str, site: JsonDict, config: JsonDict, inputs: J
     store = open_store(Site.from_json(site).store_url)
     key = stage_key(store, STAGES[stage], config, inputs)
     was_there = store.find(stage, key) is not None
-    run = stage_task(stage).with_options(refresh_cache=not was_there)
+    run = stage_task(stage).with_options(refresh_cache=not was_there, tags=list(tags), **options)
     state: State[Any] = run(
         label=f"{stage} {label}", key=key, site=site, config=config, inputs=inputs, return_state=True
     )

@@ -64,14 +64,14 @@ def run_and_look(config: RunConfig) -> Done:
 
     state = run(config)
     cached = {}
-    for task in _recorded_tasks(state.state_details.flow_run_id):
+    for task in recorded_tasks(state.state_details.flow_run_id):
         stage, _, label = task.name.partition(" ")
         if stage in STAGES:
             cached[stage, label] = task.state_name == "Cached"
     return Done(state, cached)
 
 
-def _recorded_tasks(flow_run_id: Any) -> list[Any]:
+def recorded_tasks(flow_run_id: Any) -> list[Any]:
     """Task runs of a flow run, once the server has taken in all of them: it records them a moment later."""
     seen: list[Any] = []
     deadline = time.monotonic() + 30

@@ -1,0 +1,41 @@
+"""Models that lie on this machine, put into the store for workers on other machines."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from lmq.model_source import needs_conversion
+from lmq_flows.prepare import IdentifiedModel, absolute_store_url
+from lmq_flows.run_config import RunConfig
+from lmq_storage import ArtifactRef, ArtifactStore, artifact_key
+from lmq_tasks.stage import open_store
+
+STAGE = "model-files"
+"""Stage name of artifacts that hold a model's files as they are."""
+
+
+def share_models(config: RunConfig, models: list[IdentifiedModel]) -> list[IdentifiedModel]:
+    """The models as the workers of the run find them, with directories of this machine put into a remote store.
+
+    Nothing is done for the hub's models, which every machine fetches, for files that are converted into the store
+    anyway, for workers of this machine, and for a store that is a directory: who shares that can share the model too.
+    """
+    store = open_store(absolute_store_url(config.store))
+    if config.runner.address is None or store.is_local:
+        return models
+    of_this_machine = [m for m in models if m.located.kind != "hub" and not needs_conversion(m.located)]
+    return [replace(m, shared=_put(store, m)) if m in of_this_machine else m for m in models]
+
+
+def _put(store: ArtifactStore, model: IdentifiedModel) -> ArtifactRef:
+    """Publish the files that make the model's identity; the key is their digest, so that it is done once."""
+    config = {"weights_sha256": model.sha256}
+    key = artifact_key(STAGE, 1, config, {})
+    return store.find(STAGE, key) or store.publish(
+        stage=STAGE,
+        key=key,
+        schema="model/1",
+        files={path.name: path for path in model.located.files},
+        algorithm_version=1,
+        config=config,
+    )
