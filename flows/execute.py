@@ -41,9 +41,7 @@ Watcher = Callable[[Node, Outcome | None], None]
 """Called with a node and None when it starts, with its outcome when it ends."""
 
 
-def execute(
-    graph: Graph, *, in_flight: int, watch: Watcher, chunk_seconds: float | None = None
-) -> dict[Node, Outcome]:
+def execute(graph: Graph, *, in_flight: int, watch: Watcher, chunk_seconds: float | None = None) -> dict[Node, Outcome]:
     """Run all nodes inside the current flow run; returns the outcome of each.
 
     `in_flight` tasks are with the task runner at a time: nodes, or with `chunk_seconds` chunks of nodes that hold about
@@ -83,6 +81,7 @@ class Walk:
 
     @property
     def unfinished(self) -> bool:
+        """Whether nodes are left without an outcome."""
         return len(self.outcomes) < len(self._order)
 
     def _make_ready(self, node: Node) -> None:
@@ -93,6 +92,7 @@ class Walk:
         return -self._depth[node], self._order[node], node
 
     def submit_next(self) -> None:
+        """Hand the first ready node to the task runner."""
         _, _, node = heapq.heappop(self.ready)
         store = open_store(node.site.store_url)
         key = stage_key(store, node.stage, node.config, resolve_inputs(node, self._refs_of_parents(node)))
@@ -118,6 +118,7 @@ class Walk:
         return {parent: ref.to_json() for parent in node.parents if (ref := self.outcomes[parent].ref) is not None}
 
     def take_one_result(self) -> None:
+        """Wait for a node to end and settle it."""
         node = self._results.get()
         future = self.running.pop(node)
         self._finished[node] = future

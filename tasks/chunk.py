@@ -33,8 +33,8 @@ NOT_RUN = "NotRun"
 def run_chunk(label: str, items: list[JsonDict]) -> list[JsonDict]:
     """Outcomes of the items in their order, as `run_node` gives them.
 
-    An item is `{stage, label, site, config, inputs, tags}`; `{"artifact": {"item": 3}}` among its inputs stands for what
-    the item of this number makes.
+    An item is `{stage, label, site, config, inputs, tags}`; `{"artifact": {"item": 3}}` among its inputs stands for
+    what the item of this number makes.
     """
     outcomes: list[JsonDict] = []
     for item in items:

@@ -45,7 +45,9 @@ def a_graph(store, layers, stage=ALONE, variant=None, **config):
     for layer in range(layers):
         inputs = {"before": before[-1]} if before and stage is CHAIN else {}
         before.append(
-            graph.add(stage, f"m layer {layer}", site, config={"layer": layer, **config}, inputs=inputs, variant=variant)
+            graph.add(
+                stage, f"m layer {layer}", site, config={"layer": layer, **config}, inputs=inputs, variant=variant
+            )
         )
     return graph
 

@@ -17,7 +17,7 @@ from tests.flows.conftest import run_and_look, tiny_config
 def quick_config(model: Path, place: Path, kind: str):
     """A run of every kind of stage that has a chain, a fan-out and a join, at the smallest size."""
     changes = {"strategies": ["uniform", "loss-aware"], "runner__kind": kind, "runner__workers": 2}
-    return tiny_config(model, place, name=kind, **changes)
+    return tiny_config(model, place, **changes)
 
 
 def made(config):
@@ -65,7 +65,7 @@ def test_missing_package_is_named_with_what_installs_it(monkeypatch):
 
 
 def test_store_of_one_process_is_refused():
-    with pytest.raises(InputError, match="seen by one process only.*s3://bucket/lmq"):
+    with pytest.raises(InputError, match=r"seen by one process only.*s3://bucket/lmq"):
         check_runner(RunnerConfig(kind="ray"), "memory://lmq")
     check_runner(RunnerConfig(), "memory://lmq")
 
@@ -74,7 +74,7 @@ def test_store_of_one_process_is_refused():
 def test_workers_elsewhere_need_a_server_they_reach(url):
     there = RunnerConfig(kind="dask", address="tcp://10.0.0.7:8786")
     with temporary_settings({PREFECT_API_URL: url}):
-        with pytest.raises(InputError, match="PREFECT_API_URL.*prefect server start --host"):
+        with pytest.raises(InputError, match=r"PREFECT_API_URL.*prefect server start --host"):
             check_runner(there, "s3://bucket/lmq")
         check_runner(RunnerConfig(kind="dask", address="tcp://127.0.0.1:8786"), "s3://bucket/lmq")
     with temporary_settings({PREFECT_API_URL: "http://10.0.0.2:4200/api"}):
