@@ -66,7 +66,7 @@ def run_node(
     store = open_store(Site.from_json(site).store_url)
     key = stage_key(store, STAGES[stage], config, inputs)
     was_there = store.find(stage, key) is not None
-    run = stage_task(stage).with_options(refresh_cache=not was_there, tags=list(tags), **options)
+    run: Any = stage_task(stage).with_options(refresh_cache=not was_there, tags=list(tags), **options)
     state: State[Any] = run(
         label=f"{stage} {label}", key=key, site=site, config=config, inputs=inputs, return_state=True
     )

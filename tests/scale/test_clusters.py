@@ -1,6 +1,6 @@
 """Real clusters of several processes: the bytes are those of threads, also when a worker is killed in mid run.
 
-    pytest tests/scale
+pytest tests/scale
 """
 
 from __future__ import annotations
