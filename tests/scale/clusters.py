@@ -1,4 +1,4 @@
-"""Processes of a small cluster: an S3 server, a Dask scheduler, Dask workers and `lmq run`, each with a log of its own."""
+"""Processes of a small cluster: an S3 server, a Dask scheduler, Dask workers and `lmq run`, each with its log."""
 
 from __future__ import annotations
 
