@@ -1,6 +1,6 @@
 """Measuring a model of Llama-2-7B's shape on a small machine: peak memory, and seconds per block by stage.
 
-    python -m benchmarks.large_model [--blocks 8] [--threads 2] [--folder DIR]
+    python -m benchmarks.large_model [--blocks 8] [--threads 2] [--sequence-length 256] [--folder DIR]
 
 Random heavy-tailed float16 weights of that many blocks (0.4 GB each) are written to a temporary folder that is removed
 afterwards. The stages of a run then measure them in a process of their own: capture, weight statistics, grids and
@@ -32,7 +32,7 @@ BLOCK_BYTES = 0.6e9
 FORGET_PEAK = "5"
 """What makes Linux count a process's peak memory anew."""
 
-CALIBRATION = {"sequences": 2, "sequence_length": 256, "validation_sequences": 1}
+SEQUENCES = 2
 
 
 @dataclass
@@ -53,7 +53,7 @@ class StageCosts:
             self.peak_bytes[name] = max(self.peak_bytes[name], peak_bytes())
 
 
-def measure(path: Path, threads: int) -> StageCosts:
+def measure(path: Path, threads: int, sequence_length: int) -> StageCosts:
     """Run the measuring stages."""
     from lmq_flows.pipeline import build_graph
     from lmq_flows.planning import execute_directly, ready_models
@@ -66,7 +66,11 @@ def measure(path: Path, threads: int) -> StageCosts:
             "strategies": ["uniform"],
             "budgets": ["4.25"],
             "measure": {"also": ["kurtosis", "sensitivity", "fisher", "sequence_fisher"]},
-            "calibration": CALIBRATION,
+            "calibration": {
+                "sequences": SEQUENCES,
+                "sequence_length": sequence_length,
+                "validation_sequences": 1,
+            },
             "evaluation": {"tokens": 512, "window": 256, "stride": 256},
             "runner": {"workers": 1, "threads_per_worker": threads, "device": "cpu"},
             "store": str(path / "store"),
@@ -82,9 +86,8 @@ def measure(path: Path, threads: int) -> StageCosts:
     return costs
 
 
-def report(blocks: int, costs: StageCosts) -> None:
-    total_s = sum(costs.seconds.values())
-    tokens = CALIBRATION["sequences"] * CALIBRATION["sequence_length"]
+def report(blocks: int, sequence_length: int, costs: StageCosts) -> None:
+    total_s, tokens = sum(costs.seconds.values()), SEQUENCES * sequence_length
     print(f"{blocks} blocks of {LLAMA_2_7B.name}'s shape, {tokens} calibration tokens, 12 configurations")
     print(f"{'stage':<28}{'s per block':>12}{'peak GB':>9}")
     for name, stage_s in sorted(costs.seconds.items(), key=lambda item: -item[1]):
@@ -98,11 +101,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=8)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--sequence-length", type=int, default=256, help="of each of the 2 sequences (default 256)")
     parser.add_argument("--folder", type=Path, help="where the temporary folder is made (default: the system's)")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        costs = measure(options.measure, options.threads)
+        costs = measure(options.measure, options.threads, options.sequence_length)
         print(json.dumps({"seconds": costs.seconds, "peak_bytes": costs.peak_bytes}))
         return
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
@@ -111,10 +115,10 @@ def main() -> None:
             sys.exit(f"{folder} has {free / 1e9:.1f} GB free and {needed / 1e9:.1f} are needed; give another --folder")
         write_llama(Path(folder), LLAMA_2_7B, blocks=options.blocks, vocabulary=32000)
         command = [sys.executable, "-m", "benchmarks.large_model", "--measure", folder]
-        command += ["--threads", str(options.threads)]
+        command += ["--threads", str(options.threads), "--sequence-length", str(options.sequence_length)]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     costs = StageCosts(**json.loads(done.stdout.splitlines()[-1]))
-    report(options.blocks, costs)
+    report(options.blocks, options.sequence_length, costs)
     if max(costs.peak_bytes.values()) > LIMIT_BYTES:
         sys.exit("above the limit")
 

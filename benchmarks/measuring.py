@@ -45,6 +45,7 @@ from lmq.quantizers import quantizer
 from lmq.sensitivity import part_sensitivity_table
 from lmq.streaming import BlockInputs, StreamedModel, load_layer_weights
 from lmq.weight_statistics import weight_statistics
+from lmq_tasks.freed_memory import keep_freed_memory
 
 SETS = 2
 SEQUENCE_LENGTH = 512
@@ -237,6 +238,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--ours", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    keep_freed_memory()
     torch.set_num_threads(options.threads)
     if options.ours:
         before = peak_bytes()

@@ -22,6 +22,7 @@ from torch import Tensor
 from lmq.kurtosis import kurtosis
 from lmq.second_moments import module_errors, second_moments
 from lmq.weight_statistics import magnitude_percentiles
+from lmq_tasks.freed_memory import keep_freed_memory
 
 CONFIGURATIONS = 12
 KURTOSIS_SIZE = 4096
@@ -83,6 +84,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
+    keep_freed_memory()
     torch.set_num_threads(options.threads)
     print(f"{CONFIGURATIONS} configurations, float32, {options.threads} threads")
     print(

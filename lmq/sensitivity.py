@@ -7,25 +7,24 @@ attention or MLP (of the whole block where they are no submodule of their own), 
 their own. The authors' program leaves `attn_out` out where its
 shape differs from the value projection (grouped-query attention); here it is always measured.
 
-The block runs once for all configurations, and what enters and leaves its modules is kept. A part is then replayed on
-changes alone: with an error E of its weight a module gives y + E x, and one behind it y + W (x' - x). Products of
-changes may be taken in bfloat16: its rounding is relative to the change, not to the output that the change is lost in.
+The block runs once for all configurations, and every part again for each (`lmq.part_replay`). The error of a module
+that is judged by its own output follows from the second moments of its inputs (`lmq.second_moments`): where there are
+many configurations, these replace its replays.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
 from lmq.errors import NotFiniteError
+from lmq.part_replay import JUDGED_ALONE, ChangeReplay, PartReplay, Pass
+from lmq.second_moments import row_errors, second_moments
 from lmq.streaming import BlockInputs
 from lmq.structure import ModuleInfo
 from lmq.tables import MODULE_FIELDS, SPEC_FIELDS, TableSchema
@@ -47,7 +46,10 @@ Configuration = TypeVar("Configuration", bound=Hashable)
 QuantizedWeight = Callable[[str], Tensor]
 """Makes the quantized weight [out_features, in_features] of a module kind, each time it is asked for."""
 
-_TOKENS_AT_ONCE = 4096
+_TOKENS_AT_ONCE = 8192
+
+_LEAST_GAIN = 2
+"""How many times fewer products second moments must need, which take a pass more over the inputs."""
 
 
 def part_sensitivities(
@@ -80,18 +82,17 @@ def part_sensitivity_table(
     As `part_sensitivities`, with the block run once for all configurations. Products are taken in `dtype`; bfloat16
     changes the scores by up to 1e-3 (`lmq.fisher.fast_matmul_dtype` says where it is fast).
     """
-    parts: dict[str, list[str]] = {}
+    parts: dict[str, list[ModuleInfo]] = {}
     for module in modules:
-        parts.setdefault(module.part, []).append(module.id.kind)
-    replay = _Replay(block, block_inputs, parts, dtype)
+        parts.setdefault(module.part, []).append(module)
+    replay = _replay(block, block_inputs, parts, dtype)
     sums = {configuration: dict.fromkeys(parts, 0.0) for configuration in quantized}
     elements = dict.fromkeys(parts, 0)
-    for sequences in hidden.split(max(1, _TOKENS_AT_ONCE // hidden.shape[1])):
+    for sequences in hidden.split(max(1, _tokens_at_once(dtype) // hidden.shape[1])):
         passes = [replay.record(sequence[None]) for sequence in sequences]
-        for part, kinds in parts.items():
-            for configuration, make in quantized.items():
-                errors = {kind: replay.error(kind, make(kind)) for kind in kinds}
-                sums[configuration][part] += sum(replay.squared_change(part, errors, seen) for seen in passes)
+        for part, members in parts.items():
+            for configuration, squared_error in _squared_errors(replay, part, members, passes, quantized):
+                sums[configuration][part] += squared_error
             elements[part] += sum(seen.outputs[part].numel() for seen in passes)
     for part in parts:
         for scores in sums.values():
@@ -100,110 +101,53 @@ def part_sensitivity_table(
     return sums
 
 
+def _replay(
+    block: nn.Module, block_inputs: BlockInputs, parts: Mapping[str, Sequence[ModuleInfo]], dtype: torch.dtype
+) -> PartReplay:
+    kinds = {part: [module.id.kind for module in members] for part, members in parts.items()}
+    if dtype == torch.float32:
+        return PartReplay(block, block_inputs, kinds)
+    return ChangeReplay(block, block_inputs, kinds, dtype)
+
+
+def _tokens_at_once(dtype: torch.dtype) -> int:
+    """Changes are replayed from what every module took and gave, which is kept for all tokens: fewer at once."""
+    return _TOKENS_AT_ONCE if dtype == torch.float32 else _TOKENS_AT_ONCE // 2
+
+
+def _squared_errors(
+    replay: PartReplay,
+    part: str,
+    members: Sequence[ModuleInfo],
+    passes: Sequence[Pass],
+    quantized: Mapping[Configuration, QuantizedWeight],
+) -> Iterator[tuple[Configuration, float]]:
+    """Summed squared output error of a part over all passes, for every configuration."""
+    if _moments_pay(members, sum(seen.outputs[part].shape[1] for seen in passes), len(quantized)):
+        (kind,) = (module.id.kind for module in members)
+        moments = second_moments(torch.cat([seen.calls[part][0][0].flatten(0, -2) for seen in passes]))
+        for configuration, make in quantized.items():
+            by_row = row_errors(moments, make(kind) - replay.weight(kind))
+            yield configuration, moments.tokens * by_row.sum().item()
+        return
+    for configuration, make in quantized.items():
+        weights = {module.id.kind: replay.substitute(module.id.kind, make(module.id.kind)) for module in members}
+        yield configuration, sum(replay.squared_change(part, weights, seen) for seen in passes)
+
+
+def _moments_pay(members: Sequence[ModuleInfo], tokens: int, configurations: int) -> bool:
+    """Whether a part that is judged by its one module is far cheaper by H: counted in products."""
+    if members[0].part not in JUDGED_ALONE or len(members) > 1:
+        return False
+    out_features, in_features = members[0].out_features, members[0].in_features
+    replayed = configurations * tokens * out_features * in_features
+    by_moments = (tokens + configurations * out_features) * in_features**2 / 2
+    return replayed > _LEAST_GAIN * by_moments
+
+
 def _require_finite(squared_error: float, part: str, layer: int) -> None:
     if not math.isfinite(squared_error):
         raise NotFiniteError(
             f"the output error of {part} in layer {layer} is {squared_error}: "
             "the states that enter the layer or its quantized weights are not finite; measure both again"
         )
-
-
-@dataclass(frozen=True, eq=False)
-class _Pass:
-    """What entered and left modules (by kind) and judged submodules (by part) when the block ran on one sequence."""
-
-    inputs: dict[str, Tensor] = field(default_factory=dict)
-    modules: dict[str, Tensor] = field(default_factory=dict)
-    calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
-    outputs: dict[str, Tensor] = field(default_factory=dict)
-
-
-class _Replay:
-    """Runs a block, and its parts again with changed weights; products are taken in `dtype`."""
-
-    def __init__(
-        self, block: nn.Module, block_inputs: BlockInputs, parts: Mapping[str, Sequence[str]], dtype: torch.dtype
-    ):
-        self._block = block
-        self._block_inputs = block_inputs
-        self._paths = {part: _judged_by(part, kinds) for part, kinds in parts.items()}
-        self._modules = {kind: block.get_submodule(kind) for kinds in parts.values() for kind in kinds}
-        self._weights = {kind: module.get_parameter("weight").to(dtype) for kind, module in self._modules.items()}
-
-    def error(self, kind: str, quantized: Tensor) -> Tensor:
-        """E = W' - W of a module."""
-        return (quantized - self._modules[kind].get_parameter("weight")).to(self._weights[kind].dtype)
-
-    def record(self, hidden: Tensor) -> _Pass:
-        """Run the block on one sequence `hidden` [1, sequence_length, hidden]."""
-        seen = _Pass()
-
-        def run(kind: str, states: Tensor) -> Tensor:
-            output = _product(states, self._weights[kind])
-            bias = getattr(self._modules[kind], "bias", None)
-            seen.inputs[kind], seen.modules[kind] = states, output if bias is None else output + bias
-            return seen.modules[kind]
-
-        def keep(part: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            seen.calls[part], seen.outputs[part] = (args, kwargs), _tensor(output)
-
-        handles = [
-            self._block.get_submodule(path).register_forward_hook(
-                lambda _, *call, part=part: keep(part, *call), with_kwargs=True
-            )
-            for part, path in self._paths.items()
-        ]
-        try:
-            with self._forwards(self._modules, run):
-                self._block_inputs.run(self._block, hidden)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return seen
-
-    def squared_change(self, part: str, errors: Mapping[str, Tensor], seen: _Pass) -> float:
-        """Summed squared change of the output that a part is judged by, for weight errors E of its modules."""
-        path = self._paths[part]
-        if path in errors:
-            change = _product(seen.inputs[path], errors[path])
-            return change.square_().sum(dtype=torch.float64).item()
-
-        def run(kind: str, states: Tensor) -> Tensor:
-            output, before = seen.modules[kind], seen.inputs[kind]
-            if states is not before:
-                output = output + _product(states - before, self._weights[kind])
-            return output + _product(states, errors[kind]) if kind in errors else output
-
-        inside = [kind for kind in self._modules if not path or kind.startswith(f"{path}.")]
-        args, kwargs = seen.calls[part]
-        with self._forwards(inside, run):
-            output = _tensor(self._block.get_submodule(path)(*args, **kwargs))
-        return (output - seen.outputs[part]).square_().sum(dtype=torch.float64).item()
-
-    @contextmanager
-    def _forwards(self, kinds: Iterable[str], run: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
-        """Within, `run(kind, states)` takes the place of the modules' own forward."""
-        for kind in kinds:
-            self._modules[kind].forward = functools.partial(run, kind)
-        try:
-            yield
-        finally:
-            for kind in kinds:
-                del self._modules[kind].forward
-
-
-def _judged_by(part: str, kinds: Sequence[str]) -> str:
-    """Path of the submodule whose output is compared: the module itself, or the sub-block it feeds ("": the block)."""
-    if part in ("attn_out", "mlp_down"):
-        return kinds[0]
-    sub_blocks = {kind.rpartition(".")[0].partition(".")[0] for kind in kinds}
-    return sub_blocks.pop() if len(sub_blocks) == 1 else ""
-
-
-def _product(states: Tensor, weight: Tensor) -> Tensor:
-    """States times a weight [out_features, in_features] in the weight's dtype; the result in that of the states."""
-    return nn.functional.linear(states.to(weight.dtype), weight).to(states.dtype)
-
-
-def _tensor(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 
 from lmq.errors import InputError, LmqError
 from lmq_storage import ArtifactRef, ArtifactStore, artifact_key
+from lmq_tasks.freed_memory import keep_freed_memory
 
 JsonDict = dict[str, Any]
 """Task parameters are JSON values, so that any worker on any machine can read them."""
@@ -158,6 +159,7 @@ def run_stage(stage: Stage, key: str, site: Site, config: Mapping[str, Any], inp
     existing = store.find(stage.name, key)
     if existing is not None:
         return existing
+    keep_freed_memory()
     torch.set_num_threads(site.threads_per_worker)
     started = time.perf_counter()
     try:
