@@ -45,7 +45,8 @@ MODULE_ERRORS_SCHEMA = TableSchema(
 """One row per module and configuration: e(m, c), S from H, S from H̃, and the delta loss."""
 
 _TOKENS_AT_ONCE = 2048
-_ROWS_AT_ONCE = 1024
+_ROWS_AT_ONCE = 4096
+_GRADIENT_ROWS_AT_ONCE = 1024
 _COLUMNS_AT_ONCE = 256
 
 
@@ -78,8 +79,8 @@ def second_moments(inputs: Tensor, token_weights: Tensor | None = None) -> Secon
         piece = inputs[start : start + _TOKENS_AT_ONCE].detach().float()
         if roots is not None:
             piece = piece * roots[start : start + _TOKENS_AT_ONCE, None]
-        matrix.addmm_(piece.t(), piece)
-    return SecondMoments(matrix.div_(len(inputs)), len(inputs))
+        _add_upper_products(matrix, piece)
+    return SecondMoments(_mirrored(matrix).div_(len(inputs)), len(inputs))
 
 
 @torch.no_grad()
@@ -102,7 +103,7 @@ def capture_second_moments(
         states = inputs.flatten(0, -2).float()
         if kind not in sums:
             sums[kind] = torch.zeros(states.shape[1], states.shape[1], device=states.device)
-        sums[kind].addmm_(states.t(), states)
+        _add_upper_products(sums[kind], states)
 
     handles = [
         block.get_submodule(kind).register_forward_pre_hook(lambda _, args, kind=kind: keep(kind, args[0]))
@@ -116,7 +117,7 @@ def capture_second_moments(
         for handle in handles:
             handle.remove()
     tokens = hidden.shape[0] * hidden.shape[1]
-    moments = {total: SecondMoments(total / tokens, tokens) for total in sums.values()}
+    moments = {total: SecondMoments(_mirrored(total) / tokens, tokens) for total in set(sums.values())}
     return {kind: moments[sums[kind]] for kind in kinds}
 
 
@@ -137,10 +138,11 @@ def row_errors(moments: SecondMoments, error: Tensor) -> Tensor:
         rows = slice(top, top + _ROWS_AT_ONCE)
         piece = error[rows].to(moments.matrix.dtype)
         for left in range(0, moments.in_features, _COLUMNS_AT_ONCE):
-            right = left + _COLUMNS_AT_ONCE
-            products = piece[:, left:right] @ moments.matrix[left:right, left:]
-            products.mul_(piece[:, left:])
-            total[rows] += 2 * products.sum(1).double() - products[:, : right - left].sum(1).double()
+            columns = slice(left, left + _COLUMNS_AT_ONCE)
+            products = piece[:, columns] @ moments.matrix[columns, columns]
+            if left:
+                products.add_(piece[:, :left] @ moments.matrix[:left, columns], alpha=2)
+            total[rows] += torch.linalg.vecdot(products, piece[:, columns]).double()
     return total.clamp_(min=0)  # negative by rounding alone
 
 
@@ -181,8 +183,23 @@ def delta_loss(weight_gradient: Tensor, error: Tensor) -> float:
             f"a gradient {list(weight_gradient.shape)} does not fit an error {list(error.shape)}; "
             "pass both of the same module"
         )
-    rows = zip(weight_gradient.detach().split(_ROWS_AT_ONCE), error.detach().split(_ROWS_AT_ONCE), strict=True)
-    return abs(sum((gradient.double() * piece.double()).sum().item() for gradient, piece in rows))
+    pieces = (tensor.detach().split(_GRADIENT_ROWS_AT_ONCE) for tensor in (weight_gradient, error))
+    return abs(sum((gradient.double() * piece.double()).sum().item() for gradient, piece in zip(*pieces, strict=True)))
+
+
+def _add_upper_products(matrix: Tensor, inputs: Tensor) -> None:
+    """Add `inputs`ᵀ · `inputs` [in_features, in_features]: only the blocks on and right of the diagonal."""
+    for left in range(0, len(matrix), _COLUMNS_AT_ONCE):
+        columns = slice(left, left + _COLUMNS_AT_ONCE)
+        matrix[: columns.stop, columns].addmm_(inputs[:, : columns.stop].t(), inputs[:, columns])
+
+
+def _mirrored(matrix: Tensor) -> Tensor:
+    """The matrix itself, with what is right of its diagonal copied to the left."""
+    for left in range(0, len(matrix), _COLUMNS_AT_ONCE):
+        rows = slice(left, left + _COLUMNS_AT_ONCE)
+        matrix[rows, :left] = matrix[:left, rows].t()
+    return matrix
 
 
 def _root_weights(token_weights: Tensor, tokens: int) -> Tensor:

@@ -26,5 +26,6 @@ def keep_freed_memory() -> bool:
         set_option = ctypes.CDLL(None).mallopt
     except (OSError, TypeError, AttributeError):  # Windows; macOS
         return False
-    options = ((_M_MMAP_THRESHOLD, LARGEST_KEPT_BYTES), (_M_TRIM_THRESHOLD, KEPT_FREE_BYTES))
-    return all([set_option(option, value) == 1 for option, value in options])
+    heap_used = set_option(_M_MMAP_THRESHOLD, LARGEST_KEPT_BYTES)
+    heap_kept = set_option(_M_TRIM_THRESHOLD, KEPT_FREE_BYTES)
+    return bool(heap_used and heap_kept)

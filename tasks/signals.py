@@ -22,7 +22,7 @@ from lmq_tasks.opened import open_model
 from lmq_tasks.stage import Job, stage
 
 
-@stage("sensitivity", version=2, schema=SENSITIVITY_SCHEMA.label)
+@stage("sensitivity", version=3, schema=SENSITIVITY_SCHEMA.label)
 def measure_sensitivity(job: Job) -> None:
     """Activation sensitivity of one layer's parts at one configuration.
 

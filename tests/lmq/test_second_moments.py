@@ -129,6 +129,13 @@ def test_moments_of_long_inputs_are_summed_piece_by_piece(tokens: int, dtype: to
         assert (moments.tokens, moments.in_features, moments.matrix.dtype) == (tokens, 6, torch.float32)
 
 
+def test_moments_of_many_inputs_are_symmetric_and_whole() -> None:
+    inputs = random_tensor(300, 600) + 1
+    found = second_moments(inputs).matrix
+    assert torch.equal(found, found.t())
+    torch.testing.assert_close(found.double(), inputs.double().t() @ inputs.double() / 300, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (3, 511), (1030, 8), (5, 513), (40, 1300)])
 def test_row_errors_of_any_shape_are_those_of_the_whole_product(shape: tuple[int, int]) -> None:
     inputs = random_tensor(200, shape[1]) + 3  # a mean direction, as of the attention sink
