@@ -14,6 +14,7 @@ from prefect.artifacts import (
 
 from lmq.results import read_results, results_table
 from lmq_flows.names import slug
+from lmq_tasks.reporting import FIGURES_FOLDER
 
 
 def publish_results(run_dir: Path) -> None:
@@ -25,10 +26,10 @@ def publish_results(run_dir: Path) -> None:
     )
     create_markdown_artifact(key=f"{key}-summary", markdown=(run_dir / "summary.md").read_text(), description="Summary")
     create_link_artifact(key=f"{key}-report", link=(run_dir / "report.html").absolute().as_uri(), link_text="Report")
-    for picture in sorted(run_dir.glob("*.png")):
+    for picture in sorted((run_dir / FIGURES_FOLDER).glob("*.svg")):
         data = base64.b64encode(picture.read_bytes()).decode()
         create_image_artifact(
-            key=f"{key}-{_key(picture.stem)}", image_url=f"data:image/png;base64,{data}", description=picture.stem
+            key=f"{key}-{_key(picture.stem)}", image_url=f"data:image/svg+xml;base64,{data}", description=picture.stem
         )
 
 

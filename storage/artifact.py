@@ -72,6 +72,7 @@ class Manifest:
     versions: Mapping[str, str] = field(default_factory=dict)
     host: str = ""
     seconds: float | None = None
+    peak_memory_bytes: int | None = None
     manifest_version: int = MANIFEST_VERSION
 
     @property

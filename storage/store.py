@@ -143,6 +143,7 @@ class ArtifactStore:
         inputs: Mapping[str, Any] | None = None,
         versions: Mapping[str, str] | None = None,
         seconds: float | None = None,
+        peak_memory_bytes: int | None = None,
     ) -> ArtifactRef:
         """Move `files` (name → local path) into the store and write the manifest; returns the reference.
 
@@ -160,6 +161,7 @@ class ArtifactStore:
             versions=versions or {},
             host=platform.node(),
             seconds=seconds,
+            peak_memory_bytes=peak_memory_bytes,
         )
         return self._publish_manifest(manifest)
 

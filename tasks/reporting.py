@@ -5,17 +5,18 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from lmq.allocation import ALLOCATION_SCHEMA
 from lmq.evaluation import WINDOWS_SCHEMA, Evaluation, paired_difference, summarize
-from lmq.plots import figure_png
 from lmq.report import (
     PairedDifference,
     ReportData,
     StageTiming,
     build_report,
+    embedded_files,
     model_card,
     report_pictures,
 )
@@ -24,16 +25,19 @@ from lmq.structure import ModelStructure
 from lmq_tasks.report_tables import model_report, rows_of
 from lmq_tasks.stage import Job, JsonDict, library_versions, stage
 
-PICTURE_DOTS_PER_INCH = 110
 WARNINGS_FILE = "warnings.txt"
 """What makes measurements of the run unfair, a line each; empty when nothing does."""
 CARDS_FOLDER = "cards"
+DATA_FOLDER = "data"
+"""Holds the data behind every table and figure of the report, as CSV."""
+FIGURES_FOLDER = "figures"
+"""Holds the report's figures as SVG."""
 _DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
-@stage("report", version=5, schema="report/1")
+@stage("report", version=6, schema="report/1")
 def report(job: Job) -> None:
-    """Write results.json, report.html, summary.md, warnings.txt, a CSV per allocation, a model card per checkpoint."""
+    """Write results.json, report.html with data and figures, summary.md, warnings.txt, allocations, model cards."""
     structures = {name: _structure(job, name) for name in job.config["models"]}
     variants = [_Variant(job, number, item, structures) for number, item in enumerate(job.config["variants"])]
     results = [variant.result for variant in variants]
@@ -57,14 +61,21 @@ def report(job: Job) -> None:
         versions=library_versions(),
         digests={f"{name} weights": structure.weights_sha256 for name, structure in structures.items()},
     )
-    (job.output / "report.html").write_text(build_report(data), encoding="utf-8")
+    page = build_report(data)
+    (job.output / "report.html").write_text(page, encoding="utf-8")
+    _write_texts(job.output / DATA_FOLDER, embedded_files(page))
+    _write_texts(job.output / FIGURES_FOLDER, {f"{name}.svg": svg for name, svg in report_pictures(data).items()})
     for variant in variants:
         if variant.result.checkpoint is not None:
             card = job.output / card_file(variant.slug)
             card.parent.mkdir(exist_ok=True)
             card.write_text(model_card(data, variant.result), encoding="utf-8")
-    for name, picture in report_pictures(data).items():
-        figure_png(picture, job.output / f"{name}.png", dots_per_inch=PICTURE_DOTS_PER_INCH)
+
+
+def _write_texts(folder: Path, texts: Mapping[str, str]) -> None:
+    folder.mkdir(exist_ok=True)
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 def card_file(slug: str) -> str:
@@ -218,6 +229,7 @@ def _stages(job: Job) -> list[StageTiming]:
                         state=state,
                         seconds=manifest.seconds,
                         size_bytes=manifest.size_bytes,
+                        peak_memory_bytes=manifest.peak_memory_bytes,
                     )
                 )
     return found

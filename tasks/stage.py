@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from lmq.errors import InputError, LmqError
 from lmq_storage import ArtifactRef, ArtifactStore, artifact_key
 from lmq_tasks.freed_memory import keep_freed_memory
+from lmq_tasks.peak_memory import PeakMemory
 
 JsonDict = dict[str, Any]
 """Task parameters are JSON values, so that any worker on any machine can read them."""
@@ -163,7 +164,7 @@ def run_stage(stage: Stage, key: str, site: Site, config: Mapping[str, Any], inp
     torch.set_num_threads(site.threads_per_worker)
     started = time.perf_counter()
     try:
-        with store.workspace() as output:
+        with store.workspace() as output, PeakMemory() as memory:
             stage.body(Job(store, site, config, inputs, output))
             files = {path.relative_to(output).as_posix(): path for path in output.rglob("*") if path.is_file()}
             return store.publish(
@@ -176,6 +177,7 @@ def run_stage(stage: Stage, key: str, site: Site, config: Mapping[str, Any], inp
                 inputs=input_digests(store, inputs),
                 versions=library_versions(),
                 seconds=time.perf_counter() - started,
+                peak_memory_bytes=memory.read(),
             )
     except (OSError, SafetensorError) as error:
         if not _is_disk_full(error):

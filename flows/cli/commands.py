@@ -101,7 +101,8 @@ def report_command(arguments: argparse.Namespace) -> int:
         else:
             _print_table(directory)
     page = directories[0] / "report.html" if len(directories) == 1 else _write_comparison(directories, arguments.output)
-    console.print(str(page), highlight=False, soft_wrap=True)
+    missing = "" if page.is_file() else " is missing; `lmq run` of the same configuration writes it again"
+    console.print(f"{page}{missing}", highlight=False, soft_wrap=True)
     return 0
 
 

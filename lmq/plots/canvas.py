@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
+from lmq.plots.labels import CHARACTER_PX, LINE_PX
 from lmq.plots.palette import INK, MUTED, RULE
 
 TEXT_PX = 11.0
@@ -66,6 +67,18 @@ def put_text(axes: Axes, x_px: float, y_px: float, text: str, **style: Any) -> N
 def put_title(axes: Axes, text: str) -> None:
     """Title at the figure's top left."""
     put_text(axes, 0, 13, text, color=INK.light, fontsize=TITLE_PX, weight="bold")
+
+
+def put_legend(axes: Axes, entries: Sequence[tuple[str, str, str]], *, top_px: float, width_px: float) -> None:
+    """Glyphs in their colours with names (glyph, colour, name), from `top_px` down in lines of at most `width_px`."""
+    x, y = 0.0, top_px
+    for glyph, colour, name in entries:
+        needed = 30 + len(name) * CHARACTER_PX * 0.9
+        if x + needed > width_px and x > 0:
+            x, y = 0.0, y + LINE_PX
+        put_text(axes, x, y, glyph, color=colour)
+        put_text(axes, x + 15, y, name)
+        x += needed
 
 
 def scale_y(axes: Axes, low: float, high: float, *, log: bool, ticks: int = 4) -> None:

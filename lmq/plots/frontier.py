@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lmq.frontier import FrontierPoint
-from lmq.plots.canvas import Margins, new_axes, put_text, put_title, scale_y, value_limits
-from lmq.plots.labels import CHARACTER_PX, LINE_PX, Box, boxes_along, place_names
+from lmq.plots.canvas import Margins, new_axes, put_legend, put_text, put_title, scale_y, value_limits
+from lmq.plots.labels import Box, boxes_along, place_names
 from lmq.plots.palette import INK, MUTED, SERIES, SeriesStyle
 from lmq.plots.perplexity import drawable, strategy_styles
 from lmq.quant_spec import QuantSpec
@@ -144,7 +144,7 @@ def _predicted_panel(
     _name(axes, squares, [*boxes_along([_pixels(axes, *place) for place in line]), *_boxes(axes, measured)])
     legend = [("—", SERIES[0].light, "least predicted"), ("■", MUTED.light, "uniform, predicted")]
     hollow = [(_HOLLOW[glyph], colour, f"{name}, measured") for glyph, colour, name in page.used(measured)]
-    _legend(axes, legend + hollow)
+    put_legend(axes, legend + hollow, top_px=31, width_px=WIDTH_PX)
     return figure
 
 
@@ -152,7 +152,7 @@ def _measured_panel(page: _Page, title: str, items: Sequence[_Value], *, is_last
     figure, axes = page.panel(title, MEASURED_PX, is_last=is_last)
     _scale(axes, [item.value for item in items])
     _draw(axes, items, page.styles, is_hollow=False)
-    _legend(axes, page.used(items))
+    put_legend(axes, page.used(items), top_px=31, width_px=WIDTH_PX)
     return figure
 
 
@@ -180,18 +180,6 @@ def _draw(axes: Axes, items: Sequence[_Value], styles: Mapping[str, SeriesStyle]
             markeredgecolor=style.colour.light,
             markeredgewidth=1.4 if is_hollow else 0,
         )
-
-
-def _legend(axes: Axes, entries: Sequence[tuple[str, str, str]]) -> None:
-    """Glyphs in their colours with names, in one line or two below the title."""
-    x, y = 0.0, 31.0
-    for glyph, colour, name in entries:
-        width = 30 + len(name) * CHARACTER_PX * 0.9
-        if x + width > WIDTH_PX:
-            x, y = 0.0, y + LINE_PX
-        put_text(axes, x, y, glyph, color=colour)
-        put_text(axes, x + 15, y, name)
-        x += width
 
 
 def _name(axes: Axes, points: Sequence[tuple[float, float, str]], taken: Sequence[Box]) -> None:

@@ -8,7 +8,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lmq.error_table import ErrorTable
-from lmq.plots.canvas import TEXT_PX, Margins, layer_ticks, new_axes, put_text, put_title, scale_y, value_limits
+from lmq.plots.canvas import (
+    TEXT_PX,
+    Margins,
+    layer_ticks,
+    new_axes,
+    put_legend,
+    put_text,
+    put_title,
+    scale_y,
+    value_limits,
+)
 from lmq.plots.palette import INK, SERIES
 from lmq.quant_spec import QuantSpec
 
@@ -64,6 +74,14 @@ def cost_curves(
     if ringed is not None:
         heights = {layer: value for (_, layer), value in zip(rows, lines[ringed], strict=True) if value > 0}
         _ring(axes, {layer: heights[layer] for layer in outlier_layers if layer in heights}, layers)
+    return figure
+
+
+def title_panel(title: str, entries: Sequence[tuple[str, str, str]] = ()) -> Figure:
+    """A panel of the same size without axes: what the panels beside it show, and their legend (glyph, colour, name)."""
+    figure, axes = _panel(title, title)
+    axes.set_axis_off()
+    put_legend(axes, entries, top_px=40, width_px=WIDTH_PX)
     return figure
 
 

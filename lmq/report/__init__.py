@@ -2,6 +2,7 @@
 
 from lmq.report.card import model_card
 from lmq.report.data import ModelReport, PairedDifference, ReportData, StageTiming
+from lmq.report.downloads import embedded_files
 from lmq.report.page import build_report
 from lmq.report.pictures import report_pictures
 
@@ -11,6 +12,7 @@ __all__ = [
     "ReportData",
     "StageTiming",
     "build_report",
+    "embedded_files",
     "model_card",
     "report_pictures",
 ]

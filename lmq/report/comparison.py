@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, fields
 from html import escape
 
 from lmq.comparison import Runs, Tally, Yardstick, by_yardstick, pareto_front, tallies
@@ -11,7 +10,7 @@ from lmq.plots.perplexity import drawable, strategy_styles
 from lmq.report.certainty import offer, tally_table
 from lmq.report.html import Cell, Column, csv_link, not_measured, number, section, slug, table, text
 from lmq.report.page import whole_page
-from lmq.report.variants import perplexity_figure
+from lmq.report.variants import RESULT_COLUMNS, perplexity_figure, result_row
 from lmq.results import VariantResult, format_bytes, format_measured, format_number
 
 _Member = tuple[str, VariantResult]
@@ -65,8 +64,8 @@ def _table(members: Sequence[_Member], front: Sequence[VariantResult], yardstick
         Column("Front", False, "no other variant is smaller without a higher perplexity"),
     ]
     rows = [_row(run, result, result in front) for run, result in members]
-    names = ["run", *(item.name for item in fields(VariantResult))]
-    data = csv_link(f"{slug(yardstick.model)}.csv", names, ((run, *astuple(result)) for run, result in members))
+    rows_of_file = ((run, *result_row(result)) for run, result in members)
+    data = csv_link(f"{slug(yardstick.model)}.csv", ["run", *RESULT_COLUMNS], rows_of_file)
     return table(columns, rows, f"Variants of {yardstick.model}") + f'<p class="note">{data}</p>'
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from html import escape
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from lmq.error_table import ErrorTable
 from lmq.importance.correlation import rank_correlations
@@ -86,7 +87,8 @@ COSTS: Mapping[str, CostKind] = {
 def costs_part(model: ModelReport) -> str:
     """Curves of the leading cost, the costliest modules, the other costs folded, and how well all agree."""
     measured = [name for name in COSTS if name in model.costs]
-    leads = [name for name in measured if name in ("sequence_fisher", "fisher")][:1]
+    lead_name = leading_cost(model)
+    leads = [] if lead_name is None else [lead_name]
     title = COSTS["sequence_fisher"].title
     lead = [f"<h4>{title}</h4>{not_measured(title)}"]
     if leads:
@@ -96,6 +98,11 @@ def costs_part(model: ModelReport) -> str:
         others.append(not_measured(COSTS["frobenius"].title))
     agreement = _agreement(model, measured)
     return "\n".join([*lead, *([agreement] if agreement else []), *others])
+
+
+def leading_cost(model: ModelReport) -> str | None:
+    """The loss-aware cost that was measured: by whole sequences, else by tokens."""
+    return next((name for name in ("sequence_fisher", "fisher") if name in model.costs), None)
 
 
 def one_per_width(specs: Sequence[QuantSpec]) -> list[QuantSpec]:
@@ -126,26 +133,34 @@ def cost_outliers(costs: ErrorTable, spec: QuantSpec) -> dict[str, list[int]]:
     return found
 
 
-def _curves(model: ModelReport, name: str) -> str:
-    costs, about = model.costs[name], COSTS[name]
-    specs = one_per_width(costs.specs)
-    ringed = likely_spec(costs.specs)
+def cost_figures(model: ModelReport, name: str) -> list[Figure]:
+    """Curves of one cost, a figure per kind, outlier layers ringed."""
+    costs = model.costs[name]
+    specs, ringed = one_per_width(costs.specs), likely_spec(costs.specs)
     outliers = cost_outliers(costs, ringed)
-    kinds = [kind for kind in model.structure.kinds if any(module.kind == kind for module in costs.modules)]
-    drawn = [
-        figure_svg(
-            cost_curves(
-                costs,
-                kind,
-                specs=specs,
-                layers=model.structure.layers,
-                title=short_kind(kind, kinds),
-                ringed=ringed,
-                outlier_layers=outliers.get(kind, ()),
-            )
+    kinds = _kinds(model, costs)
+    return [
+        cost_curves(
+            costs,
+            kind,
+            specs=specs,
+            layers=model.structure.layers,
+            title=short_kind(kind, kinds),
+            ringed=ringed,
+            outlier_layers=outliers.get(kind, ()),
         )
         for kind in kinds[:MOST_PANELS]
     ]
+
+
+def _kinds(model: ModelReport, costs: ErrorTable) -> list[str]:
+    return [kind for kind in model.structure.kinds if any(module.kind == kind for module in costs.modules)]
+
+
+def _curves(model: ModelReport, name: str) -> str:
+    costs, about = model.costs[name], COSTS[name]
+    specs, ringed = one_per_width(costs.specs), likely_spec(costs.specs)
+    drawn = [figure_svg(one) for one in cost_figures(model, name)]
     header = ["layer", "kind", *(spec.name for spec in costs.specs)]
     rows = [
         (module.layer, module.kind, *(f"{value:.6g}" for value in row))
@@ -156,10 +171,10 @@ def _curves(model: ModelReport, name: str) -> str:
         f'<li><i class="line" style="background:{colour.css}"></i>{spec}</li>'
         for spec, colour in zip(specs, SERIES, strict=False)
     )
-    rings = f" Rings: jumps from the layer before at {ringed}." if any(outliers.values()) else ""
+    rings = f" Rings: jumps from the layer before at {ringed}." if any(cost_outliers(costs, ringed).values()) else ""
     below = " Values of 0 and below are not drawn." if (costs.cost <= 0).any() else ""
     note = f"{about.meaning} Log scale.{rings}{below}"
-    return panels(about.title, note, link, drawn, len(kinds), f'<ul class="legend">{legend}</ul>')
+    return panels(about.title, note, link, drawn, len(_kinds(model, costs)), f'<ul class="legend">{legend}</ul>')
 
 
 def _folded(model: ModelReport, name: str) -> str:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from html import escape
 from urllib.parse import quote
 
+CSV_PREFIX = "data:text/csv;charset=utf-8,"
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -100,7 +102,7 @@ def csv_link(file_name: str, header: Sequence[str], rows: Iterable[Sequence[obje
     writer.writerow(header)
     writer.writerows(rows)
     data = quote(buffer.getvalue(), safe=",.:/@+ ").replace(" ", "%20")
-    return f'<a class="csv" download="{escape(file_name)}" href="data:text/csv;charset=utf-8,{data}">CSV</a>'
+    return f'<a class="csv" download="{escape(file_name)}" href="{CSV_PREFIX}{data}">CSV</a>'
 
 
 def details(summary: str, body: str) -> str:

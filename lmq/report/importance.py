@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from lmq.importance.layers import layer_scores
 from lmq.plots.importance import importance_bands
@@ -21,10 +22,10 @@ def importance_part(model: ModelReport) -> str:
     """Block Influence and AVSS of every layer, with their rankings; what removing layers costs is `lmq importance`."""
     if not model.layer_activity:
         return f"<h4>{TITLE}</h4>{not_measured(TITLE)}"
-    scores = layer_scores(sorted(model.layer_activity, key=lambda row: row["layer"]))
+    scores = _scores(model)
     shown = {title: scores[name] for name, title in _METRICS.items()}
     ranks = {title: ranking(values) for title, values in shown.items()}
-    bands = figure(figure_svg(importance_bands(shown, title="")), css_class="bands")
+    bands = figure(figure_svg(importance_figure(model)), css_class="bands")
     names = [name for metric in scores for name in (metric, f"{metric}_rank")]
     columns = [column for values in scores.values() for column in (values, ranking(values))]
     rows = ((layer, *(column[layer] for column in columns)) for layer in range(model.structure.layers))
@@ -39,6 +40,16 @@ def importance_part(model: ModelReport) -> str:
         f"<p>Most important layers, in order:</p><ul>{leaders}</ul>"
         f'<div class="beside">{bands}{_rank_table(shown, ranks)}</div>'
     )
+
+
+def importance_figure(model: ModelReport) -> Figure:
+    """The metrics of the layers under one another."""
+    scores = _scores(model)
+    return importance_bands({title: scores[name] for name, title in _METRICS.items()}, title="")
+
+
+def _scores(model: ModelReport) -> dict[str, list[float]]:
+    return layer_scores(sorted(model.layer_activity, key=lambda row: row["layer"]))
 
 
 def ranking(values: Sequence[float]) -> list[int]:

@@ -39,8 +39,8 @@ def _model_part(model: ModelReport) -> str:
         (
             *(f'<p class="warning">{escape(warning)}</p>' for warning in model.warnings),
             costs_part(model),
-            _profile(model, model.sensitivity, "sensitivity", "Activation sensitivity", _SENSITIVITY),
-            _profile(model, model.statistics, "kurtosis", "Kurtosis of the weights", _KURTOSIS),
+            _profile(model, "sensitivity", _SENSITIVITY),
+            _profile(model, "kurtosis", _KURTOSIS),
             importance_part(model),
             super_weights_part(model),
             weights_part(model),
@@ -63,8 +63,13 @@ class ProfileCurve:
     outlier_layers: tuple[int, ...]
 
 
-def profile_curves(model: ModelReport, rows: Rows, signal: str) -> list[ProfileCurve]:
+PROFILES = {"sensitivity": "Activation sensitivity", "kurtosis": "Kurtosis of the weights"}
+"""Signals with one number per layer and kind."""
+
+
+def profile_curves(model: ModelReport, signal: str) -> list[ProfileCurve]:
     """The different curves of a signal; kinds with the same values share one."""
+    rows = _signal_rows(model, signal)
     values = {(row["kind"], row["layer"]): row[signal] for row in rows}
     outliers = _outliers(model, signal)
     curves: dict[tuple[tuple[float | None, ...], tuple[int, ...]], list[str]] = {}
@@ -77,6 +82,10 @@ def profile_curves(model: ModelReport, rows: Rows, signal: str) -> list[ProfileC
     return [ProfileCurve(tuple(kinds), curve, marked) for (curve, marked), kinds in curves.items()]
 
 
+def _signal_rows(model: ModelReport, signal: str) -> Rows:
+    return model.sensitivity if signal == "sensitivity" else model.statistics
+
+
 def profile_figure(model: ModelReport, curve: ProfileCurve, title: str) -> Figure:
     """Figure of one curve, named by the kinds that share it."""
     names = ", ".join(short_kind(kind, model.structure.kinds) for kind in curve.kinds)
@@ -87,12 +96,13 @@ def _outliers(model: ModelReport, signal: str) -> set[tuple[str, int]]:
     return {(r["kind"], r["layer"]) for r in model.outliers if r["signal"] == signal and r["outlier"]}
 
 
-def _profile(model: ModelReport, rows: Rows, signal: str, title: str, meaning: str) -> str:
+def _profile(model: ModelReport, signal: str, meaning: str) -> str:
+    title, rows = PROFILES[signal], _signal_rows(model, signal)
     if not rows:
         return f"<h4>{title}</h4>{not_measured(title)}"
     z_scores = {(r["kind"], r["layer"]): r["z"] for r in model.outliers if r["signal"] == signal}
     outliers = _outliers(model, signal)
-    curves = profile_curves(model, rows, signal)
+    curves = profile_curves(model, signal)
     drawn = [figure_svg(profile_figure(model, curve, title)) for curve in curves[:MOST_PANELS]]
     header = ["kind", "layer", signal, "z", "outlier"]
     keyed = [((row["kind"], row["layer"]), row[signal]) for row in rows]

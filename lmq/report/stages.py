@@ -10,6 +10,10 @@ from lmq.report.html import Cell, Column, csv_link, details, not_measured, numbe
 from lmq.results import NOT_MEASURED, format_bytes
 
 MOST_STAGE_ROWS = 200
+_PEAK = (
+    "Time of what was cached is not counted. Peak memory is that of the process while the stage ran; stages that "
+    "shared a process with others (runner.workers above 1) have none."
+)
 
 
 def costs_section(data: ReportData) -> str:
@@ -24,10 +28,13 @@ def costs_section(data: ReportData) -> str:
         f"{len(data.stages) - len(ran)} came from the cache. "
         f"The run keeps {format_bytes(None if kept is None else int(kept))}.</p>"
     )
-    rows = [(s.stage, s.label, s.state, s.seconds, s.size_bytes) for s in data.stages]
-    link = csv_link(f"stages-{slug(data.run)}.csv", ["stage", "label", "state", "seconds", "size_bytes"], rows)
+    rows = [(s.stage, s.label, s.state, s.seconds, s.size_bytes, s.peak_memory_bytes) for s in data.stages]
+    header = ["stage", "label", "state", "seconds", "size_bytes", "peak_memory_bytes"]
+    link = csv_link(f"stages-{slug(data.run)}.csv", header, rows)
     each = details(f"Every stage ({len(data.stages)})", _every_stage(data.stages))
-    return section("costs", "What did it cost?", f'{lead}{_by_stage(data.stages)}<p class="note">{link}</p>{each}')
+    return section(
+        "costs", "What did it cost?", f'{lead}{_by_stage(data.stages)}<p class="note">{_PEAK} {link}</p>{each}'
+    )
 
 
 def reproduce_section(data: ReportData) -> str:
@@ -70,7 +77,7 @@ def _by_stage(stages: Sequence[StageTiming]) -> str:
         Column("Time", True),
         Column("Share of the longest"),
     ]
-    columns.append(Column("Kept", True))
+    columns += [Column("Kept", True), Column("Peak memory", True, "of the process, where it is known")]
     return table(columns, rows, "Time and bytes by stage")
 
 
@@ -78,6 +85,7 @@ def _stage_row(name: str, group: Sequence[StageTiming], seconds: float | None, l
     ran = sum(stage.state == "ran" for stage in group)
     bar = f'<i style="width:{100 * seconds / longest:.1f}%"></i>' if seconds and longest else ""
     kept = _total([stage.size_bytes for stage in group])
+    peak = max((stage.peak_memory_bytes for stage in group if stage.peak_memory_bytes is not None), default=None)
     return [
         text(name),
         number(str(ran), ran),
@@ -85,11 +93,13 @@ def _stage_row(name: str, group: Sequence[StageTiming], seconds: float | None, l
         number(format_duration(seconds), seconds),
         Cell(f'<span class="bar">{bar}</span>', seconds),
         number(format_bytes(None if kept is None else int(kept)), kept),
+        number(format_bytes(peak), peak),
     ]
 
 
 def _every_stage(stages: Sequence[StageTiming]) -> str:
     columns = [Column("Stage"), Column("For"), Column("State"), Column("Time", True), Column("Kept", True)]
+    columns.append(Column("Peak memory", True))
     rows = [
         [
             text(stage.stage),
@@ -97,6 +107,7 @@ def _every_stage(stages: Sequence[StageTiming]) -> str:
             text(stage.state),
             number(format_duration(stage.seconds), stage.seconds),
             number(format_bytes(stage.size_bytes), stage.size_bytes),
+            number(format_bytes(stage.peak_memory_bytes), stage.peak_memory_bytes),
         ]
         for stage in stages[:MOST_STAGE_ROWS]
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, fields
+from dataclasses import fields
 from html import escape
 
 from lmq.plots.palette import SeriesStyle
@@ -12,6 +12,7 @@ from lmq.plots.svg import figure_svg
 from lmq.report.certainty import certainty_part
 from lmq.report.data import ReportData
 from lmq.report.html import Cell, Column, csv_link, figure, not_measured, number, section, slug, table, text
+from lmq.report.performance import performance_part, tasks_part
 from lmq.report.verdict import Verdict, best_measured, verdicts
 from lmq.results import (
     FULL_PRECISION,
@@ -25,8 +26,15 @@ from lmq.results import (
     relative_perplexity,
 )
 
+RESULT_COLUMNS = [item.name for item in fields(VariantResult) if item.name != "tasks"]
+"""Columns of a CSV of variants; their tasks have a file of their own."""
 MOST_SENTENCES = 3
 """Uniform variants answered in a sentence each; more become a table."""
+
+
+def result_row(result: VariantResult) -> list[object]:
+    """Values of `RESULT_COLUMNS`."""
+    return [getattr(result, name) for name in RESULT_COLUMNS]
 
 
 def variants_section(data: ReportData) -> str:
@@ -38,7 +46,8 @@ def variants_section(data: ReportData) -> str:
     answers = "\n".join(_answer(model, data, named=several) for model in models)
     figures = "\n".join(_scatter(model, data, named=several) for model in models)
     tables = f"{_variant_table(data.results, several)}\n{_failures(data.results, several)}"
-    body = f"{answers}\n{tables}\n{figures}\n{certainty_part(data, several)}"
+    more = "\n".join(part(data.results, several) for part in (performance_part, tasks_part))
+    body = f"{answers}\n{tables}\n{figures}\n{certainty_part(data, several)}\n{more}"
     return section("variants", "Which variant should I use?", body)
 
 
@@ -152,8 +161,7 @@ def _variant_table(results: Sequence[VariantResult], several_models: bool) -> st
     protocols = ", ".join(sorted({result.protocol for result in results if result.protocol}))
     windows = f" in windows: {protocols}" if protocols else ""
     scored = f"Scored on {tokens.pop():,} tokens{windows}. " if len(tokens) == 1 else ""
-    names = [item.name for item in fields(VariantResult)]
-    link = csv_link("variants.csv", names, (astuple(result) for result in results))
+    link = csv_link("variants.csv", RESULT_COLUMNS, map(result_row, results))
     return table(columns, rows, "Variants") + f'<p class="note">{scored}Select a heading to sort. {link}</p>'
 
 

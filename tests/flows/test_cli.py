@@ -180,8 +180,26 @@ def test_a_store_that_is_not_there_is_refused(tmp_path: Path, capsys: pytest.Cap
     assert "Protocol not known: foo" in refusal(capsys, "store", "ls", "--store", "foo://x")
 
 
-def test_a_run_without_results_has_no_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "results.json does not exist" in refusal(capsys, "report", tmp_path)
+def test_what_is_no_run_has_no_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runs" / "night").mkdir(parents=True)
+    results = tmp_path / "runs" / "night" / "results.json"
+    write_results(results, [VariantResult(model="m", strategy="full-precision", perplexity=9.0)])
+    whole = results.read_text()
+    monkeypatch.chdir(tmp_path)
+    assert "not the directory of a finished run" in refusal(capsys, "report", tmp_path)
+    assert "there is no run 'day'" in (said := refusal(capsys, "report", "day"))
+    assert "runs here: night" in said
+    assert "is a file, not the directory of a run" in refusal(capsys, "report", results)
+    results.write_text(whole[: len(whole) // 2])
+    assert "is damaged" in refusal(capsys, "report", "night")
+    results.write_text(whole.replace('"perplexity"', '"confusion"'))
+    assert "another version of lmq may have written it" in refusal(capsys, "report", "night")
+    results.write_text(whole.replace("9.0", "NaN"))
+    assert "perplexity of m full-precision is nan" in refusal(capsys, "report", "night")
+    results.write_text("{}")
+    assert "holds a dict where a list of variants was expected" in refusal(capsys, "report", "night")
 
 
 def test_inspect_refuses_what_is_no_model(
@@ -299,6 +317,7 @@ def test_report_shows_what_of_the_budget_is_used(run_dir: Path, capsys: pytest.C
     assert "−2.346 MB" in printed
     assert " 0 B " in printed
     assert "mxq @ uniform b4g64 failed: out of memory" in printed
+    assert "report.html is missing" in printed
 
 
 def test_several_runs_are_compared_on_one_page(
