@@ -368,7 +368,7 @@ def test_frontier_refuses_what_the_run_does_not_have(
     assert "uniform solves no program" in refusal(capsys, *command, "--strategy", "uniform")
     message = refusal(capsys, *command, "--strategy", "sensi-milp")
     assert "did not measure sensitivity, which sensi-milp needs; draw a strategy of the run ('uniform'," in message
-    assert "results.json does not exist" in refusal(capsys, "frontier", tmp_path)
+    assert "it has no results.json" in refusal(capsys, "frontier", tmp_path)
 
 
 def test_frontier_names_what_is_gone_from_the_store(
