@@ -3,10 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test check lint bench clean
+.PHONY: demo serve test check lint bench clean
 
 demo: $(READY)  ## the main job on a real model: quantize SmolLM2-135M under a byte budget, evaluate, report
 	$(BIN)/lmq run deployments/presets/demo.yaml
+
+serve: $(READY)  ## Prefect server, worker and deployments on this machine; prints the UI's address, Ctrl-C ends all
+	$(BIN)/lmq serve
 
 test: $(READY)  ## all tests
 	$(BIN)/pytest

@@ -47,6 +47,8 @@ class StageProgress:
     failed: int = 0
     started_s: float | None = None
     ended_s: float | None = None
+    latest: str = ""
+    """Label of the node that started last."""
 
     @property
     def done(self) -> int:
@@ -83,7 +85,9 @@ class RunProgress:
         stage = self.stages[node.stage.name]
         if stage.started_s is None:
             stage.started_s = time.monotonic()
-        if outcome is not None:
+        if outcome is None:
+            stage.latest = node.label
+        else:
             stage.ran += outcome.state == "ran"
             stage.cached += outcome.state == "cached"
             stage.failed += outcome.state in ("failed", "not run")
@@ -155,24 +159,33 @@ class TerminalReporter:
 
 
 class ArtifactReporter:
-    """A Prefect progress artifact per stage, so that the UI shows how far a run is."""
+    """A Prefect progress artifact per stage that moves with every layer, so that the UI shows how far a run is."""
 
-    def __init__(self) -> None:
+    def __init__(self, at_most_every_s: float = 1.0) -> None:
+        self._at_most_every_s = at_most_every_s
         self._artifacts: dict[str, UUID] = {}
-        self._shown: dict[str, int] = {}
+        self._shown_s: dict[str, float] = {}
 
     def show(self, stage: str, progress: StageProgress) -> None:
-        """Create or move the stage's bar; every tenth of the way, to spare the server."""
-        percent = 100 * progress.done // max(progress.total, 1)
+        """Create or move the stage's bar; fast stages not with every layer, to spare the server."""
+        now_s = time.monotonic()
+        percent = 100 * progress.done / max(progress.total, 1)
         if stage not in self._artifacts:
-            made = create_progress_artifact(progress=percent, description=f"{stage}: {progress.total} to do")
+            made = create_progress_artifact(progress=percent, description=_sentence(stage, progress))
             assert isinstance(made, UUID)
             self._artifacts[stage] = made
-        elif percent == 100 or percent >= self._shown[stage] + 10:
-            update_progress_artifact(self._artifacts[stage], progress=percent)
+        elif progress.done == progress.total or now_s - self._shown_s[stage] >= self._at_most_every_s:
+            update_progress_artifact(self._artifacts[stage], percent, description=_sentence(stage, progress))
         else:
             return
-        self._shown[stage] = percent
+        self._shown_s[stage] = now_s
+
+
+def _sentence(stage: str, progress: StageProgress) -> str:
+    """`forward: 12 of 30 (3 cached), now demo layer 12`."""
+    note = f" ({_note(progress)})" if _note(progress) else ""
+    now = f", now {progress.latest}" if progress.latest and progress.done < progress.total else ""
+    return f"{stage}: {progress.done} of {progress.total}{note}{now}"
 
 
 def _note(progress: StageProgress) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from typing import Any
+from uuid import UUID
 
-from prefect import flow, tags
+from prefect import flow, get_run_logger, tags
 from prefect.client.orchestration import get_client
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed, State
@@ -15,12 +16,14 @@ from lmq_flows.failures import failure_of_all
 from lmq_flows.model_run import SOME_VARIANTS_FAILED, ModelOutcome, heal_damage, quantize_model, variants_made
 from lmq_flows.pipeline import failed_variants
 from lmq_flows.prepare import absolute_store_url, resolve_device
+from lmq_flows.presence import mark_cut_off, presence
 from lmq_flows.reporting import make_report, write_results
 from lmq_flows.run_config import RunConfig
-from lmq_flows.run_names import run_name, run_tags
+from lmq_flows.run_names import run_tags, run_title
 from lmq_flows.runners import check_runner, started_runner
 from lmq_flows.ui import publish_results
 from lmq_tasks.engine import GPU_LIMIT
+from lmq_tasks.stage import open_store
 
 
 def run(config: RunConfig) -> State[Any]:
@@ -28,7 +31,7 @@ def run(config: RunConfig) -> State[Any]:
     return quantize_models(config, return_state=True)
 
 
-@flow(name="lmq", flow_run_name=run_name, persist_result=False)
+@flow(name="lmq", flow_run_name="run {config.name}", persist_result=False)
 def quantize_models(config: RunConfig) -> State[Any]:
     """Measure models once, then make and judge a checkpoint for every strategy and budget."""
     return quantize_to_the_end(config)
@@ -40,9 +43,13 @@ def quantize_to_the_end(config: RunConfig) -> State[Any]:
     Raises what stopped the models when nothing came of any.
     """
     check_runner(config.runner, absolute_store_url(config.store))
-    _tag_flow_run(config)
+    _name_flow_run(config)
     _limit_gpu(config)
-    with started_runner(config.runner) as runner:
+    own = UUID(flow_run.id)
+    for name in mark_cut_off(own):
+        get_run_logger().warning("run %r was cut off; its finished work is taken over", name)
+    workspaces = open_store(absolute_store_url(config.store)).local_dir / "tmp"
+    with presence(own, workspaces), started_runner(config.runner) as runner:
         models = heal_damage(lambda: _models_and_report(config, runner))
     message = f"{variants_made(models)}; report: {config.run_dir / 'report.html'}"
     if any(model.failures for model in models):
@@ -75,10 +82,11 @@ def _quantize_alone(config: RunConfig, model: ModelConfig, runner: Any) -> Model
     return ModelOutcome(name=model.name, variants=failed_variants(alone, model.name, str(found)), error=found)
 
 
-def _tag_flow_run(config: RunConfig) -> None:
+def _name_flow_run(config: RunConfig) -> None:
+    """Say in the UI what the run is about, whoever started it and under what name."""
     with get_client(sync_client=True) as client:
         there = client.read_flow_run(flow_run.id).tags
-        client.update_flow_run(flow_run.id, tags=sorted({*there, *run_tags(config)}))
+        client.update_flow_run(flow_run.id, name=run_title(config), tags=sorted({*there, *run_tags(config)}))
 
 
 def _limit_gpu(config: RunConfig) -> None:

@@ -30,20 +30,11 @@ def run_tags(config: RunConfig) -> list[str]:
     ]
 
 
-def run_name() -> str:
-    """Name of the flow run of a whole run, from its parameters."""
-    return run_title(_config())
-
-
 def model_run_name() -> str:
-    """Name of the flow run of one model of a run."""
-    config = _config()
-    return f"{config.models[0].name} of {config.name}"
-
-
-def _config() -> RunConfig:
+    """Name of the flow run of one model of a run, from its parameters."""
     given = flow_run.parameters["config"]
-    return given if isinstance(given, RunConfig) else RunConfig.model_validate(given)
+    config = given if isinstance(given, RunConfig) else RunConfig.model_validate(given)
+    return f"{config.models[0].name} of {config.name}"
 
 
 def _counted(number: int, one: str, many: str) -> str:

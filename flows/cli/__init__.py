@@ -95,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_prune(commands)
     _add(commands, "strategies", "commands.strategies_command", "list the strategies with their source")
     _add_store(commands)
+    _add_serving(commands)
     return parser
 
 
@@ -307,6 +308,25 @@ def _add_store(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     gc.add_argument("--dry-run", action="store_true", help="only say what would be removed")
     for parser in (ls, verify, gc):
         parser.add_argument("--store", default="store", help="directory or URL (default: %(default)s)")
+
+
+def _add_serving(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    text = "start a Prefect server with lmq's deployments and a worker, until Ctrl-C"
+    serve = _add(commands, "serve", "serving.serve_command", text)
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    serve.add_argument("--port", type=_at_least(1), default=4200, help="port of UI and API (default: %(default)s)")
+    serve.add_argument("--runs-at-once", type=_at_least(1), default=1, help="runs of the worker (default: %(default)s)")
+    text = "put lmq's work pools and deployments on the Prefect server that PREFECT_API_URL names"
+    deploy = _add(commands, "deploy", "serving.deploy_command", text)
+    for parser in (serve, deploy):
+        parser.add_argument(
+            "--store", default=os.environ.get("LMQ_STORE", "store"),
+            help="where deployed flows keep artifacts (default: $LMQ_STORE, else store)",
+        )  # fmt: skip
+        parser.add_argument(
+            "--runs", default=os.environ.get("LMQ_RUNS", "runs"),
+            help="where they write results (default: $LMQ_RUNS, else runs)",
+        )  # fmt: skip
 
 
 def _at_least(least: int, kind: type[int] | type[float] = int) -> Callable[[str], float]:
