@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.exceptions import ObjectAlreadyExists
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from lmq.errors import LmqError
 from lmq_flows.prepare import absolute_store_url
@@ -37,10 +43,16 @@ def environment_of(api_url: str, store: str, runs_dir: str) -> dict[str, str]:
 
 def deploy(environment: Mapping[str, str]) -> None:
     """Create or update pools and deployments on the server. Raises LmqError with what Prefect said."""
-    for pool in (CPU_POOL, GPU_POOL):
-        _run(environment, "work-pool", "create", pool, "--type", "process", "--overwrite")
-    _run(environment, "work-pool", "set-concurrency-limit", GPU_POOL, str(_GPU_SLOTS))
+    with temporary_settings({PREFECT_API_URL: environment["PREFECT_API_URL"]}), get_client(sync_client=True) as client:
+        for pool, slots in ((CPU_POOL, None), (GPU_POOL, _GPU_SLOTS)):
+            _ensure_pool(client, pool, slots)
     _run(environment, "--no-prompt", "deploy", "--all", "--prefect-file", str(deployments_dir() / "prefect.yaml"))
+
+
+def _ensure_pool(client: SyncPrefectClient, name: str, slots: int | None) -> None:
+    """Create a pool; one that is there stays as it is, of whatever type (process, docker, kubernetes)."""
+    with contextlib.suppress(ObjectAlreadyExists):
+        client.create_work_pool(WorkPoolCreate(name=name, type="process", concurrency_limit=slots))
 
 
 def _run(environment: Mapping[str, str], *arguments: str) -> None:

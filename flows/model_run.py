@@ -79,10 +79,12 @@ def variants_made(models: list[ModelOutcome]) -> str:
     """`4 of 6 variants; failed: ...`: how many were made, and which were not, with the reason."""
     asked = sum(len(model.asked) for model in models)
     failures = {label: error for model in models for label, error in model.failures.items()}
+    labels_of: dict[str, list[str]] = {}
+    for label, error in failures.items():
+        labels_of.setdefault(error, []).append(label)
     text = f"{asked - len(failures)} of {asked} variants"
     if failures:
-        named = (error if label in error else f"{label}: {error}" for label, error in failures.items())
-        text += f"; failed: {'; '.join(named)}"
+        text += "; failed: " + "; ".join(f"{', '.join(labels)}: {error}" for error, labels in labels_of.items())
     return text
 
 

@@ -17,6 +17,7 @@ from lmq_flows.cli import main
 from lmq_flows.failures import failure_of_all
 from lmq_flows.planning import plan_run
 from lmq_flows.run_names import run_tags, run_title
+from lmq_flows.ui import summary
 from lmq_tasks.retries import RETRIES, is_transient
 from tests.flows.conftest import run_and_look, tiny_config
 
@@ -45,6 +46,9 @@ def test_a_sweep_finishes_four_of_six_and_reports_two(server, sweep, tmp_path, c
     assert all(result.perplexity is None and result.size_bytes is None for result in failed)
     page = (sweep.run_dir / "report.html").read_text()
     assert "there is no model directory" in page
+    told = summary(sweep.run_dir)
+    assert "- **lost uniform b4g64**: there is no model directory" in told
+    assert (sweep.run_dir / "checkpoints" / "tiny-llama-uniform-uniform-b4g64").as_uri() in told
     with get_client(sync_client=True) as client:
         run = max(
             (item for item in client.read_flow_runs() if item.name == "sweep six: 6 models × 1 strategy × 1 budget"),
