@@ -44,6 +44,8 @@ COMMANDS = [
     ["study"],
     ["study", "sensitivity"],
     ["study", "costs"],
+    ["serve"],
+    ["deploy"],
 ]
 EVALUATION = ["--tokens", "256", "--window", "64", "--stride", "32"]
 
@@ -269,6 +271,14 @@ def test_budget_refuses_what_cannot_be_meant(
     assert "'b5' is not a configuration" in refusal(capsys, *command, "--menu", "b4g64,b5")
     assert "needs at least one configuration and none twice" in refusal(capsys, *command, "--menu", "b4g64,b4g64")
     assert "there is no model directory" in refusal(capsys, "budget", tmp_path / "model", *command[2:])
+
+
+# ── serving ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_deploying_needs_a_server(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    assert "PREFECT_API_URL names no server" in refusal(capsys, "deploy")
 
 
 # ── report and frontier ──────────────────────────────────────────────────────────────────────────────────
