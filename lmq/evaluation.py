@@ -6,11 +6,9 @@ from them exactly through norm and head, which are not quantized, at a thousandt
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,16 +16,11 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from lmq import load
-from lmq.calibration import TextSource, bos_prefix, documents, load_tokenizer, token_stream
-from lmq.discovery import discover
 from lmq.divergence import TokenScores, score_tokens
-from lmq.errors import InputError, NotFiniteError
-from lmq.model_source import nearest_sibling
+from lmq.errors import NotFiniteError
 from lmq.perplexity import (
     Estimate,
     Window,
-    full_windows,
     infinite_window,
     mean_estimate,
     protocol_name,
@@ -107,12 +100,15 @@ def score_windows(
             targets = tokens[index, piece.start + 1 : piece.stop + 1]
             reference_logits = None if reference is None else model.head_logits(reference[index, piece])
             pieces.append(score_tokens(model.head_logits(states[index, piece]), targets, reference_logits))
-        rows.append(_row(window, pieces))
+        rows.append(window_row(window, pieces))
     return rows
 
 
-def _row(window: Window, pieces: Sequence[TokenScores]) -> dict[str, Any]:
-    """Row of the windows table from the scores of a window's tokens, piece by piece."""
+def window_row(window: Window, pieces: Sequence[TokenScores]) -> dict[str, Any]:
+    """Row of the windows table from the scores of a window's tokens, piece by piece.
+
+    Raises NotFiniteError where one is not a number.
+    """
     nll_sum = sum(piece.nll.sum().item() for piece in pieces)
     kl = [value for piece in pieces if piece.kl is not None for value in piece.kl.float().tolist()]
     kl_sums = [piece.kl.sum().item() for piece in pieces if piece.kl is not None]
@@ -186,41 +182,3 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> Evaluation:
         scored_tokens=sum(scored),
         broken_window=infinite_window(windows, nll_sums),
     )
-
-
-def evaluate_checkpoint(path: Path, *, text: str, column: str, tokens: int, window: int, stride: int) -> Evaluation:
-    """Perplexity of an lmq checkpoint, or of a plain model directory, on the first `tokens` tokens of a text.
-
-    `text` and `column` are those of `lmq.calibration.TextSource`; the tokenizer is the directory's own. A plain
-    model is read block by block; a checkpoint, which cannot be read without its source model's structure, is
-    loaded and unpacked. Raises InputError when there is no such directory, text or window, DamagedFile for a
-    damaged checkpoint, NotFiniteError for a model that breaks.
-    """
-    if not path.is_dir():
-        raise InputError(f"there is no model directory {path}{nearest_sibling(path)}")
-    tokenizer = load_tokenizer(path)
-    stream = token_stream(documents(TextSource(source=text, column=column)), tokenizer, tokens)
-    windows = full_windows(len(stream), window, stride)
-    seen = window_tokens(stream, windows, bos_prefix(tokenizer))
-    if _is_quantized(path):
-        return summarize(_score_whole_model(path, windows, seen))
-    model = StreamedModel.open(path, discover(path, weights_sha256="not needed"))
-    return summarize(score_windows(model, windows, seen, last_states(model, seen), None))
-
-
-def _is_quantized(path: Path) -> bool:
-    try:
-        config = json.loads((path / "config.json").read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} has no config.json that can be read ({error}); is it a model directory?") from error
-    return config.get("quantization_config") is not None
-
-
-@torch.no_grad()
-def _score_whole_model(path: Path, windows: Sequence[Window], tokens: Tensor) -> list[dict[str, Any]]:
-    model = load(path, dtype=torch.float32, dense=True)
-    rows = []
-    for window, seen in zip(windows, tokens.long(), strict=True):
-        logits = model(seen[None], use_cache=False, logits_to_keep=window.scored + 1).logits[0, -window.scored - 1 : -1]
-        rows.append(_row(window, [score_tokens(logits, seen[-window.scored :], None)]))
-    return rows

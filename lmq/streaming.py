@@ -31,6 +31,11 @@ _LOGITS_AT_ONCE = 1 << 24
 """Logits held at a time (64 MB in float32), whatever the vocabulary."""
 
 
+def tokens_at_once(vocabulary_size: int) -> int:
+    """Tokens whose logits are held at a time."""
+    return max(1, _LOGITS_AT_ONCE // vocabulary_size)
+
+
 @dataclass(frozen=True, eq=False)
 class BlockInputs:
     """What one decoder block is called with beside the hidden states: mask, positions and the like.
@@ -104,7 +109,7 @@ class StreamedModel:
     @property
     def tokens_at_once(self) -> int:
         """Tokens whose logits are held at a time."""
-        return max(1, _LOGITS_AT_ONCE // self.structure.vocabulary_size)
+        return tokens_at_once(self.structure.vocabulary_size)
 
     @contextmanager
     def block(self, layer: int) -> Iterator[nn.Module]:

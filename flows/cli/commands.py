@@ -65,7 +65,7 @@ def plan_command(arguments: argparse.Namespace) -> int:
 
 def evaluate_command(arguments: argparse.Namespace) -> int:
     """Print the perplexity of a checkpoint."""
-    from lmq.evaluation import evaluate_checkpoint
+    from lmq.whole_model import evaluate_checkpoint
     from lmq_flows.prepare import check_context
 
     if (arguments.checkpoint / "config.json").is_file():

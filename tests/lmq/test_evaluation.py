@@ -1,27 +1,18 @@
 import math
-import pydoc_data.topics
-import shutil
-from collections.abc import Callable
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-import lmq
 from lmq import streaming
-from lmq.calibration import bos_prefix
-from lmq.checkpoint import write_checkpoint
 from lmq.discovery import discover
-from lmq.errors import InputError, NotFiniteError
+from lmq.errors import NotFiniteError
 from lmq.evaluation import (
     WINDOWS_SCHEMA,
-    evaluate_checkpoint,
     last_states,
     paired_difference,
     score_windows,
@@ -29,8 +20,6 @@ from lmq.evaluation import (
     window_tokens,
 )
 from lmq.perplexity import Window, full_windows, protocol_name
-from lmq.quant_spec import STOPS
-from lmq.quantizers import quantizer
 from lmq.streaming import StreamedModel
 from lmq.tables import read_rows, write_rows
 
@@ -205,74 +194,3 @@ def test_rows_fit_the_windows_table(tiny_llama: Path, stream: Tensor, tmp_path: 
     rows = rows_against_full_precision(tiny_llama, stream, STRIDE, None)
     write_rows(tmp_path / "windows.parquet", WINDOWS_SCHEMA, rows)
     assert read_rows(tmp_path / "windows.parquet", WINDOWS_SCHEMA) == rows
-
-
-TOKENS = 150
-
-
-def text_tokens(path: Path) -> Tensor:
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    text = "\n\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics)[:4])
-    return torch.tensor(tokenizer(text, add_special_tokens=False).input_ids[:TOKENS])
-
-
-def quantize(source: Path, path: Path) -> PreTrainedModel:
-    structure = discover(source, weights_sha256="0")
-    choice = dict(zip((module.id for module in structure.modules), cycle(STOPS)))
-    write_checkpoint(path, source, structure, choice, quantizer("rtn"))
-    return lmq.load(path, dtype=torch.float32)
-
-
-@pytest.mark.parametrize("kind", ["plain", "quantized"])
-def test_perplexity_of_a_directory_equals_the_plain_loop(tiny_model: Path, kind: str, tmp_path: Path) -> None:
-    path = tiny_model if kind == "plain" else tmp_path / "out"
-    model = open_plain(tiny_model) if kind == "plain" else quantize(tiny_model, path)
-    found = evaluate_checkpoint(path, text="pydoc-topics", column="text", tokens=TOKENS, window=50, stride=25)
-    prefix = bos_prefix(AutoTokenizer.from_pretrained(tiny_model))
-    expected = plain_perplexity(model, text_tokens(tiny_model), 50, 25, prefix)
-    assert found.perplexity.value == pytest.approx(expected, rel=1e-4)
-    assert found.perplexity.stderr is not None
-    assert (found.kl_divergence, found.top1_agreement) == (None, None)
-    assert found.scored_tokens == TOKENS - 1
-
-
-def test_the_text_can_be_a_file(tiny_llama: Path, tmp_path: Path) -> None:
-    text = tmp_path / "text.jsonl"
-    text.write_text('{"body": "The first document, of two."}\n{"body": "The second one."}\n')
-    found = evaluate_checkpoint(tiny_llama, text=str(text), column="body", tokens=1000, window=10, stride=5)
-    assert found.perplexity.value > 1
-    with pytest.raises(InputError, match="fewer than one window of 500"):
-        evaluate_checkpoint(tiny_llama, text=str(text), column="body", tokens=1000, window=500, stride=5)
-
-
-def without_config(path: Path) -> None:
-    (path / "config.json").unlink()
-
-
-def with_damaged_config(path: Path) -> None:
-    (path / "config.json").write_text("{")
-
-
-@pytest.mark.parametrize("break_it", [without_config, with_damaged_config])
-def test_a_directory_without_a_model_is_refused(
-    tiny_llama: Path, break_it: Callable[[Path], None], tmp_path: Path
-) -> None:
-    shutil.copytree(tiny_llama, tmp_path / "model")
-    break_it(tmp_path / "model")
-    with pytest.raises(InputError):
-        evaluate_checkpoint(tmp_path / "model", text="pydoc-topics", column="text", tokens=99, window=50, stride=25)
-
-
-def test_a_missing_directory_is_named(tiny_llama: Path, tmp_path: Path) -> None:
-    (tmp_path / "checkpoint").mkdir()
-    with pytest.raises(InputError, match=r"no model directory .*/chekpoint; did you mean .*/checkpoint\?"):
-        evaluate_checkpoint(tmp_path / "chekpoint", text="pydoc-topics", column="text", tokens=9, window=5, stride=5)
-
-
-def test_a_model_that_breaks_is_named(tiny_llama: Path, tmp_path: Path) -> None:
-    shutil.copytree(tiny_llama, tmp_path / "model")
-    weights = load_file(tmp_path / "model" / "model.safetensors")
-    weights["model.layers.1.mlp.down_proj.weight"] = torch.full((64, 128), 1e38)
-    save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(NotFiniteError, match="leave layer 1 are not finite"):
-        evaluate_checkpoint(tmp_path / "model", text="pydoc-topics", column="text", tokens=99, window=50, stride=25)
