@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from lmq.baselines import RoundedBaseline
 from lmq.budget import Budget
 from lmq.constraints import Constraints
 from lmq.constraints_text import parse_constraints
@@ -14,6 +15,7 @@ from lmq.errors import InputError, unknown_name
 from lmq.quant_spec import STOPS, QuantSpec
 from lmq.strategies import strategy
 from lmq.targets import target_named
+from lmq.zero_shot import STANDARD_TASKS
 from lmq_flows.names import slug
 
 T = TypeVar("T")
@@ -100,11 +102,17 @@ class EvaluationConfig(TextConfig):
     tokens: int = Field(8192, ge=16)
     window: int = Field(1024, ge=8, description="Tokens the model sees at once")
     stride: int = Field(512, ge=1, description="Tokens scored per window; the others are context")
+    performance: bool = Field(False, description="Measure memory and speed of every variant, on this machine")
+    tasks: tuple[str, ...] = Field(
+        (), description=f"Zero-shot tasks of lm-eval ({', '.join(STANDARD_TASKS)}, ...) or local task files (.yaml)"
+    )
+    task_limit: int | None = Field(None, ge=1, description="Questions per task; default: all")
 
     @model_validator(mode="after")
     def _windows_fit(self) -> EvaluationConfig:
         if self.stride > self.window:
             raise ValueError(f"stride = {self.stride} is larger than window = {self.window}; tokens would go unscored")
+        without_repeats(self.tasks)
         if self.tokens < self.window:
             raise ValueError(f"tokens = {self.tokens} is less than one window of {self.window}; raise it or the other")
         return self
@@ -164,6 +172,27 @@ class StrategyConfig(Section):
     def label(self) -> str:
         """Name with the options that were set: `sensi-boost top_m=1`."""
         return " ".join([self.name, *(f"{key}={value}" for key, value in sorted(self.options.items()))])
+
+
+class BaselineConfig(Section):
+    """What variants are compared with: a rounding of every matrix, or a checkpoint that another program made."""
+
+    name: str = Field(min_length=1, description="rtn b4g64, nf4, nf4 g128; with path, any name for the tables")
+    path: str | None = Field(None, description="Directory of a checkpoint of the model (GPTQ, AWQ, any other)")
+    model: str | None = Field(None, description="Which model of the run path is a checkpoint of, with several")
+
+    @model_validator(mode="after")
+    def _is_known(self) -> BaselineConfig:
+        if self.path is None:
+            checked(lambda: RoundedBaseline.parse(self.name))
+            if self.model is not None:
+                raise ValueError(f"baseline {self.name!r} is for every model; take out its key model")
+        return self
+
+    @property
+    def label(self) -> str:
+        """Name in tables, as a strategy's."""
+        return RoundedBaseline.parse(self.name).label if self.path is None else self.name
 
 
 def _target_name(name: str) -> str:

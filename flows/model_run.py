@@ -16,7 +16,15 @@ from lmq_flows.config_sections import ModelConfig
 from lmq_flows.execute import DamagedInput, Outcome, execute
 from lmq_flows.finding import find_model
 from lmq_flows.graph import Graph, Node
-from lmq_flows.pipeline import Measurements, PreparedModel, Variant, build_graph, failed_variants, resolve_budgets
+from lmq_flows.pipeline import (
+    FULL_PRECISION,
+    Measurements,
+    PreparedModel,
+    Variant,
+    build_graph,
+    failed_variants,
+    resolve_budgets,
+)
 from lmq_flows.plan import plan_graph
 from lmq_flows.prepare import identify_texts, preparation_graph, prepared_model, resolve_device
 from lmq_flows.progress import ArtifactReporter, RunProgress, TerminalReporter
@@ -60,8 +68,8 @@ class ModelOutcome:
 
     @property
     def asked(self) -> list[Variant]:
-        """The variants, without the full-precision model that they are compared with."""
-        return [variant for variant in self.variants if variant.strategy is not None]
+        """The variants and baselines, without the full-precision model that they are compared with."""
+        return [variant for variant in self.variants if variant.strategy_label != FULL_PRECISION]
 
     @property
     def state(self) -> State[Any]:

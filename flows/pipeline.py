@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lmq.allocation import check_feasible_program
@@ -11,8 +11,9 @@ from lmq.errors import InputError
 from lmq.module_divergence import default_specs
 from lmq.quant_spec import QuantSpec
 from lmq.strategies import strategy
-from lmq_flows.config_sections import StrategyConfig
+from lmq_flows.config_sections import BaselineConfig, StrategyConfig
 from lmq_flows.graph import FileOf, Graph, Input, Node
+from lmq_flows.judging import PERFORMANCE_TOKENS, Subject, baseline_subject, evaluation_tasks
 from lmq_flows.model_nodes import FLOAT32_BYTES, ModelNodes, PreparedModel, TextIdentity, calibration_sizes
 from lmq_flows.run_config import RunConfig
 
@@ -21,8 +22,9 @@ FULL_PRECISION = "full-precision"
 
 @dataclass(kw_only=True)
 class Variant:
-    """A model × strategy × budget with the nodes that make it; full precision has no allocation.
+    """A model × strategy × budget with the nodes that make and judge it; full precision has no allocation.
 
+    A baseline stands in the place of strategy and budget. `tasks` are zero-shot tasks by name.
     `error` says why there are no nodes: the budget cannot be met, or the model cannot be used.
     """
 
@@ -35,19 +37,32 @@ class Variant:
     checkpoint: Node | None = None
     evaluation: Node | None = None
     quantized: list[Node] = field(default_factory=list)
+    baseline: BaselineConfig | None = None
+    performance: Node | None = None
+    tasks: dict[str, Node] = field(default_factory=dict)
+
+    @property
+    def strategy_label(self) -> str:
+        """Name of the strategy with its options, of the baseline, or full-precision."""
+        chosen = self.strategy or self.baseline
+        return FULL_PRECISION if chosen is None else chosen.label
+
+    @property
+    def what(self) -> str:
+        """`loss-aware @ uniform b4g64`."""
+        return self.strategy_label if self.budget is None else f"{self.strategy_label} @ {self.budget}"
 
     @property
     def label(self) -> str:
         """`smollm2 loss-aware @ uniform b4g64`."""
-        if self.strategy is None:
-            return f"{self.model} {FULL_PRECISION}"
-        return f"{self.model} {self.strategy.label} @ {self.budget}"
+        return f"{self.model} {self.what}"
 
     @property
     def tags(self) -> tuple[str, ...]:
         """What finds the variant's tasks in the UI."""
-        chosen = () if self.strategy is None else (f"strategy:{self.strategy.label}", f"budget:{self.budget}")
-        return (f"model:{self.model}", *chosen)
+        chosen = () if self.strategy_label == FULL_PRECISION else (f"strategy:{self.strategy_label}",)
+        budget = () if self.budget is None else (f"budget:{self.budget}",)
+        return (f"model:{self.model}", *chosen, *budget)
 
 
 @dataclass(kw_only=True)
@@ -103,6 +118,7 @@ def failed_variants(config: RunConfig, model: str, error: str) -> list[Variant]:
     found = [Variant(model=model, error=error)]
     for text in config.budgets:
         found += [Variant(model=model, strategy=item, budget=text, error=error) for item in config.strategies]
+    found += [Variant(model=model, baseline=item, error=error) for item in config.baselines_of(model)]
     return found
 
 
@@ -192,6 +208,7 @@ class _ModelGraph(ModelNodes):
         reference = self.add("reference", FULL_PRECISION, windows, {"tokens": tokens}, expected_bytes=keep)
         name = self.model.config.name
         found = [Variant(model=name, evaluation=reference)]
+        self._judge(found[0], Subject())
         for text, budget in resolve_budgets(self._config, self.model).items():
             for item in self._config.strategies:
                 variant = Variant(model=name, strategy=item, budget=text)
@@ -201,7 +218,36 @@ class _ModelGraph(ModelNodes):
                     variant.budget_bytes = budget
                     self._add_variant(variant, tokens, reference, windows)
                 found.append(variant)
+        for baseline in self._config.baselines_of(name):
+            found.append(self._baseline(baseline, {"tokens": tokens, "reference": reference}, windows))
         return found
+
+    def _baseline(self, baseline: BaselineConfig, inputs: dict[str, Any], windows: dict[str, int]) -> Variant:
+        """A baseline with its evaluation, or with what is wrong with its files."""
+        variant = Variant(model=self.model.config.name, baseline=baseline)
+        try:
+            subject = baseline_subject(baseline, self.model.site.store_url)
+        except InputError as error:
+            variant.error = str(error)
+            return variant
+        stage = "evaluate-other" if subject.opens else "evaluate-rounded"
+        site = replace(self.model.site, places=subject.places)
+        own: dict[str, Any] = {"variant": variant.label, "tags": variant.tags, "site": site}
+        variant.evaluation = self.add(stage, variant.what, subject.config | windows, inputs, **own)
+        self._judge(variant, subject)
+        return variant
+
+    def _judge(self, variant: Variant, subject: Subject) -> None:
+        """Add what is measured of a variant beside its perplexity."""
+        own: dict[str, Any] = {"variant": variant.label, "tags": variant.tags}
+        if self._config.evaluation.performance and subject.opens:
+            site = replace(self.model.site, places=subject.places)
+            config = PERFORMANCE_TOKENS | subject.config
+            variant.performance = self.add("performance", variant.what, config, subject.inputs, site=site, **own)
+        for task in evaluation_tasks(self._config.evaluation):
+            site = replace(self.model.site, places=subject.places | task.places)
+            what, config = f"{variant.what} {task.name}", task.config | subject.config
+            variant.tasks[task.name] = self.add("zero-shot", what, config, subject.inputs, site=site, **own)
 
     def _add_variant(self, variant: Variant, tokens: Node, reference: Node, windows: dict[str, int]) -> None:
         assert variant.strategy is not None
@@ -244,6 +290,7 @@ class _ModelGraph(ModelNodes):
         )
         inputs = {"tokens": tokens, "reference": reference, "checkpoint": variant.checkpoint}
         variant.evaluation = self.add("evaluate", what, windows, inputs, **own)
+        self._judge(variant, Subject(inputs={"checkpoint": variant.checkpoint}))
 
 
 def layer_choice_file(layer: int) -> str:

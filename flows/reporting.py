@@ -15,7 +15,7 @@ from lmq_flows.graph import Graph, Input, Node
 from lmq_flows.measured_tables import write_measured_tables
 from lmq_flows.model_run import ModelOutcome, execute_with_progress
 from lmq_flows.names import slug
-from lmq_flows.pipeline import FULL_PRECISION, Variant
+from lmq_flows.pipeline import Variant
 from lmq_flows.prepare import absolute_store_url
 from lmq_flows.run_config import RunConfig
 from lmq_storage import ArtifactRef
@@ -86,12 +86,19 @@ def variant_slug(variant: Variant) -> str:
 def _variant_record(variant: Variant, model: ModelOutcome) -> dict[str, Any]:
     return {
         "model": variant.model,
-        "strategy": variant.strategy.label if variant.strategy else FULL_PRECISION,
+        "strategy": variant.strategy_label,
         "budget": variant.budget,
         "budget_bytes": variant.budget_bytes,
         "slug": variant_slug(variant),
         "error": model.error_of(variant),
+        "tasks": {task: _own_words(node, model) for task, node in variant.tasks.items()},
     }
+
+
+def _own_words(node: Node, model: ModelOutcome) -> str | None:
+    """Why a node failed, without the name of its task run; None when it did not."""
+    error = model.outcomes[node].error
+    return None if error is None else error.removeprefix(f"{node.stage.name} {node.label}: ")
 
 
 def _report_inputs(models: Sequence[ModelOutcome]) -> dict[str, Input | list[Input]]:
@@ -101,8 +108,9 @@ def _report_inputs(models: Sequence[ModelOutcome]) -> dict[str, Input | list[Inp
         inputs |= _model_inputs(model)
     pairs = [(model, variant) for model in models for variant in model.variants]
     for number, (model, variant) in enumerate(pairs):
-        for part in ("allocation", "checkpoint", "evaluation"):
-            node: Node | None = getattr(variant, part)
+        parts = {part: getattr(variant, part) for part in ("allocation", "checkpoint", "evaluation", "performance")}
+        parts |= {f"task {task}": node for task, node in variant.tasks.items()}
+        for part, node in parts.items():
             if node is not None and (ref := model.outcomes[node].ref) is not None:
                 inputs[f"variant {number} {part}"] = ref
     return inputs

@@ -20,6 +20,7 @@ from lmq.targets import TARGETS, restrict_menu, target_named
 from lmq_flows.config_problems import problem_texts
 from lmq_flows.config_sections import (
     NAME_PATTERN,
+    BaselineConfig,
     BudgetText,
     CalibrationConfig,
     ConstraintsConfig,
@@ -44,6 +45,9 @@ class RunConfig(Section):
     budgets: Annotated[tuple[BudgetText, ...], AfterValidator(without_repeats)] = Field(
         min_length=1, description='"4.25" (bits per weight), "80 MB", "uniform b4g64 + 2%"'
     )
+    baselines: tuple[BaselineConfig, ...] = Field(
+        (), description="Judged beside the variants: rtn b4g64, nf4, or {name, path} of another program's checkpoint"
+    )
     target: TargetName | None = Field(
         None, description=f"What will serve the checkpoints: plan within what it holds ({', '.join(TARGETS)})"
     )
@@ -60,7 +64,7 @@ class RunConfig(Section):
     def _budgets_are_text(cls, value: Any) -> Any:
         return tuple(str(item) for item in value) if isinstance(value, list | tuple) else value
 
-    @field_validator("strategies", mode="before")
+    @field_validator("baselines", "strategies", mode="before")
     @classmethod
     def _strategies_by_name(cls, value: Any) -> Any:
         if not isinstance(value, list | tuple):
@@ -78,6 +82,17 @@ class RunConfig(Section):
     def _strategies_differ(cls, strategies: tuple[StrategyConfig, ...]) -> tuple[StrategyConfig, ...]:
         without_repeats(tuple(item.label for item in strategies))
         return strategies
+
+    @model_validator(mode="after")
+    def _baselines_differ(self) -> RunConfig:
+        without_repeats(tuple(item.label for item in (*self.baselines, *self.strategies)))
+        names = [model.name for model in self.models]
+        for item in self.baselines:
+            if item.path is not None and item.model is None and len(names) > 1:
+                raise ValueError(f"baseline {item.name!r} needs a key model, one of {', '.join(names)}")
+            if item.model is not None and item.model not in names:
+                raise ValueError(f"baseline {item.name!r} is of model {item.model!r}; the run has {', '.join(names)}")
+        return self
 
     @model_validator(mode="after")
     def _evaluates_on_other_text(self) -> RunConfig:
@@ -127,6 +142,10 @@ class RunConfig(Section):
             if missing:
                 raise ValueError(f"measure.kl_specs has {missing[0]}, which is not on the menu {', '.join(menu)}")
         return self
+
+    def baselines_of(self, model: str) -> list[BaselineConfig]:
+        """The baselines that a model is compared with."""
+        return [item for item in self.baselines if item.model in (None, model)]
 
     @property
     def run_dir(self) -> Path:
@@ -187,6 +206,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "": RunConfig,
     "models": ModelConfig,
     "strategies": StrategyConfig,
+    "baselines": BaselineConfig,
     "constraints": ConstraintsConfig,
     "calibration": CalibrationConfig,
     "measure": MeasureConfig,

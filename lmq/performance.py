@@ -67,6 +67,7 @@ def _measure(path: Path, prompt_tokens: int, generated_tokens: int, device: str,
 
     torch.set_num_threads(threads)
     load = _load_average()
+    _import_all(path)
     memory = _GpuMemory(device) if device.startswith("cuda") else _ProcessMemory()
     model: Any = open_model_directory(path, device=device)
     _read_all(model)
@@ -86,6 +87,19 @@ def _measure(path: Path, prompt_tokens: int, generated_tokens: int, device: str,
         generated_tokens=generated_tokens,
         host=f"{_processor(device)}, {_threads(device, threads)}{load}{dtype}, torch {torch.__version__}",
     )
+
+
+def _import_all(path: Path) -> None:
+    """Import what opening the model will, and make it once without memory: code is not what is measured."""
+    import accelerate  # noqa: F401
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    import lmq.checkpoint  # noqa: F401
+
+    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    with torch.device("meta"):
+        AutoModelForCausalLM.from_config(config)
+    torch.nn.functional.linear(torch.ones(1, 8), torch.ones(8, 8))
 
 
 def _generate(model: Any, prompt: Tensor, tokens: int) -> tuple[float, float]:

@@ -18,6 +18,7 @@ Data files are looked for beside the YAML file. Python functions (`!function`) a
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ def load_task(task: str) -> Any:
         reason = str(error).strip().partition("\n")[0]
         message = f"the data of task {task!r} is not at hand ({reason}); fetch it once with a network, or give a file"
         _not_at_hand()[task] = message
-        raise DataNotAtHand(message) from error
+        raise DataNotAtHand(message) from None  # `datasets` has tried again and again: no reason to do so once more
     if len(loaded) != 1:
         raise InputError(f"{task!r} is a group of tasks: {', '.join(loaded)}; name those you want")
     return next(iter(loaded.values()))
@@ -173,6 +174,9 @@ def _lm_eval() -> Any:
         import lm_eval.tasks
     except ImportError as error:
         raise InputError(f"zero-shot tasks need lm-eval ({error}); pip install 'lmq[tasks]'") from error
+    logger = logging.getLogger("lm_eval")
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.ERROR)  # it warns of what is meant here: a model that is open already
     return lm_eval
 
 

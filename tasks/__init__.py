@@ -7,6 +7,7 @@ from lmq_tasks import (
     importance,
     models,
     module_divergence,
+    performance,
     planning,
     quantization,
     refining,
@@ -17,6 +18,7 @@ from lmq_tasks import (
     super_weights,
     texts,
     weights,
+    zero_shot,
 )
 from lmq_tasks.stage import Stage
 
@@ -53,6 +55,10 @@ STAGES: dict[str, Stage] = {
         evaluation.reference,
         evaluation.evaluate,
         evaluation.evaluate_without_layers,
+        evaluation.evaluate_rounded,
+        evaluation.evaluate_other,
+        performance.performance,
+        zero_shot.zero_shot,
         reporting.report,
     )
 }

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from lmq.baselines import RoundedBaseline
 from lmq.calibration import read_tokens
 from lmq.capture import read_hidden_states, write_hidden_states
 from lmq.evaluation import WINDOWS_SCHEMA, last_states, score_windows, window_tokens
+from lmq.opening import open_model_directory
 from lmq.perplexity import Window, full_windows
 from lmq.quantized_blocks import QuantizedBlocks
 from lmq.tables import write_rows
+from lmq.whole_model import reference_logits, require_same_model, score_whole_model, stored_bytes
 from lmq_tasks.capture import HIDDEN_STATES_FILE
-from lmq_tasks.opened import materialized, open_model
+from lmq_tasks.opened import materialized, model_dir, open_model
 from lmq_tasks.stage import Job, stage
 from lmq_tasks.texts import PREFIX_FILE, TOKENS_FILE
 
 WINDOWS_FILE = "windows.parquet"
+SIZE_FILE = "size.json"
+"""What a baseline takes: size_bytes of its matrices, and checkpoint_bytes of its files or null."""
 
 
 @stage("reference", version=2, schema="reference/1")
@@ -39,6 +46,38 @@ def evaluate_without_layers(job: Job) -> None:
     windows, tokens = _windows(job)
     states = last_states(model, tokens, skipped_layers=job.config["removed"])
     write_rows(job.output / WINDOWS_FILE, WINDOWS_SCHEMA, score_windows(model, windows, tokens, states, None))
+
+
+@stage("evaluate-rounded", version=1, schema=WINDOWS_SCHEMA.label)
+def evaluate_rounded(job: Job) -> None:
+    """Perplexity and divergence of a baseline that rounds every matrix alike, of which no checkpoint is written."""
+    baseline = RoundedBaseline.parse(job.config["baseline"])
+    model = open_model(job)
+    baseline.check_fits(model.structure)
+    windows, tokens = _windows(job)
+    states = last_states(model, tokens, baseline.preparation(model.structure))
+    full_precision = read_hidden_states(job.input("reference", HIDDEN_STATES_FILE))
+    rows = score_windows(model, windows, tokens, states, full_precision)
+    write_rows(job.output / WINDOWS_FILE, WINDOWS_SCHEMA, rows)
+    _write_size(job, baseline.size_bytes(model.structure), None)
+
+
+@stage("evaluate-other", version=1, schema=WINDOWS_SCHEMA.label)
+def evaluate_other(job: Job) -> None:
+    """Perplexity and divergence of a checkpoint that another program made of the model, opened whole."""
+    path = Path(job.site.places["checkpoint"])
+    full = open_model(job)
+    require_same_model(path, model_dir(job), full.structure)
+    windows, tokens = _windows(job)
+    states = read_hidden_states(job.input("reference", HIDDEN_STATES_FILE))
+    model = open_model_directory(path, dtype=torch.float32, device=job.device, dense=True)
+    rows = score_whole_model(model, windows, tokens, reference_logits(full, states))
+    write_rows(job.output / WINDOWS_FILE, WINDOWS_SCHEMA, rows)
+    _write_size(job, *stored_bytes(path, full.structure))
+
+
+def _write_size(job: Job, size_bytes: int, checkpoint_bytes: int | None) -> None:
+    (job.output / SIZE_FILE).write_text(json.dumps({"size_bytes": size_bytes, "checkpoint_bytes": checkpoint_bytes}))
 
 
 def _windows(job: Job) -> tuple[list[Window], Tensor]:

@@ -23,6 +23,7 @@ from lmq.report import (
 from lmq.results import FULL_PRECISION, UNIFORM, VariantResult, markdown_table, write_results
 from lmq.structure import ModelStructure
 from lmq_tasks.report_tables import model_report, rows_of
+from lmq_tasks.judged import baseline_size, judged_fields
 from lmq_tasks.stage import Job, JsonDict, library_versions, stage
 
 WARNINGS_FILE = "warnings.txt"
@@ -116,6 +117,7 @@ class _Variant:
             **size,
             **measured,
             **_solution(job, prefix),
+            **judged_fields(job, prefix, item),
         )
 
 
@@ -154,9 +156,13 @@ def _size(
         manifest = _manifest(job, prefix + "checkpoint")
         checkpoint_bytes = manifest.size_bytes if manifest else None
     else:
-        return {}
-    bits_per_weight = 8 * size_bytes / structure.parameters
-    return {"size_bytes": size_bytes, "checkpoint_bytes": checkpoint_bytes, "bits_per_weight": bits_per_weight}
+        return baseline_size(job, prefix + "evaluation", structure)
+    return {
+        "size_bytes": size_bytes,
+        "checkpoint_bytes": checkpoint_bytes,
+        "bits_per_weight": 8 * size_bytes / structure.parameters,
+        "predicted_bytes": size_bytes + structure.other_bytes,
+    }
 
 
 def _solution(job: Job, prefix: str) -> dict[str, Any]:

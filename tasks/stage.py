@@ -44,13 +44,15 @@ class ModelLocation:
 class Site:
     """Where and how work is done: where the model's files and the text lie on this machine, on what device.
 
-    Nothing of it enters a key; the content of model and text does, as digests. `states` says what of a run
-    was cached and what ran (by artifact URI), for the report.
+    Nothing of it enters a key; the content of model and text does, as digests. `places` are other files of this
+    machine by what they are to the stage. `states` says what of a run was cached and what ran (by artifact URI), for
+    the report.
     """
 
     store_url: str
     model: ModelLocation | None = None
     text: str | None = None
+    places: Mapping[str, str] = field(default_factory=dict)
     states: Mapping[str, str] = field(default_factory=dict)
     device: str = "cpu"
     threads_per_worker: int = 1
