@@ -13,7 +13,8 @@ from prefect.artifacts import (
     create_table_artifact,
 )
 
-from lmq.results import read_results, results_table
+from lmq.results import read_results
+from lmq.results_table import results_table
 from lmq_flows.names import slug
 from lmq_tasks.reporting import FIGURES_FOLDER
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
@@ -16,7 +17,16 @@ from lmq.hf_quantizer import QUANT_METHOD
 from lmq.model_source import nearest_sibling
 
 _METHODS = sorted({name.removesuffix("_4bit").removesuffix("_8bit") for name in AUTO_QUANTIZER_MAPPING})
-_DOES_NOT_OPEN = (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError)
+_DOES_NOT_OPEN = (
+    SafetensorError,
+    OSError,
+    RuntimeError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+)
 """What transformers and the packages it calls raise for files and versions that do not go together."""
 
 

@@ -1,11 +1,11 @@
-"""Results of a run: one record per variant, its file `results.json`, and the table made from it."""
+"""Results of a run: one record per variant, its file `results.json`, and how its figures are written."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -118,40 +118,6 @@ def read_results(path: Path) -> list[VariantResult]:
     return [_from_json(item, f"variant {index} of {path}") for index, item in enumerate(data)]
 
 
-def results_table(results: Sequence[VariantResult]) -> tuple[list[str], list[list[str]]]:
-    """Headers and rows of text for the terminal, one row per variant in the order given."""
-    columns = _table_columns(results)
-    return list(columns), [[text(result) for text in columns.values()] for result in results]
-
-
-def is_number_column(header: str) -> bool:
-    """Whether a column of `results_table` holds numbers, to be aligned at the right."""
-    return header not in ("Model", "Strategy", "Budget", "Note")
-
-
-def markdown_table(results: Sequence[VariantResult]) -> str:
-    """The same table in Markdown."""
-    headers, rows = results_table(results)
-    alignment = ["---:" if is_number_column(header) else ":---" for header in headers]
-    cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
-    return "\n".join(f"| {' | '.join(row)} |" for row in [headers, alignment, *cells]) + "\n"
-
-
-def latex_table(results: Sequence[VariantResult]) -> str:
-    """The same table as a LaTeX tabular with the rules of the booktabs package."""
-    headers, rows = results_table(results)
-    columns = "".join("r" if is_number_column(header) else "l" for header in headers)
-    lines = [" & ".join(map(_latex, row)) + r" \\" for row in [headers, *rows]]
-    parts = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", lines[0], r"\midrule", *lines[1:]]
-    return "\n".join([*parts, r"\bottomrule", r"\end{tabular}"]) + "\n"
-
-
-def _latex(text: str) -> str:
-    escaped = {char: f"\\{char}" for char in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}"}
-    signs = {"^": r"\textasciicircum{}", "±": r"$\pm$", "−": "$-$", "–": "--", "\n": " "}
-    return "".join((escaped | signs).get(char, char) for char in text)
-
-
 def full_precision_of(model: str, results: Sequence[VariantResult]) -> VariantResult | None:
     """The full-precision variant of `model`, if the run has one."""
     return next((r for r in results if r.model == model and r.strategy == FULL_PRECISION), None)
@@ -178,6 +144,15 @@ def format_difference(size_bytes: int | None) -> str:
         return NOT_MEASURED
     unit, divisor = _unit(size_bytes)
     return f"{_four_digits(size_bytes, divisor)} {unit}"
+
+
+def format_used(used_bytes: int | None, of_bytes: int | None) -> str:
+    """`56.40 of 56.46 MB`: both in one unit."""
+    if of_bytes is None:
+        return NOT_MEASURED
+    unit, divisor = _unit(max(of_bytes, used_bytes or 0))
+    used = NOT_MEASURED if used_bytes is None else _four_digits(used_bytes, divisor)
+    return f"{used} of {_four_digits(of_bytes, divisor)} {unit}"
 
 
 def format_number(value: float | None, decimals: int) -> str:
@@ -248,51 +223,6 @@ def _checked(value: Any, name: str, where: str) -> Any:
     if isinstance(value, bool) or not isinstance(value, _ALLOWED[expected]):
         raise InputError(f"{where}: {name} = {value!r} is not {expected.replace('None', 'null')}; {_AGAIN}")
     return value
-
-
-def _table_columns(results: Sequence[VariantResult]) -> dict[str, Callable[[VariantResult], str]]:
-    """Text of every column of the table by its header."""
-
-    def relative(result: VariantResult) -> str:
-        if result.strategy == FULL_PRECISION:
-            return "reference"
-        return format_percent(relative_perplexity(result, results), signed=True)
-
-    return {
-        "Model": lambda result: result.model,
-        "Strategy": lambda result: result.strategy,
-        "Budget": lambda result: result.budget or NOT_MEASURED,
-        "Used of budget": _used,
-        "Unused": lambda result: format_difference(result.unused_bytes),
-        "Bits/weight": lambda result: format_number(result.bits_per_weight, 3),
-        "On disk": lambda result: format_bytes(result.checkpoint_bytes),
-        "Perplexity": lambda result: format_measured(result.perplexity, result.perplexity_stderr),
-        "vs full precision": relative,
-        "KL to full precision": lambda result: format_measured(
-            result.kl_divergence, result.kl_divergence_stderr, decimals=4
-        ),
-        "Note": _note,
-    }
-
-
-def _note(result: VariantResult) -> str:
-    if result.error:
-        return f"failed: {result.error}"
-    if result.validation_divergence is None:
-        return ""
-    found, uniform = (
-        format_number(value, 4) for value in (result.validation_divergence, result.uniform_validation_divergence)
-    )
-    return f"KL {found} on validation text, uniform {uniform}"
-
-
-def _used(result: VariantResult) -> str:
-    """`56.40 of 56.46 MB`: both in one unit."""
-    if result.budget_bytes is None:
-        return NOT_MEASURED
-    unit, divisor = _unit(max(result.budget_bytes, result.size_bytes or 0))
-    used = NOT_MEASURED if result.size_bytes is None else _four_digits(result.size_bytes, divisor)
-    return f"{used} of {_four_digits(result.budget_bytes, divisor)} {unit}"
 
 
 def _unit(size_bytes: int) -> tuple[str, int]:

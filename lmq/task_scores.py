@@ -31,6 +31,17 @@ class TaskScore:
                 raise NotFiniteError(f"{name} of task {self.task} is {number}; record None and say why in `error`")
 
 
+_BY_LENGTH = ("arc_challenge", "hellaswag", "openbookqa")
+"""Tasks of which papers print the accuracy that takes the length of an answer into account."""
+
+
+def main_score(scores: Sequence[TaskScore] | None, task: str) -> TaskScore | None:
+    """The metric of a task that papers print; None where none was measured."""
+    measured = [score for score in scores or () if score.task == task and score.value is not None]
+    wanted = "acc_norm" if task in _BY_LENGTH else "acc"
+    return next((score for score in measured if score.metric == wanted), measured[0] if measured else None)
+
+
 def task_scores_from_json(data: Any) -> tuple[TaskScore, ...]:
     """Scores from a list of plain objects. Raises InputError for anything else."""
     names = {field.name for field in fields(TaskScore)}

@@ -20,10 +20,11 @@ from lmq.report import (
     model_card,
     report_pictures,
 )
-from lmq.results import FULL_PRECISION, UNIFORM, VariantResult, markdown_table, write_results
+from lmq.results import FULL_PRECISION, UNIFORM, VariantResult, write_results
+from lmq.results_table import markdown_table
 from lmq.structure import ModelStructure
-from lmq_tasks.report_tables import model_report, rows_of
 from lmq_tasks.judged import baseline_size, judged_fields
+from lmq_tasks.report_tables import model_report, rows_of
 from lmq_tasks.stage import Job, JsonDict, library_versions, stage
 
 WARNINGS_FILE = "warnings.txt"

@@ -12,7 +12,8 @@ from pathlib import Path
 from rich.table import Table
 
 from lmq.errors import InputError, LmqError
-from lmq.results import is_number_column, latex_table, markdown_table, read_results, results_table
+from lmq.results import read_results
+from lmq.results_table import is_number_column, latex_table, markdown_table, results_table
 from lmq_flows.cli.terminal import console, run_directory
 from lmq_flows.plan import PlannedNode
 from lmq_flows.run_config import RunConfig, load_run_config, preset_names, preset_path

@@ -6,7 +6,8 @@ import pytest
 from lmq.comparison import Tally, by_yardstick, pareto_front, tallies
 from lmq.errors import InputError
 from lmq.report.comparison import build_comparison
-from lmq.results import VariantResult, latex_table
+from lmq.results import VariantResult
+from lmq.results_table import latex_table
 from tests.lmq.browser import Page
 from tests.lmq.synthetic_report import results as synthetic_results
 

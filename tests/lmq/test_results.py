@@ -13,12 +13,11 @@ from lmq.results import (
     format_difference,
     format_measured,
     format_percent,
-    markdown_table,
     read_results,
     relative_perplexity,
-    results_table,
     write_results,
 )
+from lmq.results_table import markdown_table, results_table
 from lmq.task_scores import TaskScore
 
 FULL = VariantResult(
