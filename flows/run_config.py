@@ -85,7 +85,8 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _baselines_differ(self) -> RunConfig:
-        without_repeats(tuple(item.label for item in (*self.baselines, *self.strategies)))
+        labels = [item.label for item in self.baselines] + [item.label for item in self.strategies]
+        without_repeats(tuple(labels))
         names = [model.name for model in self.models]
         for item in self.baselines:
             if item.path is not None and item.model is None and len(names) > 1:
