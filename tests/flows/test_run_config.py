@@ -67,7 +67,10 @@ def test_constraints_are_read_and_kept_as_plain_values() -> None:
             {"constraints": {"alike": ["qkv"]}},
             "strategy 'sensi-boost top_m=1' keeps no constraints; those that do: mxq, kurt-scaled",
         ),
-        ({"calibraton": {}}, "unknown key 'calibraton'; did you mean 'calibration'? (allowed: baselines, budgets, calibration,"),
+        (
+            {"calibraton": {}},
+            "unknown key 'calibraton'; did you mean 'calibration'? (allowed: baselines, budgets, calibration,",
+        ),
         ({"evaluation": {"windw": 64}}, "unknown key 'evaluation.windw'; did you mean 'window'? (allowed: column,"),
         ({"models": [{"name": "a", "source": "b", "mnu": []}]}, "unknown key 'models.0.mnu'; did you mean 'menu'?"),
         ({"name": "a/b"}, "name = 'a/b': may hold letters, digits, '.', '_' and '-'"),
