@@ -6,6 +6,6 @@
 import subprocess
 import sys
 
-for name in ("frobenius", "sensitivity", "measuring", "allocation", "memory"):
+for name in ("frobenius", "sensitivity", "measuring", "allocation", "linear", "memory"):
     print(f"\n== {name}", flush=True)
     subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], check=True)

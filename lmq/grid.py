@@ -117,8 +117,9 @@ class Grid:
 
     def decode(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale and zero of every group, float32 [groups] each."""
-        scale = _decode_scales(self.scale_codes, self.scale_ranges, self.matrix_range[0], self.spec.meta_group_size)
-        return scale, _decode_zeros(self.zero_codes, self.matrix_range)
+        return decode_grid(
+            self.scale_codes, self.zero_codes, self.scale_ranges, self.matrix_range, self.spec.meta_group_size
+        )
 
     def codes(self, weight: torch.Tensor) -> torch.Tensor:
         """Nearest code of every weight, uint8 [groups, group_size]; `weight` [out_features, in_features]."""
@@ -148,6 +149,20 @@ class Grid:
             codes = nearest_codes(groups[block], scale[block], zero[block], self.spec.bits)
             rounded_groups[block] = codes.sub_(zero[block, None]).mul_(scale[block, None])
         return rounded
+
+
+def decode_grid(
+    scale_codes: torch.Tensor,
+    zero_codes: torch.Tensor,
+    scale_ranges: torch.Tensor,
+    matrix_range: torch.Tensor,
+    meta_group_size: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero of every group, float32 [groups] each, from the stored tensors of a grid."""
+    unit, zero_low, zero_high = matrix_range.unbind()
+    scale = _decode_scales(scale_codes, scale_ranges, unit, meta_group_size)
+    zero = zero_codes.to(torch.float32).mul_((zero_high - zero_low) / _ZERO_STEPS).add_(zero_low)
+    return scale, zero
 
 
 def nearest_codes(groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int) -> torch.Tensor:
@@ -226,10 +241,11 @@ def _encode_scales(scale: torch.Tensor, meta_group_size: int) -> tuple[torch.Ten
 
 def _decode_scales(codes: torch.Tensor, ranges: torch.Tensor, unit: torch.Tensor, meta_group_size: int) -> torch.Tensor:
     low, high = ranges.to(torch.float32).unbind(1)
-    ladder = torch.stack([low.log(), (high / low).log() / _SCALE_STEPS]).repeat_interleave(meta_group_size, dim=1)
-    bottom, step = ladder[:, : codes.numel()]
-    steps = codes.to(torch.float32) - 1
-    return torch.where(codes > 0, torch.exp(bottom + step * steps) * unit, 0)
+    bottom, step = low.log()[:, None], ((high / low).log() / _SCALE_STEPS)[:, None]
+    padded = torch.nn.functional.pad(codes, (0, -codes.numel() % meta_group_size)).view(-1, meta_group_size)
+    steps = padded.to(torch.float32).sub_(1)
+    scales = steps.mul_(step).add_(bottom).exp_().mul_(unit).masked_fill_(padded == 0, 0)
+    return scales.view(-1)[: codes.numel()]
 
 
 def _encode_zeros(zero: torch.Tensor, used: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -240,11 +256,6 @@ def _encode_zeros(zero: torch.Tensor, used: torch.Tensor) -> tuple[torch.Tensor,
     step = (zero_range[1] - zero_range[0]) / _ZERO_STEPS
     codes = torch.where(step > 0, (zero - zero_range[0]) / step, 0).round().clamp(0, _ZERO_STEPS)
     return torch.where(used, codes, 0).to(torch.uint8), zero_range
-
-
-def _decode_zeros(codes: torch.Tensor, matrix_range: torch.Tensor) -> torch.Tensor:
-    low, high = matrix_range[1], matrix_range[2]
-    return low + codes.to(torch.float32) * ((high - low) / _ZERO_STEPS)
 
 
 def _float16_below(values: torch.Tensor) -> torch.Tensor:

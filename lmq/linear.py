@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from lmq.grid import GRID_TENSORS, Grid, grid_tensor_shapes
-from lmq.packing import pack, unpack
+from lmq.packed_product import PackedWeight, packed_linear
+from lmq.packing import pack
 from lmq.quant_spec import QuantSpec
 
 QUANTIZED_TENSORS = ("codes", *GRID_TENSORS)
@@ -81,18 +82,26 @@ class QuantizedLinear(nn.Module):
         tensors = {name: self.get_buffer(name) for name in GRID_TENSORS}
         return Grid.from_tensors(tensors, self.spec, (self.out_features, self.in_features), self.axis)
 
-    def dequantize(self) -> torch.Tensor:
-        """The weight Ŵ, float32 [out_features, in_features]."""
-        codes = unpack(self.get_buffer("codes"), self.spec.bits)
-        return self.grid.dequantize(codes.view(-1, self.spec.group_size))
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The weight Ŵ [out_features, in_features], made in float32 and rounded to `dtype`."""
+        return self._packed_weight.dequantize(dtype)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Outputs [..., out_features] of `inputs` [..., in_features], in their dtype."""
-        return nn.functional.linear(inputs, self.dequantize().to(inputs.dtype), self.bias)
+        """Outputs [..., out_features] of `inputs` [..., in_features], in their dtype or that of autocast."""
+        device_type = inputs.device.type
+        if torch.is_autocast_enabled(device_type) and inputs.dtype != torch.float64:
+            inputs = inputs.to(torch.get_autocast_dtype(device_type))
+        bias = None if self.bias is None else self.bias.to(inputs.dtype)
+        return packed_linear(inputs, self._packed_weight, bias)
+
+    @property
+    def _packed_weight(self) -> PackedWeight:
+        tensors = {name: self._buffers[name] for name in QUANTIZED_TENSORS}
+        return PackedWeight(**tensors, spec=self.spec, shape=(self.out_features, self.in_features), axis=self.axis)  # type: ignore[arg-type]
 
     def to_linear(self, dtype: torch.dtype) -> nn.Linear:
         """A dense layer with the dequantized weight: no unpacking in its calls, full memory."""
-        weight = self.dequantize().to(dtype)
+        weight = self.dequantize(dtype)
         linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         linear.weight = nn.Parameter(weight, requires_grad=False)
         if self.bias is not None:

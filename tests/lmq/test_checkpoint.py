@@ -83,10 +83,13 @@ def test_configuration_and_companions(written: Path, tiny_qwen: Path) -> None:
     config = json.loads((written / "config.json").read_text())
     fields = config.pop("quantization_config")
     assert config == json.loads((tiny_qwen / "config.json").read_text())
-    assert (fields["quant_method"], fields["format_version"], fields["axis"]) == ("lmq", 1, 1)
+    assert (fields["quant_method"], fields["format_version"], fields["axis"]) == ("lmq", 2, 1)
     assert fields["quantizer"] == HQQ.describe()
-    path = structure.path(structure.modules[1].id)
-    assert fields["modules"][path] == {"bits": 2, "group_size": 64, "meta_bits": 8, "meta_group_size": 128}
+    info = structure.modules[1]
+    path = structure.path(info.id)
+    shape = [info.out_features, info.in_features]
+    expected = {"shape": shape, "bits": 2, "group_size": 64, "meta_bits": 8, "meta_group_size": 128}
+    assert fields["modules"][path] == expected
     assert read_quantization_config(written).specs[path] == QuantSpec(2, 64)
     for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json"):
         assert (written / name).read_bytes() == (tiny_qwen / name).read_bytes()
@@ -215,8 +218,8 @@ def test_damage_is_named(written: Path) -> None:
         verify_checkpoint(written)
     save_file(intact, weights)
 
-    (written / "config.json").write_text(config.replace('"format_version": 1', '"format_version": 2'))
-    with pytest.raises(InputError, match="format version 2, this lmq reads version 1"):
+    (written / "config.json").write_text(config.replace('"format_version": 2', '"format_version": 3'))
+    with pytest.raises(InputError, match="format version 3, this lmq reads version 2"):
         verify_checkpoint(written)
     (written / "config.json").write_text(config.replace('"axis": 1,', "", 1))
     with pytest.raises(DamagedFile, match="damaged quantization_config"):
