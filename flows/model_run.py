@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ from lmq_flows.config_sections import ModelConfig
 from lmq_flows.execute import DamagedInput, Outcome, execute
 from lmq_flows.finding import find_model
 from lmq_flows.graph import Graph, Node
+from lmq_flows.holding import keeping, run_lease
 from lmq_flows.pipeline import (
     FULL_PRECISION,
     Measurements,
@@ -25,8 +26,8 @@ from lmq_flows.pipeline import (
     failed_variants,
     resolve_budgets,
 )
-from lmq_flows.plan import plan_graph
-from lmq_flows.prepare import identify_texts, preparation_graph, prepared_model, resolve_device
+from lmq_flows.plan import PlannedNode, plan_graph
+from lmq_flows.prepare import absolute_store_url, identify_texts, preparation_graph, prepared_model, resolve_device
 from lmq_flows.progress import ArtifactReporter, RunProgress, TerminalReporter
 from lmq_flows.run_config import RunConfig
 from lmq_flows.run_names import model_run_name
@@ -101,7 +102,8 @@ def quantize_model(config: RunConfig) -> State[Any]:
     """Measure the one model of a configuration, then make and judge a checkpoint for every strategy and budget."""
     (model,) = config.models
     try:
-        return heal_damage(lambda: _walk(config, model)).state
+        with run_lease(config.store, config.name):
+            return heal_damage(lambda: _walk(config, model)).state
     except (LmqError, StoreError) as error:
         variants = failed_variants(config, model.name, str(error))
         return ModelOutcome(name=model.name, variants=variants, error=error).state
@@ -120,19 +122,23 @@ def heal_damage(walk: Callable[[], T]) -> T:
 
 def execute_with_progress(graph: Graph, config: RunConfig) -> dict[Node, Outcome]:
     """Run a graph's nodes in the current flow run, shown on the terminal and in the UI."""
-    with TerminalReporter(Console()) as terminal:
+    with run_lease(config.store, config.name) as lease, TerminalReporter(Console()) as terminal:
         progress = RunProgress([terminal, ArtifactReporter()])
         progress.expect(graph)
         runner = config.runner
         chunk_seconds = None if runner.kind == "threads" else runner.chunk_seconds
-        return execute(graph, in_flight=runner.workers, watch=progress.watch, chunk_seconds=chunk_seconds)
+        watch = keeping(lease, progress.watch)
+        return execute(graph, in_flight=runner.workers, watch=watch, chunk_seconds=chunk_seconds)
 
 
 def _walk(config: RunConfig, model_config: ModelConfig) -> ModelOutcome:
     model, preparation_uris = _prepare(config, model_config)
     resolve_budgets(config, model)
     graph, variants, measured = build_graph(config, [model], identify_texts(config))
-    _check_disk_space(graph)
+    planned = plan_graph(graph)
+    with run_lease(config.store, config.name) as lease:
+        lease.use(item.uri for item in planned if item.uri is not None)
+    _check_disk_space(absolute_store_url(config.store), planned)
     outcomes = execute_with_progress(graph, config)
     return ModelOutcome(
         name=model_config.name,
@@ -158,12 +164,11 @@ def _prepare(config: RunConfig, model: ModelConfig) -> tuple[PreparedModel, list
     return prepared_model(config, model, node, ref, resolve_device(config.runner.device)), uris
 
 
-def _check_disk_space(graph: Graph) -> None:
+def _check_disk_space(store_url: str, planned: Sequence[PlannedNode]) -> None:
     """Refuse to start what cannot be finished: compare what will be kept with the free space of a local store."""
-    store_url = next(iter(graph)).site.store_url
     if "://" in store_url:
         return
-    needed = sum(planned.size_bytes or 0 for planned in plan_graph(graph) if not planned.cached)
+    needed = sum(item.size_bytes or 0 for item in planned if not item.cached)
     free = shutil.disk_usage(store_url).free
     if needed > free:
         raise InputError(

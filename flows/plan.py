@@ -13,12 +13,16 @@ from lmq_tasks.stage import input_digests, open_store, stage_key
 
 @dataclass(frozen=True)
 class PlannedNode:
-    """A node with what would happen: `cached` or not, the reason, and the bytes it keeps (None: not known)."""
+    """A node with what would happen: `cached` or not, the reason, and the bytes it keeps (None: not known).
+
+    `uri` is that of the artifact that is there.
+    """
 
     node: Node
     cached: bool
     reason: str
     size_bytes: int | None
+    uri: str | None = None
 
 
 def plan_graph(graph: Graph) -> list[PlannedNode]:
@@ -39,7 +43,7 @@ def plan_graph(graph: Graph) -> list[PlannedNode]:
         if ref is not None:
             refs[node] = ref.to_json()
             manifest = store.manifest(ref.stage, ref.key)
-            planned.append(PlannedNode(node, True, "cached", manifest.size_bytes if manifest else None))
+            planned.append(PlannedNode(node, True, "cached", manifest.size_bytes if manifest else None, ref.uri))
             continue
         if node.stage.name not in history:
             history[node.stage.name] = list(store.manifests(node.stage.name))

@@ -13,6 +13,7 @@ from prefect.states import Completed, Failed, State
 from lmq.errors import LmqError
 from lmq_flows.config_sections import ModelConfig
 from lmq_flows.failures import failure_of_all
+from lmq_flows.holding import run_lease
 from lmq_flows.model_run import SOME_VARIANTS_FAILED, ModelOutcome, heal_damage, quantize_model, variants_made
 from lmq_flows.pipeline import failed_variants
 from lmq_flows.prepare import absolute_store_url, resolve_device
@@ -49,7 +50,8 @@ def quantize_to_the_end(config: RunConfig) -> State[Any]:
     for name in mark_cut_off(own):
         get_run_logger().warning("run %r was cut off; its finished work is taken over", name)
     workspaces = open_store(absolute_store_url(config.store)).local_dir / "tmp"
-    with presence(own, workspaces), started_runner(config.runner) as runner:
+    held = run_lease(config.store, config.name)
+    with presence(own, workspaces), held, started_runner(config.runner) as runner:
         models = heal_damage(lambda: _models_and_report(config, runner))
     message = f"{variants_made(models)}; report: {config.run_dir / 'report.html'}"
     if any(model.failures for model in models):

@@ -12,6 +12,7 @@ import yaml
 from lmq.errors import LmqError
 from lmq_flows.config_sections import MEASUREMENTS
 from lmq_flows.graph import Graph, Input, Node
+from lmq_flows.holding import run_lease
 from lmq_flows.measured_tables import write_measured_tables
 from lmq_flows.model_run import ModelOutcome, execute_with_progress
 from lmq_flows.names import slug
@@ -52,8 +53,8 @@ def make_report(config: RunConfig, models: Sequence[ModelOutcome]) -> ArtifactRe
     if outcome.ref is None:
         raise LmqError(outcome.error or "the report could not be made")
     preparation = [uri for model in models for uri in model.preparation_uris]
-    uris = sorted({*states, outcome.ref.uri, *preparation})
-    open_store(site.store_url).write_text(f"runs/{config.name}.json", _lines(uris))
+    with run_lease(config.store, config.name) as lease:
+        lease.finish({*states, outcome.ref.uri, *preparation})
     return outcome.ref
 
 
@@ -155,7 +156,3 @@ def _copy_atomically(source: Path, target: Path) -> None:
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def _lines(items: Sequence[str]) -> str:
-    return "\n".join(items) + "\n"

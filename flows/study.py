@@ -26,6 +26,7 @@ from lmq.study import CostPair, Profile, Setting, sample_pairs
 from lmq.tables import TableSchema, read_rows
 from lmq_flows.config_sections import CalibrationConfig
 from lmq_flows.graph import Graph, Node
+from lmq_flows.holding import keeping, run_lease
 from lmq_flows.model_nodes import ModelNodes
 from lmq_flows.names import slug
 from lmq_flows.planning import execute_directly, ready_models
@@ -271,7 +272,8 @@ def _path(node: Node, refs: Mapping[Node, ArtifactRef], file: str) -> Path:
 
 def execute_with_progress(graph: Graph, wanted: Sequence[Node], console: Console) -> dict[Node, ArtifactRef]:
     """Make the wanted nodes without Prefect, showing how far every stage is."""
-    with TerminalReporter(console) as terminal:
+    nodes = graph.leading_to(wanted)
+    with run_lease(nodes[0].site.store_url, "study") as lease, TerminalReporter(console) as terminal:
         progress = RunProgress([terminal])
-        progress.expect(graph.leading_to(wanted))
-        return execute_directly(graph, wanted, watch=progress.watch)
+        progress.expect(nodes)
+        return execute_directly(graph, wanted, watch=keeping(lease, progress.watch))

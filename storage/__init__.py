@@ -1,12 +1,14 @@
 """Artifact store: content-addressed, atomic, verified, on any fsspec URL."""
 
-from lmq_storage.artifact import ArtifactRef, DamagedArtifact, Manifest, StoredFile, StoreError
+from lmq_storage.artifact import ArtifactRef, Manifest, StoredFile
+from lmq_storage.errors import BadStore, DamagedArtifact, StoreError
 from lmq_storage.keys import artifact_key, canonical_json, text_sha256
 from lmq_storage.store import ArtifactStore, file_sha256
 
 __all__ = [
     "ArtifactRef",
     "ArtifactStore",
+    "BadStore",
     "DamagedArtifact",
     "Manifest",
     "StoreError",

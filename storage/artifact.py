@@ -7,19 +7,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from lmq_storage.errors import DamagedArtifact, StoreError
 from lmq_storage.keys import canonical_json, text_sha256
+from lmq_storage.names import checked_file_name, checked_name, is_sha256
 
 MANIFEST_VERSION = 1
-
-
-class StoreError(Exception):
-    """The store cannot do what was asked; the message says what and what to do."""
-
-    exit_code = 1
-
-
-class DamagedArtifact(StoreError):
-    """Bytes of an artifact are missing or are not those that were published."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +38,13 @@ class ArtifactRef:
 
     @classmethod
     def from_json(cls, data: Mapping[str, str]) -> ArtifactRef:
-        """Inverse of `to_json`."""
-        return cls(**data)
+        """Inverse of `to_json`. Raises DamagedArtifact for anything else."""
+        try:
+            ref = cls(**data)
+            checked_name(ref.stage), checked_name(ref.key)
+        except (TypeError, IndexError, AttributeError, StoreError) as error:
+            raise DamagedArtifact(f"not a reference to an artifact: {error}") from error
+        return ref
 
 
 @dataclass(frozen=True)
@@ -56,6 +53,10 @@ class StoredFile:
 
     sha256: str
     size_bytes: int
+
+    def __post_init__(self) -> None:
+        if not is_sha256(self.sha256) or not isinstance(self.size_bytes, int) or self.size_bytes < 0:
+            raise ValueError(f"not a digest and a size: {self.sha256!r}, {self.size_bytes!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,15 +97,25 @@ class Manifest:
 
     @classmethod
     def from_text(cls, text: str) -> Manifest:
-        """Inverse of `to_text`. Raises DamagedArtifact when the text is not a manifest of this version."""
+        """Inverse of `to_text`.
+
+        Raises OtherVersion for a manifest of another version, and DamagedArtifact when the text is no manifest or holds
+        names that lead out of the store.
+        """
         try:
             data = json.loads(text)
-            files = {name: StoredFile(**item) for name, item in data.pop("files").items()}
+            version = data["manifest_version"]
+            if version != MANIFEST_VERSION:
+                raise OtherVersion(f"manifest version {version}, this lmq reads version {MANIFEST_VERSION}")
+            files = {checked_file_name(name): StoredFile(**item) for name, item in data.pop("files").items()}
             manifest = cls(files=files, **data)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            checked_name(manifest.stage), checked_name(manifest.key)
+        except OtherVersion:
+            raise
+        except (ValueError, TypeError, KeyError, AttributeError, StoreError) as error:
             raise DamagedArtifact(f"not a manifest: {error}") from error
-        if manifest.manifest_version != MANIFEST_VERSION:
-            raise DamagedArtifact(
-                f"manifest version {manifest.manifest_version}, this lmq reads version {MANIFEST_VERSION}"
-            )
         return manifest
+
+
+class OtherVersion(DamagedArtifact):
+    """A manifest that another version of lmq wrote: to this one the artifact is not there."""

@@ -2,23 +2,24 @@
 
     blobs/<2 hex>/<sha256>           the bytes of files, named by their content
     manifests/<stage>/<key>.json     what an artifact consists of; written last
+    runs/<run>.json                  the artifacts that a finished run needs
+    leases/                          those that runs in progress need (`lmq_storage.leases`)
     records/                         the workflow engine's own notes of finished tasks
     tmp/, locks/                     files being written and locks, on this machine
 
-Bytes are written under a temporary name and get their final name by rename (or, on object stores, by one
-upload); the manifest comes last, so an artifact either is there whole or is not there. Two writers of one
-key do not disturb each other: blobs of equal content are equal, and on a local store the first manifest
-stays. Nothing is synced to the platter: bytes lost with the power are noticed by size and digest, and made
-again.
+Bytes are written under a temporary name and get their final name by rename (or, on object stores, by one upload);
+the manifest comes last, so an artifact either is there whole or is not there. Two writers of one key, on one
+machine or two, do not disturb each other: blobs of equal content are equal, and the first sound manifest stays
+(`StoreFiles.create`); the other writer gets its reference. Nothing is synced to the platter: bytes lost with the
+power are noticed by size and digest, and made again.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import platform
-import shutil
+import stat
 import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
@@ -26,11 +27,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import fsspec
-
-from lmq_storage.artifact import ArtifactRef, DamagedArtifact, Manifest, StoredFile, StoreError
-
-_COPY_BELOW_BYTES = 1 << 20
+from lmq_storage.artifact import ArtifactRef, Manifest, StoredFile
+from lmq_storage.errors import DamagedArtifact, StoreError
+from lmq_storage.files import StoreFiles
+from lmq_storage.laying_out import lay_out
+from lmq_storage.names import checked_name
+from lmq_storage.processes import process_token
 
 
 class ArtifactStore:
@@ -42,11 +44,9 @@ class ArtifactStore:
 
     def __init__(self, url: str, cache_dir: Path | None = None):
         self.url = url
-        self._fs, root = fsspec.url_to_fs(url)
-        self._root = root.rstrip("/")
-        protocol = self._fs.protocol if isinstance(self._fs.protocol, str) else self._fs.protocol[0]
-        self.is_local = protocol in ("file", "local")
-        self.local_dir = Path(self._root) if self.is_local else (cache_dir or _default_cache_dir(url))
+        self.storage = StoreFiles(url)
+        self.is_local = self.storage.is_local
+        self.local_dir = Path(self.storage.root) if self.is_local else (cache_dir or _default_cache_dir(url))
         self._verified: dict[str, tuple[int, int]] = {}
 
     def __repr__(self) -> str:
@@ -67,28 +67,34 @@ class ArtifactStore:
     def manifest(self, stage: str, key: str) -> Manifest | None:
         """The manifest, or None when it is missing, unreadable or belongs to another version."""
         try:
-            return Manifest.from_text(self._fs.cat_file(self._manifest_path(stage, key)).decode())
-        except (FileNotFoundError, DamagedArtifact, UnicodeDecodeError):
+            return self.read_manifest(stage, key)
+        except (FileNotFoundError, DamagedArtifact):
             return None
+
+    def read_manifest(self, stage: str, key: str) -> Manifest:
+        """The manifest. Raises FileNotFoundError, and DamagedArtifact saying what is wrong with it."""
+        try:
+            manifest = Manifest.from_text(self.storage.read(manifest_path(stage, key)).decode())
+        except UnicodeDecodeError as error:
+            raise DamagedArtifact(f"not a manifest: {error}") from error
+        if (manifest.stage, manifest.key) != (stage, key):
+            raise DamagedArtifact(f"it is the manifest of {manifest.ref.uri}")
+        return manifest
 
     def path(self, ref: ArtifactRef, name: str) -> Path:
         """Local, verified path of one file of an artifact. Read it; never write to it.
 
         Raises DamagedArtifact when the manifest or the bytes are missing or altered.
         """
-        manifest = self.manifest(ref.stage, ref.key)
-        if manifest is None or manifest.content_sha256 != ref.sha256:
-            raise DamagedArtifact(f"artifact {ref.uri} is gone or was replaced; run again to make it anew")
-        if name not in manifest.files:
-            raise StoreError(f"artifact {ref.uri} has no file {name!r}; it has {', '.join(sorted(manifest.files))}")
-        return self._local_blob(manifest.files[name], f"{ref.uri} file {name}")
+        files = self._manifest_of(ref).files
+        if name not in files:
+            raise StoreError(f"artifact {ref.uri} has no file {name!r}; it has {', '.join(sorted(files))}")
+        return self._local_blob(files[name], f"{ref.uri} file {name}")
 
     def files(self, ref: ArtifactRef) -> dict[str, Path]:
         """Local, verified paths of all files of an artifact by name."""
-        manifest = self.manifest(ref.stage, ref.key)
-        if manifest is None:
-            raise DamagedArtifact(f"artifact {ref.uri} is gone; run again to make it anew")
-        return {name: self.path(ref, name) for name in manifest.files}
+        files = self._manifest_of(ref).files
+        return {name: self._local_blob(file, f"{ref.uri} file {name}") for name, file in files.items()}
 
     def materialize(self, ref: ArtifactRef, directory: Path, *, beside: Mapping[str, Path] | None = None) -> Path:
         """Lay the artifact's files out under their names in `directory`, replacing what is there; returns it.
@@ -98,19 +104,8 @@ class ArtifactStore:
         """
         beside = beside or {}
         manifest = self.manifest(ref.stage, ref.key)
-        if manifest is not None and self._is_laid_out(manifest, directory, beside):
-            return directory
-        partial = directory.with_name(f".{directory.name}.{uuid.uuid4().hex[:8]}")
-        try:
-            for name, blob in self.files(ref).items():
-                target = partial / name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                _link_or_copy(blob, target)
-            for name, file in beside.items():
-                shutil.copyfile(file, partial / name)
-            _replace_directory(partial, directory)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        if manifest is None or not self._is_laid_out(manifest, directory, beside):
+            lay_out(self.files(ref), beside, directory)
         return directory
 
     def _is_laid_out(self, manifest: Manifest, directory: Path, beside: Mapping[str, Path]) -> bool:
@@ -121,14 +116,18 @@ class ArtifactStore:
             and all((directory / name).read_bytes() == file.read_bytes() for name, file in beside.items())
         )
 
+    def _manifest_of(self, ref: ArtifactRef) -> Manifest:
+        manifest = self.manifest(ref.stage, ref.key)
+        if manifest is None or manifest.content_sha256 != ref.sha256:
+            raise DamagedArtifact(f"artifact {ref.uri} is gone or was replaced; run again to make it anew")
+        return manifest
+
     # ── writing ──────────────────────────────────────────────────────────────────────────────────────────
 
     @contextmanager
     def workspace(self) -> Iterator[Path]:
         """A temporary directory to write files in before they are published; removed afterwards."""
-        parent = self.local_dir / "tmp"
-        parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=parent) as name:
+        with tempfile.TemporaryDirectory(dir=self._local_tmp(), prefix=f"{process_token()}-") as name:
             yield Path(name)
 
     def publish(
@@ -167,81 +166,40 @@ class ArtifactStore:
 
     def write_text(self, name: str, text: str) -> None:
         """Write a small file beside the artifacts, atomically (`runs/demo.json`)."""
-        self._write_atomically(f"{self._root}/{name}", text.encode())
-
-    # ── looking after ────────────────────────────────────────────────────────────────────────────────────
+        folder, _, file = name.partition("/")
+        self.storage.write(f"{checked_name(folder)}/{checked_name(file)}", text.encode())
 
     def manifests(self, stage: str | None = None) -> Iterator[Manifest]:
         """All readable manifests, or those of one stage, by stage and key."""
-        folder = f"{self._root}/manifests" + (f"/{stage}" if stage else "")
-        for path in sorted(self._find(folder)):
-            folder_name, file_name = path.rsplit("/", 2)[-2:]
-            manifest = self.manifest(folder_name, file_name.removesuffix(".json"))
+        for found_stage, key in self.manifest_keys(stage):
+            manifest = self.manifest(found_stage, key)
             if manifest is not None:
                 yield manifest
 
+    def manifest_keys(self, stage: str | None = None) -> list[tuple[str, str]]:
+        """Stage and key of every manifest there is, readable or not."""
+        folder = "manifests" + (f"/{checked_name(stage)}" if stage else "")
+        parts = (path.split("/") for path in self.storage.find(folder) if path.endswith(".json"))
+        return [(part[1], part[2].removesuffix(".json")) for part in parts if len(part) == 3 and part[2][0] != "."]
+
     def verify(self) -> list[str]:
-        """Read every byte that a manifest names; returns one line per damage found, naming artifact and file."""
-        damages = []
+        """One line per damage found, naming artifact and file; reads every byte (`lmq_storage.housekeeping.verify`)."""
+        from lmq_storage.housekeeping import verify  # which needs this module
+
         self._verified.clear()
-        for manifest in self.manifests():
-            for name, file in manifest.files.items():
-                try:
-                    self._local_blob(file, f"{manifest.ref.uri} file {name}")
-                except DamagedArtifact as damage:
-                    damages.append(str(damage))
-        return damages
-
-    def run_texts(self) -> list[tuple[float, str]]:
-        """What `write_text` put under `runs/`: (time of last change, text), newest first."""
-        found = []
-        for path in self._find(f"{self._root}/runs"):
-            found.append((self._fs.modified(path).timestamp(), self._fs.cat_file(path).decode()))
-        return sorted(found, reverse=True)
-
-    def remove_unused(self, keep_uris: set[str], older_than: float, dry_run: bool) -> tuple[list[str], int]:
-        """Remove artifacts that are not in `keep_uris` and blobs that no artifact names.
-
-        What was written after `older_than` (seconds since the epoch) stays, so that a run in progress loses
-        nothing. Returns the URIs of the artifacts removed and the bytes freed.
-        """
-        kept_blobs: set[str] = set()
-        removed = []
-        for manifest in list(self.manifests()):
-            path = self._manifest_path(manifest.stage, manifest.key)
-            if manifest.ref.uri in keep_uris or self._fs.modified(path).timestamp() > older_than:
-                kept_blobs.update(file.sha256 for file in manifest.files.values())
-            else:
-                removed.append(manifest.ref.uri)
-                if not dry_run:
-                    self._fs.rm_file(path)
-        freed = 0
-        for path in self._find(f"{self._root}/blobs"):
-            if path.rsplit("/", 1)[-1] in kept_blobs or self._fs.modified(path).timestamp() > older_than:
-                continue
-            freed += self._fs.size(path)
-            if not dry_run:
-                self._fs.rm_file(path)
-        return removed, freed
+        return verify(self)
 
     # ── bytes ────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _manifest_path(self, stage: str, key: str) -> str:
-        return f"{self._root}/manifests/{stage}/{key}.json"
-
-    def _blob_path(self, sha256: str) -> str:
-        return f"{self._root}/blobs/{sha256[:2]}/{sha256}"
-
-    def _find(self, directory: str) -> list[str]:
-        return self._fs.find(directory) if self._fs.exists(directory) else []
+    def _local_tmp(self) -> Path:
+        directory = self.local_dir / "tmp"
+        directory.mkdir(parents=True, exist_ok=True)
+        return directory
 
     def _blob_is_sound(self, file: StoredFile) -> bool:
         if self.is_local:
-            return self._matches(Path(self._blob_path(file.sha256)), file)
-        try:
-            return self._fs.size(self._blob_path(file.sha256)) == file.size_bytes
-        except FileNotFoundError:
-            return False
+            return self._matches(Path(self.storage.full(blob_path(file.sha256))), file)
+        return self.storage.size(blob_path(file.sha256)) == file.size_bytes
 
     def _matches(self, path: Path, file: StoredFile) -> bool:
         """Whether a local file has the bytes that were published; remembered while size and mtime stay."""
@@ -254,76 +212,94 @@ class ArtifactStore:
         state = (status.st_size, status.st_mtime_ns)
         if self._verified.get(str(path)) == state:
             return True
-        if file_sha256(path) != file.sha256:
+        try:
+            if file_sha256(path) != file.sha256:
+                return False
+        except FileNotFoundError:
             return False
         self._verified[str(path)] = state
         return True
 
     def _local_blob(self, file: StoredFile, label: str) -> Path:
-        path = self.local_dir / "blobs" / file.sha256[:2] / file.sha256
-        if not self.is_local and not self._matches(path, file):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-            try:
-                self._fs.get_file(self._blob_path(file.sha256), str(partial))
-            except FileNotFoundError as error:
-                raise DamagedArtifact(f"{label} is missing from {self.url}; run again to make it anew") from error
-            partial.replace(path)
-        if not self._matches(path, file):
+        path = self.local_dir / blob_path(file.sha256)
+        if self._matches(path, file):
+            return path
+        if self.is_local:
             raise DamagedArtifact(f"{label} is missing or damaged ({path}); run again to make it anew")
-        return path
+        for _ in range(2):  # a broken transfer is not yet a damaged file
+            if self._fetch(file, path, label):
+                return path
+        self.storage.remove(blob_path(file.sha256))  # by its name it is worth nothing to anybody; now it is a miss
+        raise DamagedArtifact(f"{label} was damaged in {self.url}; run again to make it anew")
+
+    def _fetch(self, file: StoredFile, path: Path, label: str) -> bool:
+        """Copy a remote file into the local cache; returns whether it has its bytes."""
+        partial = self._local_tmp() / f"{process_token()}-{uuid.uuid4().hex[:12]}"
+        try:
+            self.storage.download(blob_path(file.sha256), partial)
+            if not self._matches(partial, file):
+                return False
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial.replace(path)
+            return self._matches(path, file)
+        except FileNotFoundError as error:
+            raise DamagedArtifact(f"{label} is missing from {self.url}; run again to make it anew") from error
+        finally:
+            self._verified.pop(str(partial), None)
+            partial.unlink(missing_ok=True)
 
     def _store_blob(self, path: Path) -> StoredFile:
+        """Put a file in its place. One that is there already is written again, or touched.
+
+        Its age tells `collect_garbage` that somebody wants it now, before the manifest says so.
+        """
         file = StoredFile(file_sha256(path), path.stat().st_size)
-        target = self._blob_path(file.sha256)
-        if self._blob_is_sound(file):
-            return file
+        target = blob_path(file.sha256)
+        if self.is_local and self._blob_is_sound(file):
+            try:
+                os.utime(self.storage.full(target))
+                self._remember(Path(self.storage.full(target)))
+                return file
+            except FileNotFoundError:
+                pass  # removed this moment
+        path.chmod(0o444)
+        self.storage.upload(path, target)
         if self.is_local:
-            Path(target).parent.mkdir(parents=True, exist_ok=True)
-            path.chmod(0o444)
-            path.replace(target)
-            status = Path(target).stat()
-            self._verified[target] = (status.st_size, status.st_mtime_ns)
-        else:
-            self._fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
-            self._fs.put_file(str(path), target)
+            self._remember(Path(self.storage.full(target)))
         return file
 
+    def _remember(self, path: Path) -> None:
+        status = path.stat()
+        self._verified[str(path)] = (status.st_size, status.st_mtime_ns)
+
     def _publish_manifest(self, manifest: Manifest) -> ArtifactRef:
-        """Write the manifest unless a sound artifact is there; the first of two writers wins."""
-        with self._only_publisher(manifest.stage):
-            existing = self.find(manifest.stage, manifest.key)
-            if existing is None:
-                path = self._manifest_path(manifest.stage, manifest.key)
-                self._write_atomically(path, manifest.to_text().encode())
-        return existing or manifest.ref
+        """Write the manifest unless a sound artifact is there; returns the reference of what is there then.
 
-    @contextmanager
-    def _only_publisher(self, stage: str) -> Iterator[None]:
-        """Hold a local store's lock of a stage, which the system releases when its holder dies.
-
-        A remote store has none: of two writers at the same moment the last one's manifest stays.
+        An unsound one is replaced. If two machines replace it at the same moment the last one stays, and whoever holds
+        the other's reference finds at the next read that its digest is not the one.
         """
-        if not self.is_local:
-            yield
-            return
-        lock = Path(self._root) / "locks" / stage
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        with lock.open("w") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX)
-            yield
+        path, text = manifest_path(manifest.stage, manifest.key), manifest.to_text().encode()
+        with self.storage.lock(checked_name(manifest.stage)):
+            existing = self.find(manifest.stage, manifest.key)
+            if existing is not None:
+                return existing
+            if not self.storage.create(path, text):
+                existing = self.find(manifest.stage, manifest.key)
+                if existing is not None:
+                    return existing
+                self.storage.write(path, text)
+            there = self.manifest(manifest.stage, manifest.key)
+        return there.ref if there is not None else manifest.ref
 
-    def _write_atomically(self, path: str, data: bytes) -> None:
-        self._fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-        if not self.is_local:
-            self._fs.pipe_file(path, data)
-            return
-        partial = Path(path).with_name(f".{uuid.uuid4().hex[:12]}")
-        try:
-            partial.write_bytes(data)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+
+def manifest_path(stage: str, key: str) -> str:
+    """Path of a manifest in its store."""
+    return f"manifests/{checked_name(stage)}/{checked_name(key)}.json"
+
+
+def blob_path(sha256: str) -> str:
+    """Path of bytes in their store."""
+    return f"blobs/{sha256[:2]}/{sha256}"
 
 
 def file_sha256(path: Path) -> str:
@@ -333,26 +309,10 @@ def file_sha256(path: Path) -> str:
 
 
 def _default_cache_dir(url: str) -> Path:
-    return Path(tempfile.gettempdir()) / f"lmq-cache-{os.getuid()}" / hashlib.sha256(url.encode()).hexdigest()[:16]
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    if source.stat().st_size >= _COPY_BELOW_BYTES:
-        try:
-            os.link(source, target)
-            return
-        except OSError:
-            pass  # another file system, or one without links
-    shutil.copyfile(source, target)
-
-
-def _replace_directory(partial: Path, directory: Path) -> None:
-    """Put `partial` where `directory` is; a reader sees the old or the new one."""
-    if directory.exists():
-        old = directory.with_name(f".{directory.name}.{uuid.uuid4().hex[:8]}")
-        directory.rename(old)
-        partial.rename(directory)
-        shutil.rmtree(old)
-    else:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        partial.rename(directory)
+    """Where this user's copies of a remote store's files are kept. Raises StoreError when others can write there."""
+    own = Path(tempfile.gettempdir()) / f"lmq-cache-{os.getuid()}"
+    own.mkdir(exist_ok=True, mode=0o700)
+    status = own.lstat()
+    if status.st_uid != os.getuid() or not stat.S_ISDIR(status.st_mode) or status.st_mode & 0o022:
+        raise StoreError(f"{own} can be written by other users, who could alter what is read there; remove it")
+    return own / hashlib.sha256(url.encode()).hexdigest()[:16]

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 
 from lmq.errors import InputError, LmqError
-from lmq_storage import ArtifactRef, ArtifactStore, artifact_key
+from lmq_storage import ArtifactRef, ArtifactStore, DamagedArtifact, artifact_key
 from lmq_tasks.freed_memory import keep_freed_memory
 from lmq_tasks.peak_memory import PeakMemory
 
@@ -182,12 +182,21 @@ def run_stage(stage: Stage, key: str, site: Site, config: Mapping[str, Any], inp
                 peak_memory_bytes=memory.read(),
             )
     except (OSError, SafetensorError) as error:
+        if _is_gone(error, store):
+            raise DamagedArtifact(
+                f"an input was removed during {stage.name} ({error}); it will be made anew"
+            ) from error
         if not _is_disk_full(error):
             raise
         raise LmqError(
             f"no space left in the store {site.store_url} during {stage.name}; nothing half-written was kept. "
             "Free space (`lmq store gc`) or set `store` to another place, then run again: finished work is kept"
         ) from error
+
+
+def _is_gone(error: OSError | SafetensorError, store: ArtifactStore) -> bool:
+    """Whether a file of the store, which was there when its path was asked for, was not when it was opened."""
+    return isinstance(error, FileNotFoundError) and str(store.local_dir) in str(error)
 
 
 def _is_disk_full(error: OSError | SafetensorError) -> bool:

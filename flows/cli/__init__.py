@@ -293,11 +293,15 @@ def _add_importance_options(parser: argparse.ArgumentParser) -> None:
 def _add_store(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     text = "look after the artifact store"
     actions = commands.add_parser("store", help=text, description=text).add_subparsers(required=True, metavar="ACTION")
-    ls = _add(actions, "ls", "commands.store_ls_command", "what is there, by stage and size")
-    verify = _add(actions, "verify", "commands.store_verify_command", "read every byte and name what is damaged")
-    gc = _add(actions, "gc", "commands.store_gc_command", "remove what the newest runs do not need")
+    ls = _add(actions, "ls", "store.ls_command", "what is there, by run and stage, and its size")
+    verify = _add(actions, "verify", "store.verify_command", "read every byte and name what is damaged")
+    gc = _add(actions, "gc", "store.gc_command", "remove what the newest runs do not need")
     gc.add_argument(
-        "--keep-runs", type=_at_least(0), default=3, metavar="N", help="runs to keep (default: %(default)s)"
+        "--keep-runs",
+        type=_at_least(0),
+        default=3,
+        metavar="N",
+        help="newest runs to keep; those in progress always are (default: %(default)s)",
     )
     gc.add_argument(
         "--keep-hours",

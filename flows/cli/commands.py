@@ -17,9 +17,8 @@ from lmq.results_table import is_number_column, latex_table, markdown_table, res
 from lmq_flows.cli.terminal import console, run_directory
 from lmq_flows.plan import PlannedNode
 from lmq_flows.run_config import RunConfig, load_run_config, preset_names, preset_path
-from lmq_storage import ArtifactStore, StoreError
+from lmq_storage import StoreError
 from lmq_tasks.reporting import WARNINGS_FILE
-from lmq_tasks.stage import open_store
 
 _HEADER_WIDTH = 10
 """Longer headers of the results table are broken into lines, so that it fits a terminal."""
@@ -129,46 +128,6 @@ def strategies_command(arguments: argparse.Namespace) -> int:
         table.add_row(name, item.summary, item.source, ", ".join(sorted(item.needs)) or "nothing")
     console.print(table)
     return 0
-
-
-def store_ls_command(arguments: argparse.Namespace) -> int:
-    """List what the store holds by stage."""
-    count: dict[str, int] = defaultdict(int)
-    size: dict[str, int] = defaultdict(int)
-    for manifest in _store(arguments).manifests():
-        count[manifest.stage] += 1
-        size[manifest.stage] += manifest.size_bytes
-    table = Table("Stage", "Artifacts", "Size")
-    for stage in sorted(count):
-        table.add_row(stage, str(count[stage]), f"{size[stage] / 1e6:,.1f} MB")
-    console.print(table)
-    return 0
-
-
-def store_verify_command(arguments: argparse.Namespace) -> int:
-    """Read every byte of the store."""
-    damages = _store(arguments).verify()
-    for damage in damages:
-        console.print(damage, highlight=False)
-    console.print(f"{len(damages)} damaged" if damages else "every artifact is sound")
-    return 1 if damages else 0
-
-
-def store_gc_command(arguments: argparse.Namespace) -> int:
-    """Remove what the newest runs do not need."""
-    store = _store(arguments)
-    keep = {uri for _, text in store.run_texts()[: arguments.keep_runs] for uri in text.split()}
-    older_than = time.time() - 3600 * arguments.keep_hours
-    removed, freed = store.remove_unused(keep, older_than, dry_run=arguments.dry_run)
-    verb = "would remove" if arguments.dry_run else "removed"
-    console.print(f"{verb} {len(removed)} artifacts, {freed / 1e6:,.1f} MB", highlight=False)
-    return 0
-
-
-def _store(arguments: argparse.Namespace) -> ArtifactStore:
-    if "://" not in arguments.store and not Path(arguments.store).is_dir():
-        raise InputError(f"there is no store {arguments.store}; pass --store DIRECTORY or URL")
-    return open_store(arguments.store)
 
 
 def _load(arguments: argparse.Namespace) -> RunConfig:
