@@ -30,14 +30,14 @@ class ArtifactRecords(WritableFileSystem):
 
     store_url: str = Field(description="Directory or URL of the store; keys of the storage belong in the environment")
 
-    def read_path(self, path: str) -> bytes:
+    def read_path(self, path: str) -> bytes:  # type: ignore[override]  # Prefect takes plain methods too
         """A record. Raises FileNotFoundError when there is none, and StoreError for one that Prefect must not read."""
         content = _files(self.store_url).read(_record_path(path))
         if not is_plain_record(content):
             raise StoreError(f"{_record_path(path)} in {self.store_url} is no record of lmq's and was not read")
         return content
 
-    def write_path(self, path: str, content: bytes) -> str:
+    def write_path(self, path: str, content: bytes) -> str:  # type: ignore[override]
         """Write a record whole; returns its path."""
         _files(self.store_url).write(_record_path(path), content)
         return path

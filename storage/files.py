@@ -11,7 +11,7 @@ import fcntl
 import hashlib
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,10 @@ class StoreFiles:
             except FileNotFoundError:
                 return []
 
-        return sorted(str(path)[len(self.root) + 1 :] for path in self._ask("list", directory, paths))
+        found = self._ask("list", directory, paths)
+        if not found and not self.is_local:
+            self._complain_of_no_bucket()
+        return sorted(str(path)[len(self.root) + 1 :] for path in found)
 
     def download(self, path: str, target: Path) -> None:
         """Copy a file to this machine. Raises FileNotFoundError."""
@@ -147,14 +150,29 @@ class StoreFiles:
     def _ask(self, what: str, path: str, call: Any) -> Any:
         return call() if self.is_local else asking_again(f"{what} {path} in {self.url}", call)
 
+    def _complain_of_no_bucket(self) -> None:
+        """S3 lists a bucket that does not exist as empty; only reading from it tells."""
+        try:
+            self.read("bucket-is-there")
+        except FileNotFoundError:
+            return
+
     def _put(self, source: Path, path: str) -> None:
-        self.fs.makedirs(self.full(path).rpartition("/")[0], exist_ok=True)
-        self.fs.put_file(str(source), self.full(path))
+        self._in_directory(path, lambda: self.fs.put_file(str(source), self.full(path)))
+
+    def _in_directory(self, path: str, write: Callable[[], Any]) -> None:
+        """Write a file, making its directory where there are directories; a bucket that is missing stays so."""
+        try:
+            write()
+        except FileNotFoundError as error:
+            if error_code(error) is not None:
+                raise
+            self.fs.makedirs(self.full(path).rpartition("/")[0], exist_ok=True)
+            write()
 
     def _pipe(self, path: str, data: bytes, **options: str) -> None:
-        self.fs.makedirs(self.full(path).rpartition("/")[0], exist_ok=True)
         try:
-            self.fs.pipe_file(self.full(path), data, **options)
+            self._in_directory(path, lambda: self.fs.pipe_file(self.full(path), data, **options))
         except OSError as error:
             if options and error_code(error) in ("PreconditionFailed", "412"):
                 raise FileExistsError(path) from error

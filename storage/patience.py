@@ -34,7 +34,8 @@ _PASSING_ERRNOS = {
 }  # fmt: skip
 
 _PASSING_ERRORS = (
-    ("botocore.exceptions", "HTTPClientError"),  # closed connections, time-outs, refused connections
+    ("botocore.exceptions", "HTTPClientError"),  # closed connections, time-outs
+    ("botocore.exceptions", "ConnectionError"),  # refused connections
     ("botocore.exceptions", "IncompleteReadError"),
     ("botocore.exceptions", "ResponseStreamingError"),
     ("aiohttp", "ClientError"),
@@ -49,11 +50,12 @@ def asking_again(what: str, call: Callable[[], T], first_wait_s: float = FIRST_W
     FileNotFoundError and FileExistsError are answers and go to the caller. Raises BadStore at once for what stays, and
     StoreError after ATTEMPTS.
     """
-    passing, lasting = _classes(_PASSING_ERRORS), _classes(_LASTING_ERRORS)
+    passing = _classes(_PASSING_ERRORS)
+    errors: tuple[type[Exception], ...] = (OSError, *passing, *_classes(_LASTING_ERRORS))
     for attempt in range(1, ATTEMPTS + 1):
         try:
             return call()
-        except (OSError, *passing, *lasting) as error:
+        except errors as error:
             if error_code(error) == "NoSuchBucket" or not (isinstance(error, passing) or _passes(error)):
                 if isinstance(error, FileNotFoundError | FileExistsError) and error_code(error) != "NoSuchBucket":
                     raise

@@ -183,9 +183,7 @@ def run_stage(stage: Stage, key: str, site: Site, config: Mapping[str, Any], inp
             )
     except (OSError, SafetensorError) as error:
         if _is_gone(error, store):
-            raise DamagedArtifact(
-                f"an input was removed during {stage.name} ({error}); it will be made anew"
-            ) from error
+            raise DamagedArtifact(f"an input of {stage.name} was removed ({error}); it will be made anew") from error
         if not _is_disk_full(error):
             raise
         raise LmqError(
