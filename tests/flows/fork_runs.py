@@ -1,0 +1,51 @@
+"""A process that imports lmq once and forks a process per command line, so that starting a real run takes no time.
+
+Lines on standard input are JSON: {"argv", "cwd", "log", "environment"} starts `lmq ARGV…` and answers its process
+number; {"wait": pid} answers its exit code, negative for a signal. Run as `python fork_runs.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+import lmq_flows.planning
+import lmq_flows.quantize  # noqa: F401 - what a run needs, imported before the fork
+from lmq_flows.cli import main
+
+
+def start(argv: list[str], cwd: str, log: str, environment: dict[str, str]) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 70
+    try:
+        os.setsid()
+        stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(stream, 1)
+        os.dup2(stream, 2)
+        os.chdir(cwd)
+        os.environ.update(environment)
+        code = main(argv)
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def serve() -> None:
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "wait" in request:
+            answer = os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1])
+        else:
+            answer = start(**request)
+        sys.stdout.write(f"{answer}\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    serve()
