@@ -31,7 +31,7 @@ from lmq_storage.artifact import ArtifactRef, Manifest, StoredFile
 from lmq_storage.errors import DamagedArtifact, StoreError
 from lmq_storage.files import StoreFiles
 from lmq_storage.laying_out import lay_out
-from lmq_storage.names import checked_name
+from lmq_storage.names import checked_file_name, checked_name
 from lmq_storage.processes import process_token
 
 
@@ -148,6 +148,8 @@ class ArtifactStore:
 
         If a sound artifact of this key is there already, it stays and its reference is returned.
         """
+        for name in files:
+            checked_file_name(name)
         stored = {name: self._store_blob(path) for name, path in sorted(files.items())}
         manifest = Manifest(
             stage=stage,
