@@ -60,14 +60,17 @@ def test_killed_run_goes_on_where_it_was(runner, model, undisturbed, tmp_path, s
     assert content(tmp_path / "runs" / "resume") == undisturbed
 
 
-def test_two_runs_at_once_on_one_store_while_garbage_is_collected(runner, model, undisturbed, tmp_path):
+def test_two_identical_runs_at_once_on_one_store_while_garbage_is_collected(runner, model, undisturbed, tmp_path):
     """The collector keeps no finished run and nothing for its age: only the leases stand between it and the runs.
 
     `lmq run` looks at the model before its lease is there, so what it saw may have to be made again: `discover`.
     """
     store = ArtifactStore(str(tmp_path / "store"))
-    names = ("one", "two")
-    runs = [runner.run(write_config(model, tmp_path, name)) for name in names]
+    places = [tmp_path / "one", tmp_path / "two"]
+    runs = []
+    for place in places:
+        place.mkdir()
+        runs.append(runner.run(write_config(model, place, "resume", store=str(tmp_path / "store"))))
     wait_until(lambda: len(list((tmp_path / "store" / "leases").glob("*.json"))) == 2, "both leases")
     collected = 0
     while not all(run.is_over for run in runs):
@@ -79,8 +82,8 @@ def test_two_runs_at_once_on_one_store_while_garbage_is_collected(runner, model,
     for run in runs:
         run.finish()
     assert collected > 0
-    for name in names:
-        assert content(tmp_path / "runs" / name) == undisturbed
+    for place in places:
+        assert content(place / "runs" / "resume") == undisturbed
     assert store.verify() == []
     assert not any((tmp_path / "store" / "tmp").iterdir())
     assert not any((tmp_path / "store" / "leases").iterdir())
