@@ -23,21 +23,21 @@ from lmq_storage.names import checked_name
 
 
 class ArtifactRecords(WritableFileSystem):
-    """Prefect block for the records of one store."""
+    """Prefect block for the records of one store. Prefect calls its methods with `_sync`, whichever kind they are."""
 
     _block_type_name = "lmq artifact records"
     _block_type_slug = "lmq-artifact-records"
 
     store_url: str = Field(description="Directory or URL of the store; keys of the storage belong in the environment")
 
-    def read_path(self, path: str) -> bytes:  # type: ignore[override]  # Prefect takes plain methods too
+    def read_path(self, path: str, _sync: bool = True) -> bytes:  # type: ignore[override]
         """A record. Raises FileNotFoundError when there is none, and StoreError for one that Prefect must not read."""
         content = _files(self.store_url).read(_record_path(path))
         if not is_plain_record(content):
             raise StoreError(f"{_record_path(path)} in {self.store_url} is no record of lmq's and was not read")
         return content
 
-    def write_path(self, path: str, content: bytes) -> str:  # type: ignore[override]
+    def write_path(self, path: str, content: bytes, _sync: bool = True) -> str:  # type: ignore[override]
         """Write a record whole; returns its path."""
         _files(self.store_url).write(_record_path(path), content)
         return path
