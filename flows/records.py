@@ -42,6 +42,9 @@ class ArtifactRecords(WritableFileSystem):
         _files(self.store_url).write(_record_path(path), content)
         return path
 
+    def _resolve_path(self, path: str) -> None:
+        """Asked by Prefect of a block that no server knows; None: keys are not paths of this machine."""
+
 
 def record_storage(store_url: str) -> ArtifactRecords:
     """Prefect's storage block for the records of a store, known to the server that is in use."""
