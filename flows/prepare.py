@@ -172,7 +172,7 @@ def read_structure_of(store: ArtifactStore, structure_ref: ArtifactRef) -> Model
 def check_context(model_dir: Path, tokens: int, key: str) -> None:
     """Raise InputError naming the key when `tokens` at once are more than the model's positions."""
     try:
-        config = AutoConfig.from_pretrained(model_dir, local_files_only=True)
+        config = AutoConfig.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
     except (ValueError, OSError, LookupError) as error:
         raise InputError(f"{model_dir}/config.json describes no model that transformers has: {error}") from error
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)

@@ -43,7 +43,8 @@ def load(
     from lmq.checkpoint import verify_checkpoint
 
     verify_checkpoint(Path(path))
-    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype="auto" if dtype is None else dtype)
+    precision = "auto" if dtype is None else dtype
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=precision, trust_remote_code=False)
     if dense:
         model.dequantize()
     return model.to(device).eval()

@@ -84,7 +84,7 @@ def documents(source: TextSource) -> list[str]:
 def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model directory. Raises InputError when there is none that can be read."""
     try:
-        return AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+        return AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, LookupError) as error:
         raise InputError(
             f"{model_dir} has no tokenizer that can be read ({error}); save it beside the model"

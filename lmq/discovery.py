@@ -79,9 +79,11 @@ def build_skeleton(model_dir: Path) -> PreTrainedModel:
     if not (model_dir / "config.json").is_file():
         raise InputError(f"{model_dir} has no config.json; is it a model directory?")
     try:
-        config = AutoConfig.from_pretrained(model_dir, local_files_only=True)
+        config = AutoConfig.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
     except (ValueError, OSError, LookupError) as error:
-        raise UnsupportedModel(f"{model_dir}/config.json describes no model that transformers has: {error}") from error
+        raise UnsupportedModel(
+            f"{model_dir}/config.json describes no model that transformers has: {_without_advice(error)}"
+        ) from error
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         settings = quantization if isinstance(quantization, Mapping) else vars(quantization)
@@ -91,7 +93,7 @@ def build_skeleton(model_dir: Path) -> PreTrainedModel:
         )
     try:
         with _EmptyWithoutMemory():
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     except ValueError as error:
         raise UnsupportedModel(
             f"{model_dir} ({config.model_type}) cannot be built as a language model: {error}"
@@ -104,6 +106,13 @@ def build_skeleton(model_dir: Path) -> PreTrainedModel:
             f"{type(model).__name__} has a buffer {lost[0]} that is in no checkpoint; cannot rebuild it"
         )
     return model.eval().requires_grad_(False)
+
+
+def _without_advice(error: Exception) -> str:
+    """What transformers says, but for its advice to run the code that came with the model: lmq never does."""
+    if "trust_remote_code" in str(error):
+        return "it needs Python code that came with it, which lmq does not run; pass a model that transformers knows"
+    return str(error)
 
 
 def embedding_shape(model: PreTrainedModel) -> torch.Size:

@@ -152,8 +152,9 @@ def convert_gguf(path: Path, out_dir: Path, dtype: torch.dtype | None = None) ->
         raise InputError(f"{out_dir} exists already; remove it or give another place")
     _log.info("reading %s", path)
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        options: Any = {"gguf_file": path.name, "trust_remote_code": False}
+        model: Any = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **options)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, **options)
     except (ValueError, OSError, LookupError, NotImplementedError) as error:
         raise InputError(f"{path} cannot be read as a GGUF model: {error}; is it complete, and supported?") from error
     model.hf_quantizer = None
@@ -204,6 +205,8 @@ def _model_files(model_dir: Path) -> tuple[Path, ...]:
 def _package_file(place: str) -> Path:
     """Path of `NAME/FILE` inside an installed package, which is located but never imported."""
     package, _, file = place.partition("/")
+    if ".." in Path(file).parts or Path(file).is_absolute():
+        raise InputError(f"package:{place} leads out of the package; name a file inside it")
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise InputError(f"there is no Python package {package!r} here; install it, or {_INSTEAD}")

@@ -164,7 +164,7 @@ def _pruned_config(model_dir: Path, structure: ModelStructure, kept: Sequence[in
     Lists with one entry per layer come from the configuration as transformers completes it: some (`layer_types`)
     are derived from the layer's number when they are not written, which the renumbering would change.
     """
-    config = AutoConfig.from_pretrained(model_dir, local_files_only=True)
+    config = AutoConfig.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
     text_config = config.get_text_config()
     content = json.loads((model_dir / "config.json").read_text("utf-8"))
     section = next((name for name, value in vars(config).items() if value is text_config), None)

@@ -7,7 +7,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -42,8 +42,11 @@ def weight_files(model_dir: Path) -> tuple[Path, ...]:
     if index.is_file():
         try:
             shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise InputError(f"{index} is not an index of safetensors shards; download the model again") from error
+        leaving = [name for name in shards if not _stays_inside(name)]
+        if leaving:
+            raise InputError(f"{index} names {leaving[0]!r}, which is no file of the model; download the model again")
         missing = [name for name in shards if not (model_dir / name).is_file()]
         if missing:
             raise InputError(
@@ -56,6 +59,14 @@ def weight_files(model_dir: Path) -> tuple[Path, ...]:
     if not found:
         raise InputError(f"{model_dir} holds no *.safetensors file{_instead(model_dir)}")
     return found
+
+
+def _stays_inside(name: object) -> bool:
+    """Whether a shard's name is that of a file in the model's directory, not elsewhere."""
+    if not isinstance(name, str):
+        return False
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\\" not in name
 
 
 def _instead(model_dir: Path) -> str:

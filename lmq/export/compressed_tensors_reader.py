@@ -25,7 +25,7 @@ def open_dense(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMode
 
     Raises InputError for another directory and without the package, LmqError where tensors are missing.
     """
-    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     fields = getattr(config, "quantization_config", None)
     if not isinstance(fields, dict) or fields.get("quant_method") != "compressed-tensors":
         raise InputError(
@@ -33,7 +33,7 @@ def open_dense(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMode
         )
     del config.quantization_config
     with torch.device("meta"):
-        architecture = type(AutoModelForCausalLM.from_config(config))
+        architecture = type(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
     model, found = architecture.from_pretrained(
         None, config=config, state_dict=_dense_state(path, fields), dtype=dtype, output_loading_info=True
     )
