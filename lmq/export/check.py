@@ -130,7 +130,7 @@ def check_export(
     noise = _difference(source, continued, expected)
     del source
     gc.collect()
-    exported = open_export(report.path, format_name)
+    exported = open_export(report, format_name)
     difference = _difference(exported, continued, expected)
     greedy = [
         _same_tokens(tokens, _continue(exported, prompt)) for prompt, tokens in zip(prompts, continued, strict=True)

@@ -7,22 +7,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lmq.errors import InputError, LmqError
 from lmq.export.compressed_tensors_reader import open_dense
+from lmq.export.report import ExportReport
 
 _DOES_NOT_OPEN = (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError)
 """What loaders raise for files that are not what they expect."""
 
 
-def open_export(path: Path, format_name: str) -> PreTrainedModel:
+def open_export(report: ExportReport, format_name: str) -> PreTrainedModel:
     """The model of an export, for evaluation.
 
     Raises LmqError where it does not open, or not completely, InputError where the package that opens it is missing.
     """
+    path = report.path
     try:
-        return _OPENERS[format_name](path).eval()
+        return _OPENERS[format_name](report).eval()
     except ImportError as error:
         raise InputError(
             f"{path} is written; the check needs a package that is missing: {error}. "
@@ -32,15 +34,19 @@ def open_export(path: Path, format_name: str) -> PreTrainedModel:
         raise LmqError(f"{path} is written, but does not open as {format_name}: {error}") from error
 
 
-def _open_directory(path: Path) -> PreTrainedModel:
-    return _open_completely(path)
+def _open_directory(report: ExportReport) -> PreTrainedModel:
+    return _open_completely(report.path)
 
 
-def _open_gguf(path: Path) -> PreTrainedModel:
-    return _open_completely(path.parent, gguf_file=path.name)
+def _open_gguf(report: ExportReport) -> PreTrainedModel:
+    directory, name = report.path.parent, report.path.name
+    config = AutoConfig.from_pretrained(directory, gguf_file=name, local_files_only=True)
+    for setting, value in report.unread_settings.items():
+        setattr(config, setting, value)
+    return _open_completely(directory, gguf_file=name, config=config)
 
 
-def _open_completely(path: Path, **options: str) -> PreTrainedModel:
+def _open_completely(path: Path, **options: Any) -> PreTrainedModel:
     """A model whose tensors all come from the files: transformers makes up what is missing."""
     opened: Any = AutoModelForCausalLM.from_pretrained(
         path, dtype=torch.float32, output_loading_info=True, local_files_only=True, **options
@@ -51,7 +57,11 @@ def _open_completely(path: Path, **options: str) -> PreTrainedModel:
     return model
 
 
-def _open_hqq(path: Path) -> PreTrainedModel:
+def _open_compressed_tensors(report: ExportReport) -> PreTrainedModel:
+    return open_dense(report.path)
+
+
+def _open_hqq(report: ExportReport) -> PreTrainedModel:
     from hqq.models.hf.base import AutoHQQHFModel
 
     class QuietLoader(AutoHQQHFModel):
@@ -61,12 +71,12 @@ def _open_hqq(path: Path) -> PreTrainedModel:
         def patch_model(cls, *arguments: Any) -> None:
             super().patch_model(*arguments, verbose=False)
 
-    return QuietLoader.from_quantized(str(path), compute_dtype=torch.float32, device="cpu", cache_dir=None)
+    return QuietLoader.from_quantized(str(report.path), compute_dtype=torch.float32, device="cpu", cache_dir=None)
 
 
-_OPENERS: Mapping[str, Callable[[Path], PreTrainedModel]] = {
+_OPENERS: Mapping[str, Callable[[ExportReport], PreTrainedModel]] = {
     "safetensors": _open_directory,
     "hqq": _open_hqq,
     "gguf": _open_gguf,
-    "compressed-tensors": open_dense,
+    "compressed-tensors": _open_compressed_tensors,
 }

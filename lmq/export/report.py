@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import sqrt
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,8 @@ class ExportReport:
     steps: Mapping[str, ModuleStep]
     notes: tuple[str, ...] = ()
     """What the reader of the report should know: what was left out or changed besides the quantized matrices."""
+    unread_settings: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the model's configuration that transformers, which opens it for the check, does not take from it."""
 
 
 def relative_error(written: Tensor, original: Tensor) -> float:

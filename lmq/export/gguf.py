@@ -1,0 +1,167 @@
+"""GGUF files, which llama.cpp and the programs built on it open.
+
+What a matrix becomes depends on its configuration and on `fidelity`:
+
+- "exact", the default: matrices of 2, 3 and 4 bits become Q4_1, which holds their very codes; only the scale and
+  the offset are rounded to float16. That costs 5 bits per weight whatever the configuration, and the file computes
+  what the checkpoint was measured to compute. Groups that are not made of whole blocks of 32 neighbours (along the
+  other axis, or of 16) are rounded to Q8_0 instead.
+- "size": the type nearest in size, Q2_K, Q3_K or Q4_K, where rows are made of 256 weights; Q4_1 where they are not.
+  The codes are fitted anew. Q4_K (4.5 bits) and Q2_K (2.625) follow the grids of lmq closely; Q3_K (3.4375)
+  has no offset and loses nearly as much again as the quantization did.
+
+Matrices of 8 bits become Q8_0 either way. "exact" is the default because a checkpoint's evaluation then holds for
+its export. Every step's error is measured on the written bytes. To make a file as small as the plan with
+llama.cpp's own quantizer, from the full-precision model, see `write_tensor_type_file`.
+
+What lmq left unquantized keeps its type, except that norms and biases are float32, as llama.cpp wants them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from pathlib import Path
+from typing import get_args
+
+import gguf
+import numpy as np
+from gguf import GGMLQuantizationType, LlamaFileType
+from transformers import AutoConfig, PreTrainedConfig
+
+from lmq.errors import InputError, unknown_name
+from lmq.export.gguf_model import ARCHITECTURES, add_metadata, config_notes, config_problems, gguf_name, unread_settings
+from lmq.export.gguf_tensors import (
+    K_TYPES,
+    Fidelity,
+    GgufTensor,
+    plan_tensors,
+    tensor_problems,
+    tensor_rows,
+)
+from lmq.export.gguf_tokenizer import GgufTokenizer
+from lmq.export.report import ExportReport, ModuleStep
+from lmq.export.source import QuantizedCheckpoint
+from lmq.stored_tensors import find_tensor
+
+_FILE_TYPES = {
+    GGMLQuantizationType.Q4_1: LlamaFileType.MOSTLY_Q4_1,
+    GGMLQuantizationType.Q8_0: LlamaFileType.MOSTLY_Q8_0,
+    GGMLQuantizationType.Q2_K: LlamaFileType.MOSTLY_Q2_K,
+    GGMLQuantizationType.Q3_K: LlamaFileType.MOSTLY_Q3_K_M,
+    GGMLQuantizationType.Q4_K: LlamaFileType.MOSTLY_Q4_K_M,
+    GGMLQuantizationType.F16: LlamaFileType.MOSTLY_F16,
+}
+
+
+def problems(checkpoint: QuantizedCheckpoint) -> list[str]:
+    """What of the checkpoint a GGUF file cannot hold."""
+    config = AutoConfig.from_pretrained(checkpoint.path)
+    found = list(config_problems(config))
+    if config.model_type not in ARCHITECTURES:
+        return found
+    found += tensor_problems(checkpoint, config)
+    try:
+        found += GgufTokenizer(checkpoint.path, _vocabulary_size(checkpoint)).problems()
+    except (OSError, ValueError) as error:
+        found.append(f"the checkpoint has no tokenizer that opens: {error}")
+    return found
+
+
+def export(checkpoint: QuantizedCheckpoint, target: Path, *, fidelity: Fidelity = "exact") -> ExportReport:
+    """Write the checkpoint as the GGUF file `target`; the same checkpoint gives the same bytes.
+
+    Peak memory is a few copies of the largest tensor. The file is written beside its place and renamed when it is
+    complete.
+
+    Raises InputError for an unknown fidelity, where `target` exists, and for what `problems` finds.
+    """
+    if fidelity not in get_args(Fidelity):
+        raise unknown_name("fidelity", fidelity, get_args(Fidelity))
+    if target.exists():
+        raise InputError(f"{target} exists already; remove it or choose another place")
+    if found := problems(checkpoint):
+        raise InputError(f"{checkpoint.path} cannot be exported to GGUF: " + "; ".join(found))
+    config = AutoConfig.from_pretrained(checkpoint.path)
+    tensors = plan_tensors(checkpoint, config, fidelity)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        steps = _write(checkpoint, config, tensors, partial)
+        partial.rename(target)
+    finally:
+        partial.unlink(missing_ok=True)
+    return ExportReport(
+        path=target,
+        size_bytes=target.stat().st_size,
+        steps=steps,
+        notes=_notes(config, tensors),
+        unread_settings=unread_settings(config),
+    )
+
+
+def write_tensor_type_file(checkpoint: QuantizedCheckpoint, path: Path) -> None:
+    """Write the plan of a checkpoint for `llama-quantize --tensor-type-file PATH MODEL-F16.gguf OUT.gguf Q4_K_M`.
+
+    One line `pattern=type` per matrix, where llama-quantize searches the regular expression in the names of
+    tensors. The type has the matrix's bits: q2_k, q3_k or q4_k, q4_0 where rows are not made of 256 weights, q8_0.
+
+    Raises InputError for a model that has no GGUF form.
+    """
+    config = AutoConfig.from_pretrained(checkpoint.path)
+    if found := [*config_problems(config)] or [*tensor_problems(checkpoint, config)]:
+        raise InputError(f"{checkpoint.path} has no GGUF form: " + "; ".join(found))
+    lines = []
+    for module, spec in checkpoint.specs.items():
+        kind = GGMLQuantizationType.Q8_0 if spec.bits == 8 else GGMLQuantizationType.Q4_0
+        if spec.bits < 8 and checkpoint.shapes[module][1] % gguf.QK_K == 0:
+            kind = K_TYPES[spec.bits]
+        pattern = str(gguf_name(config, f"{module}.weight")).replace(".", r"\.")
+        lines.append(f"{pattern}={kind.name.lower()}\n")
+    path.write_text("".join(lines), "utf-8")
+
+
+def _write(
+    checkpoint: QuantizedCheckpoint, config: PreTrainedConfig, tensors: list[GgufTensor], path: Path
+) -> dict[str, ModuleStep]:
+    """Write the file one tensor at a time; the step of each quantized matrix by its dotted path."""
+    with contextlib.closing(gguf.GGUFWriter(path, ARCHITECTURES[config.model_type].name)) as writer:
+        _add_metadata(writer, checkpoint, config, tensors)
+        for tensor in tensors:
+            size_bytes = int(np.prod(tensor.byte_shape))
+            writer.add_tensor_info(tensor.name, tensor.byte_shape, np.dtype(np.uint8), size_bytes, tensor.kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        steps = {}
+        for tensor in tensors:
+            rows, step = tensor_rows(checkpoint, config, tensor)
+            writer.write_tensor_data(rows)
+            if step is not None:
+                steps[str(tensor.source)] = step
+    return steps
+
+
+def _add_metadata(
+    writer: gguf.GGUFWriter, checkpoint: QuantizedCheckpoint, config: PreTrainedConfig, tensors: list[GgufTensor]
+) -> None:
+    vocabulary_size = _vocabulary_size(checkpoint)
+    kinds = Counter(tensor.kind for tensor in tensors if isinstance(tensor.source, str))
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_file_type(_FILE_TYPES[kinds.most_common(1)[0][0]])
+    add_metadata(writer, config, vocabulary_size)
+    GgufTokenizer(checkpoint.path, vocabulary_size).add_metadata(writer)
+
+
+def _vocabulary_size(checkpoint: QuantizedCheckpoint) -> int:
+    """Rows of the embedding."""
+    embedding = find_tensor(checkpoint.unquantized, "model.embed_tokens.weight")
+    if embedding is None:
+        raise InputError(f"{checkpoint.path} has no tensor model.embed_tokens.weight")
+    return embedding.shape[0]
+
+
+def _notes(config: PreTrainedConfig, tensors: list[GgufTensor]) -> tuple[str, ...]:
+    kept = [tensor for tensor in tensors if not isinstance(tensor.source, str) and len(tensor.shape) > 1]
+    return (*(f"{tensor.name} is {tensor.kind.name}, as in the checkpoint" for tensor in kept), *config_notes(config))
