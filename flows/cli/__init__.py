@@ -167,6 +167,11 @@ def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         choices=("exact", "size"),
         help="of gguf: types that hold the checkpoint's values, or those nearest in size (default: exact)",
     )
+    export.add_argument(
+        "--tensor-types",
+        metavar="FILE",
+        help="with gguf: also write the plan, for llama-quantize --tensor-type-file FILE",
+    )
     export.add_argument("--no-check", action="store_true", help="do not open the export and compare it")
 
 

@@ -11,11 +11,13 @@ from transformers.utils.logging import disable_progress_bar
 
 from lmq.checkpoint import verify_checkpoint
 from lmq.errors import InputError
-from lmq.export import export_format
+from lmq.export import FORMATS, export_format, write_export
 from lmq.export.check import Difference, ExportCheck, export_checked
 from lmq.export.report import ExportReport, ModuleStep, overall_relative_error
 from lmq.export.source import QuantizedCheckpoint
 from lmq_flows.cli.terminal import console
+
+_OPTIONS = sorted({option for each in FORMATS.values() for option in each.options})
 
 
 def export_command(arguments: argparse.Namespace) -> int:
@@ -25,7 +27,7 @@ def export_command(arguments: argparse.Namespace) -> int:
     checkpoint = QuantizedCheckpoint(arguments.checkpoint)
     options = _options(arguments)
     if arguments.no_check:
-        report = export_format(arguments.format).exporter().export(checkpoint, arguments.output, **options)
+        report = write_export(checkpoint, arguments.output, arguments.format, options)
         _print_report(report, checkpoint, arguments.format)
         console.print("not checked", highlight=False)
         return 0
@@ -43,14 +45,18 @@ def export_command(arguments: argparse.Namespace) -> int:
 
 def _options(arguments: argparse.Namespace) -> dict[str, str]:
     """The options that were given, all of which must be known to the format."""
-    given = {name: getattr(arguments, name) for name in ("dtype", "fidelity")}
+    given = {name: getattr(arguments, name) for name in _OPTIONS}
     options = {name: value for name, value in given.items() if value is not None}
     known = export_format(arguments.format).options
     for name in options:
         if name not in known:
-            allowed = ", ".join(f"--{option}" for option in known) or "none"
-            raise InputError(f"--{name} is not an option of {arguments.format} (its options: {allowed})")
+            allowed = ", ".join(map(_flag, known)) or "none"
+            raise InputError(f"{_flag(name)} is not an option of {arguments.format} (its options: {allowed})")
     return options
+
+
+def _flag(option: str) -> str:
+    return f"--{option.replace('_', '-')}"
 
 
 def _print_report(report: ExportReport, checkpoint: QuantizedCheckpoint, format_name: str) -> None:

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
-from lmq.errors import unknown_name
+from safetensors import SafetensorError
+
+from lmq.errors import LmqError, unknown_name
 
 if TYPE_CHECKING:
     from lmq.export.report import ExportReport
@@ -50,7 +52,7 @@ FORMATS: Mapping[str, ExportFormat] = {
     ),
     "hqq": ExportFormat(summary="a checkpoint of the hqq library", module="lmq.export.hqq", options=("dtype",)),
     "gguf": ExportFormat(
-        summary="a file for llama.cpp and its relatives", module="lmq.export.gguf", options=("fidelity",)
+        summary="a file for llama.cpp and its relatives", module="lmq.export.gguf", options=("fidelity", "tensor_types")
     ),
     "compressed-tensors": ExportFormat(summary="packed integers for vLLM", module="lmq.export.compressed_tensors"),
 }
@@ -61,3 +63,20 @@ def export_format(name: str) -> ExportFormat:
     if name not in FORMATS:
         raise unknown_name("export format", name, FORMATS)
     return FORMATS[name]
+
+
+def write_export(
+    checkpoint: QuantizedCheckpoint, target: Path, format_name: str, options: Mapping[str, str]
+) -> ExportReport:
+    """Write `target`, all of it or nothing, without a look at what was written.
+
+    Raises InputError for what cannot be exported, LmqError where it cannot be written.
+    """
+    exporter = export_format(format_name).exporter()
+    try:
+        return exporter.export(checkpoint, target, **options)
+    except (OSError, SafetensorError) as error:
+        raise LmqError(
+            f"the export could not be written to {target.parent} ({error}); nothing of it is left. "
+            "See that the disk has room and that the place may be written to, then export again"
+        ) from error

@@ -19,14 +19,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import lmq
 from lmq.calibration import load_tokenizer
 from lmq.divergence import divergence
 from lmq.errors import InputError
-from lmq.export import export_format
-from lmq.export.openers import open_export
+from lmq.export import write_export
+from lmq.export.openers import open_export, open_tokenizer
 from lmq.export.report import ExportReport, ModuleStep
 from lmq.export.source import QuantizedCheckpoint
 
@@ -51,6 +51,7 @@ class Tolerance:
     - KL divergence, however well explained: `kl_most` nats, about what quantization to 4 bits costs SmolLM2.
     - Top-1 disagreement: `noise_factor` times that of the noise, plus `ties` tokens.
     - Where no step changed a weight, every generated token must be the same.
+    - The tokenizer, where the checkpoint has one: the same tokens for every prompt.
     """
 
     noise_factor: float = 4.0
@@ -108,7 +109,7 @@ def export_checked(
     if target.exists():
         raise InputError(f"{target} exists already; remove it or choose another place")
     unchecked = target.with_name(f".unchecked-{target.name}")
-    report = export_format(format_name).exporter().export(checkpoint, unchecked, **options)
+    report = write_export(checkpoint, unchecked, format_name, options)
     check = check_export(checkpoint, report, format_name, tolerance)
     if check.passed:
         report = replace(report, path=unchecked.rename(target))
@@ -122,8 +123,9 @@ def check_export(
 
     Raises LmqError where the export does not open, InputError where the package that opens it is missing.
     """
+    tokenizer = _tokenizer(checkpoint.path)
     source = lmq.load(checkpoint.path, dtype=torch.float32, dense=True)
-    prompts = _prompts(source, checkpoint.path)
+    prompts = _encoded(tokenizer) if tokenizer is not None else _random_prompts(source)
     continued = [_continue(source, prompt) for prompt in prompts]
     expected = [_logits(source, tokens) for tokens in continued]
     _disturb(source, report.steps)
@@ -136,10 +138,12 @@ def check_export(
         _same_tokens(tokens, _continue(exported, prompt)) for prompt, tokens in zip(prompts, continued, strict=True)
     ]
     greedy_agreement = sum(greedy) / (len(prompts) * NEW_TOKENS)
-    is_lossless = all(step.relative_error == 0 for step in report.steps.values())
     failures = _failures(difference, noise, tolerance or Tolerance())
+    is_lossless = all(step.relative_error == 0 for step in report.steps.values())
     if is_lossless and greedy_agreement < 1:
         failures.append(f"no weight was changed, yet only {greedy_agreement:.0%} of the generated tokens are the same")
+    if tokenizer is not None and not _same_prompts(prompts, _encoded(open_tokenizer(report, format_name))):
+        failures.append("the export's tokenizer does not give the tokens of the checkpoint's for the prompts")
     return ExportCheck(difference=difference, noise=noise, greedy_agreement=greedy_agreement, failures=tuple(failures))
 
 
@@ -216,12 +220,25 @@ def _same_tokens(expected: Tensor, generated: Tensor) -> int:
     return int(same.int().cumprod(dim=0).sum())
 
 
-def _prompts(model: PreTrainedModel, directory: Path) -> list[Tensor]:
-    """Prompts int64 [1, tokens] in the words of the checkpoint's tokenizer, or, where it has none, of random tokens."""
+def _tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a checkpoint; None where it has none."""
     try:
-        tokenizer = load_tokenizer(directory)
+        return load_tokenizer(directory)
     except InputError:
-        generator = torch.Generator().manual_seed(0)
-        vocabulary = model.get_input_embeddings().get_parameter("weight").shape[0]
-        return list(torch.randint(vocabulary, (len(PROMPTS), 1, _IDS_PER_PROMPT), generator=generator))
+        return None
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase) -> list[Tensor]:
+    """`PROMPTS` in the words of a tokenizer, int64 [1, tokens] each."""
     return [tokenizer(text, return_tensors="pt").input_ids for text in PROMPTS]
+
+
+def _random_prompts(model: PreTrainedModel) -> list[Tensor]:
+    """Prompts of random tokens, int64 [1, tokens] each, from a fixed seed."""
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.get_input_embeddings().get_parameter("weight").shape[0]
+    return list(torch.randint(vocabulary, (len(PROMPTS), 1, _IDS_PER_PROMPT), generator=generator))
+
+
+def _same_prompts(expected: list[Tensor], found: list[Tensor]) -> bool:
+    return all(torch.equal(*pair) for pair in zip(expected, found, strict=True))

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import tempfile
 from collections import defaultdict
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from torch import Tensor
 from lmq.checkpoint import DEFAULT_MAX_SHARD_BYTES
 from lmq.constraints import ALIKE_PRESETS
 from lmq.errors import InputError
+from lmq.export.module_list import list_modules
 from lmq.export.report import ExportReport, ModuleStep, directory_bytes, relative_error
 from lmq.export.source import QuantizedCheckpoint
 from lmq.grid import Grid, nearest_codes
@@ -40,7 +40,6 @@ TARGET = TARGETS["vllm"]
 FORMAT = "pack-quantized"
 ADVICE = f"run again with target: {TARGET.name} (lmq run --target {TARGET.name}), which plans within what it holds"
 
-_NAMED = 3
 _MARLIN_TILE = (64, 128)
 """What out_features and in_features are multiples of in every version of the kernel."""
 
@@ -57,7 +56,7 @@ def problems(checkpoint: QuantizedCheckpoint) -> list[str]:
         if len({_scheme(checkpoint, path) for path in members}) > 1:
             names = ", ".join(path.rpartition(".")[2] for path in members)
             found[f"{names} differ, which {TARGET.name} holds in one matrix"].append(members[0].rpartition(".")[0])
-    return [f"{reason}: {_some(paths)}" for reason, paths in found.items()]
+    return [f"{reason}: {list_modules(paths)}" for reason, paths in found.items()]
 
 
 def export(checkpoint: QuantizedCheckpoint, target: Path) -> ExportReport:
@@ -66,7 +65,7 @@ def export(checkpoint: QuantizedCheckpoint, target: Path) -> ExportReport:
     Raises InputError for `problems`, and where `target` exists.
     """
     if found := problems(checkpoint):
-        raise InputError(f"{checkpoint.path} cannot be written for {TARGET.name}: {'; '.join(found)}. {ADVICE}")
+        raise InputError(f"{checkpoint.path} cannot be written for {TARGET.name}: {'. '.join(found)}. {ADVICE}")
     steps: dict[str, ModuleStep] = {}
     with complete_directory(target) as directory:
         with tempfile.TemporaryDirectory(dir=directory) as parts:
@@ -184,13 +183,13 @@ def _notes(checkpoint: QuantizedCheckpoint) -> tuple[str, ...]:
     notes = []
     moved = [path for path in checkpoint.specs if _has_moved_zeros(checkpoint, path)]
     if moved:
-        notes.append(f"zeros were moved to whole numbers in {_some(moved)}; to keep them exact, {ADVICE}")
+        notes.append(f"zeros were moved to whole numbers in {list_modules(moved)}; to keep them exact, {ADVICE}")
     rows, columns = _MARLIN_TILE
     off_tile = [path for path, shape in checkpoint.shapes.items() if shape[0] % rows or shape[1] % columns]
     if off_tile:
         notes.append(
-            f"{_some(off_tile)} are not multiples of {rows} by {columns}: vLLM pads such matrices for Marlin since its "
-            "pull request 45295 (June 2026), and may find no kernel for them before"
+            f"{list_modules(off_tile)} are not multiples of {rows} by {columns}: vLLM pads such matrices for Marlin "
+            "since its pull request 45295 (June 2026), and may find no kernel for them before"
         )
     return tuple(notes)
 
@@ -198,8 +197,3 @@ def _notes(checkpoint: QuantizedCheckpoint) -> tuple[str, ...]:
 def _has_moved_zeros(checkpoint: QuantizedCheckpoint, path: str) -> bool:
     _, zero = checkpoint.grid(path).decode()
     return not torch.equal(zero, nearest_zero(zero, checkpoint.specs[path].bits))
-
-
-def _some(paths: Sequence[str]) -> str:
-    names = ", ".join(paths[:_NAMED]) + (", ..." if len(paths) > _NAMED else "")
-    return f"{len(paths)} module{'s' * (len(paths) > 1)} ({names})"

@@ -12,7 +12,7 @@ What a matrix becomes depends on its configuration and on `fidelity`:
 
 Matrices of 8 bits become Q8_0 either way. "exact" is the default because a checkpoint's evaluation then holds for
 its export. Every step's error is measured on the written bytes. To make a file as small as the plan with
-llama.cpp's own quantizer, from the full-precision model, see `write_tensor_type_file`.
+llama.cpp's own quantizer, from the full-precision model, see `lmq.export.llama_quantize`.
 
 What lmq left unquantized keeps its type, except that norms and biases are float32, as llama.cpp wants them.
 """
@@ -30,9 +30,8 @@ from gguf import GGMLQuantizationType, LlamaFileType
 from transformers import AutoConfig, PreTrainedConfig
 
 from lmq.errors import InputError, unknown_name
-from lmq.export.gguf_model import ARCHITECTURES, add_metadata, config_notes, config_problems, gguf_name, unread_settings
+from lmq.export.gguf_model import ARCHITECTURES, add_metadata, config_notes, config_problems, unread_settings
 from lmq.export.gguf_tensors import (
-    K_TYPES,
     Fidelity,
     GgufTensor,
     plan_tensors,
@@ -40,6 +39,7 @@ from lmq.export.gguf_tensors import (
     tensor_rows,
 )
 from lmq.export.gguf_tokenizer import GgufTokenizer
+from lmq.export.llama_quantize import write_tensor_types
 from lmq.export.report import ExportReport, ModuleStep
 from lmq.export.source import QuantizedCheckpoint
 from lmq.stored_tensors import find_tensor
@@ -68,18 +68,21 @@ def problems(checkpoint: QuantizedCheckpoint) -> list[str]:
     return found
 
 
-def export(checkpoint: QuantizedCheckpoint, target: Path, *, fidelity: Fidelity = "exact") -> ExportReport:
+def export(
+    checkpoint: QuantizedCheckpoint, target: Path, *, fidelity: Fidelity = "exact", tensor_types: str | None = None
+) -> ExportReport:
     """Write the checkpoint as the GGUF file `target`; the same checkpoint gives the same bytes.
 
     Peak memory is a few copies of the largest tensor. The file is written beside its place and renamed when it is
-    complete.
+    complete. `tensor_types` names a file for the plan as llama-quantize takes it, written as well.
 
-    Raises InputError for an unknown fidelity, where `target` exists, and for what `problems` finds.
+    Raises InputError for an unknown fidelity, where a file exists, and for what `problems` finds.
     """
     if fidelity not in get_args(Fidelity):
         raise unknown_name("fidelity", fidelity, get_args(Fidelity))
-    if target.exists():
-        raise InputError(f"{target} exists already; remove it or choose another place")
+    for place in (target, *([Path(tensor_types)] if tensor_types else ())):
+        if place.exists():
+            raise InputError(f"{place} exists already; remove it or choose another place")
     if found := problems(checkpoint):
         raise InputError(f"{checkpoint.path} cannot be exported to GGUF: " + "; ".join(found))
     config = AutoConfig.from_pretrained(checkpoint.path)
@@ -91,34 +94,16 @@ def export(checkpoint: QuantizedCheckpoint, target: Path, *, fidelity: Fidelity 
         partial.rename(target)
     finally:
         partial.unlink(missing_ok=True)
+    notes = _notes(config, tensors)
+    if tensor_types:
+        notes += (write_tensor_types(checkpoint, config, Path(tensor_types)),)
     return ExportReport(
         path=target,
         size_bytes=target.stat().st_size,
         steps=steps,
-        notes=_notes(config, tensors),
+        notes=notes,
         unread_settings=unread_settings(config),
     )
-
-
-def write_tensor_type_file(checkpoint: QuantizedCheckpoint, path: Path) -> None:
-    """Write the plan of a checkpoint for `llama-quantize --tensor-type-file PATH MODEL-F16.gguf OUT.gguf Q4_K_M`.
-
-    One line `pattern=type` per matrix, where llama-quantize searches the regular expression in the names of
-    tensors. The type has the matrix's bits: q2_k, q3_k or q4_k, q4_0 where rows are not made of 256 weights, q8_0.
-
-    Raises InputError for a model that has no GGUF form.
-    """
-    config = AutoConfig.from_pretrained(checkpoint.path)
-    if found := [*config_problems(config)] or [*tensor_problems(checkpoint, config)]:
-        raise InputError(f"{checkpoint.path} has no GGUF form: " + "; ".join(found))
-    lines = []
-    for module, spec in checkpoint.specs.items():
-        kind = GGMLQuantizationType.Q8_0 if spec.bits == 8 else GGMLQuantizationType.Q4_0
-        if spec.bits < 8 and checkpoint.shapes[module][1] % gguf.QK_K == 0:
-            kind = K_TYPES[spec.bits]
-        pattern = str(gguf_name(config, f"{module}.weight")).replace(".", r"\.")
-        lines.append(f"{pattern}={kind.name.lower()}\n")
-    path.write_text("".join(lines), "utf-8")
 
 
 def _write(

@@ -86,7 +86,7 @@ def matrix_kind(spec: QuantSpec, in_features: int, *, axis: int, fidelity: Fidel
         return GGMLQuantizationType.F16
     if spec.bits == 8:
         return GGMLQuantizationType.Q8_0
-    if fidelity == "size":
+    if fidelity == "size" and spec != QuantSpec(4, 32):
         return GGMLQuantizationType.Q4_1 if in_features % gguf.QK_K else K_TYPES[spec.bits]
     return GGMLQuantizationType.Q4_1 if _whole_blocks(spec, axis, _SMALL_BLOCK) else GGMLQuantizationType.Q8_0
 

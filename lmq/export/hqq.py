@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 from lmq.discovery import build_skeleton, match_tensors
 from lmq.errors import InputError
 from lmq.export.dtypes import cast, parse_dtype, with_dtype
+from lmq.export.module_list import list_modules
 from lmq.export.report import ExportReport, ModuleStep, directory_bytes, relative_error
 from lmq.export.source import QuantizedCheckpoint
 from lmq.grid import from_groups, to_groups
@@ -41,13 +42,14 @@ ModuleStates = dict[str, dict[str, Any]]
 
 def problems(checkpoint: QuantizedCheckpoint) -> list[str]:
     """Matrices that hqq cannot pack, and what its loader cannot fill in a model of this architecture."""
-    found = []
+    unpackable: dict[str, list[str]] = defaultdict(list)
     for path, spec in checkpoint.specs.items():
         out_features, in_features = checkpoint.shapes[path]
         try:
             hqq_size_bytes(out_features * in_features, spec, axis=checkpoint.config.axis)
         except InputError as error:
-            found.append(f"{path}: {error}")
+            unpackable[str(error)].append(path)
+    found = [f"{reason}: {list_modules(paths)}" for reason, paths in unpackable.items()]
     model = _skeleton(checkpoint)
     if "CausalLM" not in type(model).__name__:
         found.append(f"hqq opens language models whose class is named ...ForCausalLM, not {type(model).__name__}")
@@ -78,10 +80,17 @@ def export(checkpoint: QuantizedCheckpoint, target: Path, *, dtype: str | None =
         for path in checkpoint.specs:
             layer, steps[path] = _layer(checkpoint, path, chosen or torch.float16, states[path].get("bias"))
             states[path] = layer.state_dict()
-        AutoHQQHFModel.save_weights(dict(states), str(directory))
+        _save(states, directory)
         copy_companions(checkpoint.path, directory)
         write_json(directory / "config.json", with_dtype(config, chosen) if chosen is not None else config)
     return ExportReport(path=target, size_bytes=directory_bytes(target), steps=steps)
+
+
+def _save(states: ModuleStates, directory: Path) -> None:
+    try:
+        AutoHQQHFModel.save_weights(dict(states), str(directory))
+    except RuntimeError as error:  # what torch.save raises where a disk is full
+        raise OSError(f"torch could not write its file: {error}") from error
 
 
 def _skeleton(checkpoint: QuantizedCheckpoint) -> PreTrainedModel:

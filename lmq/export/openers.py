@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lmq.errors import InputError, LmqError
 from lmq.export.compressed_tensors_reader import open_dense
@@ -32,6 +32,17 @@ def open_export(report: ExportReport, format_name: str) -> PreTrainedModel:
         ) from error
     except _DOES_NOT_OPEN as error:
         raise LmqError(f"{path} is written, but does not open as {format_name}: {error}") from error
+
+
+def open_tokenizer(report: ExportReport, format_name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of an export. Raises LmqError where it does not open."""
+    place, options = report.path, {}
+    if format_name == "gguf":
+        place, options = report.path.parent, {"gguf_file": report.path.name}
+    try:
+        return AutoTokenizer.from_pretrained(place, local_files_only=True, **options)
+    except _DOES_NOT_OPEN as error:
+        raise LmqError(f"{report.path} is written, but its tokenizer does not open: {error}") from error
 
 
 def _open_directory(report: ExportReport) -> PreTrainedModel:

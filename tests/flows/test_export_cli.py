@@ -68,7 +68,7 @@ def test_refusals(checkpoint: Path, tiny_llama: Path, tmp_path: Path, capsys: py
     assert "is not a checkpoint written by lmq" in _refusal(capsys, tiny_llama, out, *plain)
     assert f"{checkpoint} exists already" in _refusal(capsys, checkpoint, checkpoint, *plain)
     message = _refusal(capsys, checkpoint, out, "--format", "gguf", "--dtype", "float16")
-    assert "--dtype is not an option of gguf (its options: --fidelity)" in message
+    assert "--dtype is not an option of gguf (its options: --fidelity, --tensor-types)" in message
     message = _refusal(capsys, checkpoint, out, "--format", "compressed-tensors")
     assert "cannot be written for vllm" in message
     assert list(tmp_path.iterdir()) == []

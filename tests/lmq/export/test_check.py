@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import resource
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -143,6 +145,34 @@ def test_without_a_tokenizer_prompts_are_random_tokens(tiny_llama: Path, tmp_pat
     _, check = export_checked(QuantizedCheckpoint(tmp_path / "q"), tmp_path / "out", "safetensors", {})
     assert check.passed
     assert check.difference.tokens == len(PROMPTS) * (8 + NEW_TOKENS)
+
+
+def test_another_tokenizer_is_found(checkpoint: QuantizedCheckpoint, tmp_path: Path) -> None:
+    report = dense.export(checkpoint, tmp_path / "out")
+    file = tmp_path / "out" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["model"]["merges"] = content["model"]["merges"][:3]
+    file.write_text(json.dumps(content))
+    assert check_export(checkpoint, report, "safetensors").failures == (
+        "the export's tokenizer does not give the tokens of the checkpoint's for the prompts",
+    )
+    file.write_text("{}")
+    with pytest.raises(LmqError, match="out is written, but its tokenizer does not open: "):
+        check_export(checkpoint, report, "safetensors")
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_a_full_disk_leaves_nothing(tiny_llama: Path, tmp_path: Path, format_name: str) -> None:
+    """Files may grow to 60 kB here: each format fails while it writes its weights."""
+    checkpoint = write_small(tiny_llama, tmp_path / "q", "b4g32")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limits[1]))
+    try:
+        with pytest.raises(LmqError, match=r"the export could not be written to .* nothing of it is left\. See that"):
+            export_checked(checkpoint, tmp_path / "out", format_name, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == ["q"]
 
 
 def test_formats_are_known_by_name() -> None:

@@ -170,13 +170,13 @@ def test_what_the_kernels_cannot_hold_is_counted_and_refused(tiny_llama: Path, t
     checkpoint = _checkpoint(tiny_llama, tmp_path / "lmq", "b3g64", "b4g64", "b4g64", "b4g128", choice=choice)
     found = problems(checkpoint)
     assert found == [
-        "3-bit codes, where vllm takes 4 or 8 bits: 7 modules (model.layers.0.mlp.down_proj, "
-        "model.layers.0.mlp.gate_proj, model.layers.0.mlp.up_proj, ...)",
-        "groups of 16, where vllm takes groups of 32 or 64 or 128: 1 module (model.layers.2.mlp.up_proj)",
-        "groups of 128 that straddle rows of 64 weights: 6 modules (model.layers.3.mlp.gate_proj, "
-        "model.layers.3.mlp.up_proj, model.layers.3.self_attn.k_proj, ...)",
-        "k_proj, q_proj, v_proj differ, which vllm holds in one matrix: 1 module (model.layers.1.self_attn)",
-        "gate_proj, up_proj differ, which vllm holds in one matrix: 1 module (model.layers.2.mlp)",
+        "3-bit codes, where vllm takes 4 or 8 bits: 7 modules (layer 0: mlp.down_proj, mlp.gate_proj, mlp.up_proj, "
+        "self_attn.k_proj, self_attn.o_proj, self_attn.q_proj, self_attn.v_proj)",
+        "groups of 16, where vllm takes groups of 32 or 64 or 128: 1 module (layer 2: mlp.up_proj)",
+        "groups of 128 that straddle rows of 64 weights: 6 modules (layer 3: mlp.gate_proj, mlp.up_proj, "
+        "self_attn.k_proj, self_attn.o_proj, self_attn.q_proj, self_attn.v_proj)",
+        "k_proj, q_proj, v_proj differ, which vllm holds in one matrix: 1 module (layer 1: self_attn)",
+        "gate_proj, up_proj differ, which vllm holds in one matrix: 1 module (layer 2: mlp)",
     ]
     with pytest.raises(InputError, match=r"cannot be written for vllm: 3-bit codes.*lmq run --target vllm"):
         export(checkpoint, tmp_path / "out")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -10,6 +11,8 @@ import torch
 from gguf import GGMLQuantizationType
 from transformers import (
     AutoTokenizer,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     LlamaConfig,
@@ -19,7 +22,7 @@ from transformers import (
 
 import lmq
 from lmq.errors import InputError
-from lmq.export.gguf import export, problems, write_tensor_type_file
+from lmq.export.gguf import export, problems
 from lmq.export.gguf_blocks import GRID_BLOCKS, decode, encode
 from lmq.export.openers import open_export
 from lmq.export.report import ExportReport
@@ -27,6 +30,20 @@ from lmq.export.source import QuantizedCheckpoint
 from tests.lmq.export.small_checkpoints import logits, write_small
 
 FLOAT16_ROUNDING = 2**-11
+GEMMA_SHAPE: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "query_pre_attn_scalar": 16,
+    "sliding_window": 4,
+    "max_position_embeddings": 128,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
 FEW_BITS = ("b4g32", "b3g64", "b2g32", "b4g64")
 
 
@@ -65,25 +82,18 @@ def wide_llama(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 @pytest.fixture(scope="module")
 def gemma(tiny_gemma: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Gemma 3 as llama.cpp computes it: every sixth layer with full attention, no soft-capping."""
-    config = Gemma3TextConfig(
-        vocab_size=512,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=1,
-        head_dim=16,
-        query_pre_attn_scalar=16,
-        sliding_window=4,
-        max_position_embeddings=128,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
-    )
+    config = Gemma3TextConfig(**GEMMA_SHAPE, num_hidden_layers=6)
     return with_tokenizer(Gemma3ForCausalLM(config), tmp_path_factory.mktemp("gemma"), tiny_gemma)
 
 
-@pytest.mark.parametrize("name", ["tiny_llama", "tiny_qwen", "tiny_phi", "wide_llama", "gemma"])
+@pytest.fixture(scope="module")
+def gemma2(tiny_gemma: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Gemma 2: every second layer with full attention, both soft-cappings."""
+    config = Gemma2Config(**GEMMA_SHAPE, num_hidden_layers=4, attn_logit_softcapping=20.0, final_logit_softcapping=10.0)
+    return with_tokenizer(Gemma2ForCausalLM(config), tmp_path_factory.mktemp("gemma2"), tiny_gemma)
+
+
+@pytest.mark.parametrize("name", ["tiny_llama", "tiny_qwen", "tiny_phi", "wide_llama", "gemma", "gemma2"])
 def test_transformers_reads_the_same_model(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     checkpoint = write_small(request.getfixturevalue(name), tmp_path / "q", *FEW_BITS)
     assert problems(checkpoint) == []
@@ -97,13 +107,36 @@ def test_transformers_reads_the_same_model(name: str, tmp_path: Path, request: p
     assert again.path.read_bytes() == report.path.read_bytes()
 
 
+def test_the_gguf_package_reads_the_same_weights(wide_llama: Path, tmp_path: Path) -> None:
+    checkpoint = write_small(wide_llama, tmp_path / "q", "b4g32", "b8g64", "b4g32")
+    report = export(checkpoint, tmp_path / "m.gguf")
+    read = {tensor.name: tensor for tensor in gguf.GGUFReader(report.path).tensors}
+    names = {"q_proj": "attn_q", "k_proj": "attn_k", "up_proj": "ffn_up", "down_proj": "ffn_down"}
+    for path, step in report.steps.items():
+        _, _, layer, _, kind = path.split(".")
+        if kind not in names:
+            continue
+        tensor = read[f"blk.{layer}.{names[kind]}.weight"]
+        weight = checkpoint.weight(path).numpy()
+        if kind in ("q_proj", "k_proj"):  # as llama.cpp's own converter permutes them
+            heads = {"q_proj": 4, "k_proj": 2}[kind]
+            weight = weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+        found = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        assert tensor.tensor_type.name == step.target == ("Q8_0" if checkpoint.specs[path].bits == 8 else "Q4_1")
+        error = np.linalg.norm(found - weight) / np.linalg.norm(weight)
+        assert step.relative_error == pytest.approx(error, rel=1e-3)
+        if step.target == "Q4_1":  # the very codes: what differs is the rounding of scale and offset to float16
+            block = np.abs(weight).reshape(-1, 32).max(axis=1, keepdims=True)
+            assert (np.abs(found - weight).reshape(-1, 32) <= 3 * FLOAT16_ROUNDING * block).all()
+
+
 @pytest.mark.parametrize("fidelity", ["exact", "size"])
 def test_every_step_is_what_was_written(wide_llama: Path, tmp_path: Path, fidelity: str) -> None:
     checkpoint = write_small(wide_llama, tmp_path / "q", "b2g64", "b3g128", "b4g128", "b8g64", "b4g32")
     report = export(checkpoint, tmp_path / "m.gguf", fidelity=fidelity)
     opened = open_gguf(report)
     assert {step.target for step in report.steps.values()} == (
-        {"Q4_1", "Q8_0"} if fidelity == "exact" else {"Q2_K", "Q3_K", "Q4_K", "Q8_0"}
+        {"Q4_1", "Q8_0"} | ({"Q2_K", "Q3_K", "Q4_K"} if fidelity == "size" else set())
     )
     for path, step in report.steps.items():
         weight = checkpoint.weight(path).double()
@@ -112,6 +145,12 @@ def test_every_step_is_what_was_written(wide_llama: Path, tmp_path: Path, fideli
         assert step.relative_error == pytest.approx(error, rel=1e-3, abs=1e-7)
         limit = {"Q4_1": 2e-3, "Q8_0": 1e-2, "Q4_K": 0.05, "Q2_K": 0.12, "Q3_K": 0.25}[step.target]
         assert error < limit
+
+
+def test_groups_of_32_keep_their_codes_whatever_the_fidelity(wide_llama: Path, tmp_path: Path) -> None:
+    checkpoint = write_small(wide_llama, tmp_path / "q", "b4g32")
+    exact, size = (export(checkpoint, tmp_path / f"{name}.gguf", fidelity=name).path for name in ("exact", "size"))
+    assert exact.read_bytes() == size.read_bytes()
 
 
 @pytest.mark.parametrize("kind", sorted(GRID_BLOCKS, key=lambda kind: kind.name))
@@ -175,11 +214,26 @@ def test_what_is_there_stays_and_what_fails_leaves_nothing(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.gguf", "q"]
 
 
-def test_a_plan_for_llama_quantize_names_every_matrix_once(wide_llama: Path, tmp_path: Path) -> None:
-    checkpoint = write_small(wide_llama, tmp_path / "q", "b2g64", "b3g128", "b4g128", "b8g64")
-    write_tensor_type_file(checkpoint, tmp_path / "types.txt")
-    lines = dict(line.split("=") for line in (tmp_path / "types.txt").read_text().splitlines())
-    names = [tensor.name for tensor in gguf.GGUFReader(export(checkpoint, tmp_path / "m.gguf").path).tensors]
-    matched = [[name for name in names if re.search(pattern, name)] for pattern in lines]
-    assert [len(found) for found in matched] == [1] * len(checkpoint.specs)
-    assert set(lines.values()) == {"q2_k", "q3_k", "q4_k", "q8_0"}
+def test_a_plan_for_llama_quantize_names_every_matrix_once(tiny_llama: Path, tmp_path: Path) -> None:
+    """Twelve layers: layer 1 must not be taken for layer 11."""
+    shape = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 64, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(**shape, num_hidden_layers=12, tie_word_embeddings=True))
+    source = with_tokenizer(model, tmp_path / "deep", tiny_llama)
+    checkpoint = write_small(source, tmp_path / "q", "b2g64", "b3g64", "b4g64", "b8g64", "b3g64")
+    report = export(checkpoint, tmp_path / "m.gguf", tensor_types=str(tmp_path / "types.txt"))
+    assert f"llama-quantize --tensor-type-file {tmp_path / 'types.txt'} " in report.notes[-1]
+    lines = [line.rpartition("=") for line in (tmp_path / "types.txt").read_text().splitlines()]
+    names = [tensor.name for tensor in gguf.GGUFReader(report.path).tensors]
+    kinds = {}
+    for pattern, _, kind in lines:
+        [name] = [name for name in names if re.search(pattern, name)]
+        kinds[name] = kind
+    assert len(kinds) == len(lines) == len(checkpoint.specs)
+    for layer in range(12):
+        bits = checkpoint.specs[f"model.layers.{layer}.self_attn.k_proj"].bits
+        assert kinds[f"blk.{layer}.attn_k.weight"] == {2: "q2_k", 3: "q3_k", 4: "q4_k", 8: "q8_0"}[bits]
+        bits = checkpoint.specs[f"model.layers.{layer}.mlp.down_proj"].bits  # rows of 64 weights
+        assert kinds[f"blk.{layer}.ffn_down.weight"] == ("q8_0" if bits == 8 else "q4_0")
+    assert set(kinds.values()) == {"q2_k", "q3_k", "q4_k", "q4_0", "q8_0"}
+    with pytest.raises(InputError, match=r"types\.txt exists already"):
+        export(checkpoint, tmp_path / "n.gguf", tensor_types=str(tmp_path / "types.txt"))
