@@ -50,27 +50,34 @@ def execute_directly(
     return refs
 
 
-def check_run(config: RunConfig) -> None:
+def check_run(config: RunConfig) -> list[str]:
     """Refuse what can be refused before Prefect starts and anything is measured. Raises InputError.
+
+    Returns what the user should know before the work starts: what the target leaves out of the menus.
 
     That is a run of which no variant can be made; where some can, the others fail by name in the run. Models that must
     be converted first are checked once they are. Reads no weights.
     """
     check_directory(config.run_dir, "runs_dir")
     try:
-        _Ready.of(config)
+        return _Ready.of(config).notes(config)
     except InputError as error:
         if not is_transient(error):  # the run tries to reach the hub again, later and later
             raise
+        return []
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunPlan:
-    """What a run would do: its nodes, models that must be converted before more can be said, what would fail."""
+    """What a run would do: its nodes, models that must be converted before more can be said, what would fail.
+
+    `notes` are those of `check_run`.
+    """
 
     nodes: list[PlannedNode]
     to_convert: list[str]
     problems: list[str]
+    notes: list[str]
 
 
 def plan_run(config: RunConfig) -> RunPlan:
@@ -85,7 +92,7 @@ def plan_run(config: RunConfig) -> RunPlan:
         whole, variants, _ = build_graph(config, ready.models, ready.texts)
         nodes = nodes + plan_graph(whole)
         problems += dict.fromkeys(variant.error for variant in variants if variant.error)
-    return RunPlan(nodes=nodes, to_convert=ready.to_convert, problems=problems)
+    return RunPlan(nodes=nodes, to_convert=ready.to_convert, problems=problems, notes=ready.notes(config))
 
 
 def ready_models(config: RunConfig) -> tuple[list[PreparedModel], dict[str, TextIdentity]]:
@@ -124,6 +131,12 @@ class _Ready:
             raise failure_of_all(ready.problems)
         check_texts(config, ready.models)
         return ready
+
+    def notes(self, config: RunConfig) -> list[str]:
+        """What the target leaves out of the menus of the models."""
+        return [
+            text for model in self.models for text in config.left_out_of_menu(model.config, model.structure.modules)
+        ]
 
     def _add(self, config: RunConfig, model: ModelConfig, device: str) -> None:
         identified = identify_model(config, model)

@@ -16,7 +16,7 @@ from lmq.quantizers import QUANTIZERS
 from lmq.strategies import STRATEGIES, strategy
 from lmq.strategies.uniform import Uniform
 from lmq.structure import ModuleInfo
-from lmq.targets import TARGETS, restrict_menu, target_named
+from lmq.targets import TARGETS, left_out, restrict_menu, target_named
 from lmq_flows.config_problems import problem_texts
 from lmq_flows.config_sections import (
     NAME_PATTERN,
@@ -172,8 +172,7 @@ class RunConfig(Section):
 
         Raises InputError where it holds none of them, or not one of measure.kl_specs.
         """
-        specs = [QuantSpec.parse(name) for name in model.menu or self.measure.menu]
-        menu = tuple(sorted(specs, key=lambda spec: spec.bits_per_weight))
+        menu = self._whole_menu_of(model)
         if self.target is None:
             return menu
         held = restrict_menu(menu, target_named(self.target), modules)
@@ -184,6 +183,18 @@ class RunConfig(Section):
                 f"{model.name}; left of its menu: {', '.join(names)}"
             )
         return held
+
+    def left_out_of_menu(self, model: ModelConfig, modules: Sequence[ModuleInfo]) -> list[str]:
+        """What the target does not hold of the menu of a model with these modules, in sentences."""
+        if self.target is None:
+            return []
+        return [
+            f"{model.name}: {text}" for text in left_out(self._whole_menu_of(model), target_named(self.target), modules)
+        ]
+
+    def _whole_menu_of(self, model: ModelConfig) -> tuple[QuantSpec, ...]:
+        specs = [QuantSpec.parse(name) for name in model.menu or self.measure.menu]
+        return tuple(sorted(specs, key=lambda spec: spec.bits_per_weight))
 
     @property
     def needs(self) -> frozenset[str]:

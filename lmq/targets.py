@@ -5,10 +5,12 @@ A new target is one entry of `TARGETS`.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lmq.errors import InputError, unknown_name
+from lmq.module_list import list_modules
 from lmq.quant_spec import QuantSpec
 from lmq.structure import ModuleInfo
 
@@ -85,6 +87,23 @@ def restrict_menu(menu: Sequence[QuantSpec], target: Target, modules: Sequence[M
         f"the target {target.name} holds none of the menu ({names}) for every module; "
         f"put one of these on the menu: {', '.join(possible)}"
     )
+
+
+def left_out(menu: Sequence[QuantSpec], target: Target, modules: Sequence[ModuleInfo]) -> list[str]:
+    """Why configurations of the menu are not among those of `restrict_menu`: a sentence for each reason."""
+    names: dict[tuple[str, tuple[str, ...]], list[str]] = defaultdict(list)
+    for spec in menu:
+        unheld: dict[str, list[str]] = defaultdict(list)
+        for module in modules:
+            if reason := target.misfit(spec, module.out_features, module.in_features):
+                unheld[reason].append(f"layers.{module.id.layer}.{module.id.kind}")
+        for reason, paths in unheld.items():
+            names[reason, tuple(paths)].append(spec.name)
+    return [
+        f"the target {target.name} leaves {', '.join(specs)} out of the menu: {reason}, "
+        f"in {'every module' if len(paths) == len(modules) else list_modules(paths)}"
+        for (reason, paths), specs in names.items()
+    ]
 
 
 def _holds_all(target: Target, spec: QuantSpec, modules: Sequence[ModuleInfo]) -> bool:

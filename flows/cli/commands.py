@@ -30,7 +30,7 @@ def run_command(arguments: argparse.Namespace) -> int:
     from lmq_flows.quantize import SOME_VARIANTS_FAILED, run
 
     config = _load(arguments)
-    check_run(config)
+    _print_notes(check_run(config))
     console.print(f"run [bold]{config.name}[/bold]: starting Prefect, then the stages", highlight=False)
     started = time.monotonic()
     state = run(config)
@@ -55,12 +55,18 @@ def plan_command(arguments: argparse.Namespace) -> int:
     from lmq_flows.planning import plan_run
 
     plan = plan_run(_load(arguments))
+    _print_notes(plan.notes)
     _print_plan(plan.nodes, by_layer=arguments.layers)
     for name in plan.to_convert:
         console.print(f"{name} is converted first; what follows is planned once that is done", highlight=False)
     for problem in plan.problems:
         console.print(f"would fail: {problem}", style="yellow", highlight=False, markup=False, soft_wrap=True)
     return 0
+
+
+def _print_notes(notes: Sequence[str]) -> None:
+    for note in notes:
+        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
 
 
 def evaluate_command(arguments: argparse.Namespace) -> int:

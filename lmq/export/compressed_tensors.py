@@ -27,11 +27,11 @@ from torch import Tensor
 from lmq.checkpoint import DEFAULT_MAX_SHARD_BYTES
 from lmq.constraints import ALIKE_PRESETS
 from lmq.errors import InputError
-from lmq.export.module_list import list_modules
 from lmq.export.report import ExportReport, ModuleStep, directory_bytes, relative_error
 from lmq.export.source import QuantizedCheckpoint
 from lmq.grid import Grid, nearest_codes
 from lmq.model_directory import complete_directory, copy_companions, write_json, write_shards
+from lmq.module_list import list_modules
 from lmq.quantizers.integer_zeros import SYMMETRIC_BITS, nearest_zero, refit_scale, whole_zeros
 from lmq.stored_tensors import read_headers
 from lmq.targets import TARGETS

@@ -28,11 +28,11 @@ from transformers import PreTrainedModel
 from lmq.discovery import build_skeleton, match_tensors
 from lmq.errors import InputError
 from lmq.export.dtypes import cast, parse_dtype, with_dtype
-from lmq.export.module_list import list_modules
 from lmq.export.report import ExportReport, ModuleStep, directory_bytes, relative_error
 from lmq.export.source import QuantizedCheckpoint
 from lmq.grid import from_groups, to_groups
 from lmq.model_directory import complete_directory, copy_companions, write_json
+from lmq.module_list import list_modules
 from lmq.storage_layouts import hqq_size_bytes
 from lmq.stored_tensors import StoredTensor, read_tensors
 

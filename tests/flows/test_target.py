@@ -81,6 +81,18 @@ def test_the_menu_is_what_the_target_holds_for_the_model(tiny_qwen: Path, tmp_pa
         check_run(config)
 
 
+def test_what_the_target_leaves_out_is_said_before_work_starts(tiny_qwen: Path, tmp_path: Path) -> None:
+    measure = {"menu": ["b3g64", "b4g64", "b4g128"]}
+    config = tiny_config(tiny_qwen, tmp_path, target="vllm", strategies=["uniform"], measure=measure)
+    notes = check_run(config)
+    assert len(notes) == 2
+    assert "the target vllm leaves b3g64 out of the menu: 3-bit codes" in notes[0]
+    assert notes[0].endswith("in every module")
+    assert "leaves b4g128 out of the menu: groups of 128 that straddle rows of 64 weights, in " in notes[1]
+    assert "self_attn.q_proj" in notes[1]
+    assert check_run(config.model_copy(update={"target": None})) == []
+
+
 def test_the_target_is_an_option_of_the_command_line(
     tiny_qwen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -88,5 +100,7 @@ def test_the_target_is_an_option_of_the_command_line(
     config = tiny_config(tiny_qwen, tmp_path, strategies=["uniform", "mxq"])
     path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
     assert main(["plan", str(path), "--target", "vllm"]) == 0
+    assert "note: " in (printed := capsys.readouterr().out)
+    assert "out of the menu: 2-bit codes" in printed
     assert main(["plan", str(path), "--target", "vlm"]) == 2
     assert "did you mean 'vllm'" in capsys.readouterr().err

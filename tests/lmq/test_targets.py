@@ -4,7 +4,7 @@ from lmq.constraints import ALIKE_PRESETS
 from lmq.errors import InputError
 from lmq.quant_spec import ALLOWED_BITS, ALLOWED_GROUP_SIZES, STOPS, QuantSpec
 from lmq.structure import ModuleId, ModuleInfo
-from lmq.targets import TARGETS, restrict_menu, target_named
+from lmq.targets import TARGETS, left_out, restrict_menu, target_named
 
 VLLM = TARGETS["vllm"]
 
@@ -51,6 +51,18 @@ def test_the_menu_keeps_its_order_and_what_every_module_can_have() -> None:
 )
 def test_what_does_not_fit_is_said(spec: str, shape: tuple[int, int], reason: str | None) -> None:
     assert VLLM.misfit(QuantSpec.parse(spec), *shape) == reason
+
+
+def test_what_is_left_out_of_a_menu_is_said_with_the_modules() -> None:
+    modules = _modules((64, 256), (256, 576))
+    assert left_out(_specs("b2g64", "b3g64", "b3g128", "b4g128", "b4g64"), VLLM, modules) == [
+        "the target vllm leaves b2g64 out of the menu: 2-bit codes, where vllm takes 4 or 8 bits, in every module",
+        "the target vllm leaves b3g64, b3g128 out of the menu: 3-bit codes, where vllm takes 4 or 8 bits, "
+        "in every module",
+        "the target vllm leaves b4g128 out of the menu: groups of 128 that straddle rows of 576 weights, "
+        "in 1 module (layer 0: m1)",
+    ]
+    assert left_out(_specs("b4g64"), VLLM, modules) == []
 
 
 def test_a_menu_of_which_nothing_is_left_is_refused_with_what_may_be_on_it() -> None:

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from lmq.export.module_list import list_modules
+from lmq.module_list import list_modules
 
 
 def test_layers_are_joined_and_every_kind_is_named() -> None:
