@@ -75,7 +75,8 @@ class TextConfig(Section):
     """Text to draw tokens from."""
 
     source: str = Field(
-        "pydoc-topics", description="pydoc-topics, a .txt/.jsonl/.parquet file, or dataset:NAME[/CONFIG][:SPLIT]"
+        "pydoc-topics",
+        description="pydoc-topics, wikitext2, c4, ptb, a text, jsonl or parquet file, or dataset:NAME[/CONFIG][:SPLIT]",
     )
     column: str = Field("text", description="Field of jsonl, parquet and hub data sets")
     part: Literal["all", "first", "second"] = Field(

@@ -9,12 +9,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig
 
 from lmq.budget import module_sizes
-from lmq.calibration import PYDOC_TOPICS, TextSource, documents, load_tokenizer, pack_tokens, token_stream
+from lmq.calibration import (
+    PYDOC_TOPICS,
+    TextSource,
+    documents,
+    is_file_text,
+    load_tokenizer,
+    pack_tokens,
+    token_stream,
+)
 from lmq.errors import InputError
-from lmq.model_source import LocatedModel, ModelSource, locate, needs_conversion, source_digest
+from lmq.known_texts import KNOWN_TEXTS
+from lmq.model_source import LocatedModel, ModelSource, locate, nearest_sibling, needs_conversion, source_digest
 from lmq.perplexity import full_windows
 from lmq.quant_spec import QuantSpec
 from lmq.structure import ModelStructure
@@ -52,10 +62,8 @@ def identify_texts(config: RunConfig) -> dict[str, TextIdentity]:
     """Identity and place of every text of a run. Raises InputError for a file that is missing."""
     texts = {}
     for text in (config.calibration, config.evaluation):
-        if re.search(r"\.(txt|jsonl|parquet)$", text.source):
-            location = str(Path(text.source).expanduser().absolute())
-        else:
-            location = text.source
+        is_file = is_file_text(text.source)
+        location = str(Path(text.source).expanduser().absolute()) if is_file else text.source
         texts[text.source] = TextIdentity(identity=_content_identity(location), location=location)
     return texts
 
@@ -64,11 +72,15 @@ def _content_identity(location: str) -> str:
     """Digest of a text's content; a data set of the hub goes by its name."""
     if location == PYDOC_TOPICS:
         return f"{PYDOC_TOPICS}:{text_sha256(canonical_json(documents(TextSource(source=location))))}"
-    if location.startswith("dataset:"):
+    if not is_file_text(location):
         return location
     path = Path(location)
     if not path.is_file():
-        raise InputError(f"there is no text file {path}; pass a .txt, .jsonl or .parquet file, or {PYDOC_TOPICS}")
+        known = ", ".join((PYDOC_TOPICS, *KNOWN_TEXTS))
+        raise InputError(
+            f"there is no text file {path}{nearest_sibling(path)}; "
+            f"pass a .txt, .jsonl or .parquet file, or one of {known}"
+        )
     return f"sha256:{file_sha256(path)}{path.suffix}"
 
 
@@ -189,17 +201,30 @@ def check_texts(config: RunConfig, models: list[PreparedModel]) -> None:
     Data sets of the hub are not fetched for that.
     """
     for text in (config.calibration, config.evaluation):
-        if text.source.startswith("dataset:"):
+        if text.source != PYDOC_TOPICS and not is_file_text(text.source):
             continue
         found = documents(TextSource(**text.model_dump(include={"source", "column", "part", "seed"})))
         for model in models:
             assert model.site.model is not None
             tokenizer = load_tokenizer(located_dir(open_store(model.site.store_url), model.site.model))
             if isinstance(text, EvaluationConfig):
-                full_windows(len(token_stream(found, tokenizer, text.tokens)), text.window, text.stride)
+                tokens = token_stream(found, tokenizer, text.tokens)
+                full_windows(len(tokens), text.window, text.stride)
+                _check_vocabulary(tokens, model)
             elif isinstance(text, CalibrationConfig) and config.needs_calibration:
                 sizes = text.model_dump(include={"sequence_length", "seed"})
-                pack_tokens(found, tokenizer, sequences=config.calibration_sequences, **sizes)
+                tokens = pack_tokens(found, tokenizer, sequences=config.calibration_sequences, **sizes)
+                _check_vocabulary(tokens, model)
+
+
+def _check_vocabulary(tokens: Tensor, model: PreparedModel) -> None:
+    """Refuse tokens that the model does not know: its tokenizer is another model's."""
+    largest, vocabulary = int(tokens.max()), model.structure.vocabulary_size
+    if largest >= vocabulary:
+        raise InputError(
+            f"the tokenizer of {model.config.name} gives token {largest}, where its model has a vocabulary of "
+            f"{vocabulary}: it is another model's; put the model's own tokenizer beside it"
+        )
 
 
 def _check_sensitivity_spec(config: RunConfig, structure: ModelStructure) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lmq.errors import InputError, unknown_name
+from lmq.known_texts import KNOWN_TEXTS, read_known_text
 from lmq.model_source import nearest_sibling
 from lmq.tables import TableSchema, read_table, write_table
 
@@ -37,19 +38,20 @@ TOKENS_SCHEMA = TableSchema(
 PYDOC_TOPICS = "pydoc-topics"
 DOCUMENT_SEPARATOR = "\n\n"
 _PARTS = ("all", "first", "second")
-_SUFFIXES = (".txt", ".jsonl", ".parquet")
+_PLAIN_SUFFIXES = ("", ".txt", ".text", ".raw", ".tokens", ".md", ".rst")
 _DATASET = re.compile(r"dataset:(?P<name>[\w.-]+(/[\w.-]+)?)(/(?P<config>[\w.-]+))?(:(?P<split>[\w\[\]:%+-]+))?")
-_INSTEAD = f"pass a .txt, .jsonl or .parquet file, or {PYDOC_TOPICS}, instead"
+_INSTEAD = f"pass a .txt, .jsonl or .parquet file, {', '.join(KNOWN_TEXTS)} or {PYDOC_TOPICS} instead"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextSource:
     """Where text comes from, and which of its documents are taken.
 
-    `source` is `pydoc-topics` (technical English that comes with Python), a .txt, .jsonl or .parquet file, or
-    `dataset:ORG/NAME[/CONFIG][:SPLIT]` of the hub (split `train` unless given). `column` is the field that
-    holds the text of jsonl, parquet and data sets. `part` "first" and "second" are two halves of its distinct
-    documents, drawn by `seed`. A .txt file is one document, or, when a part is asked for, its paragraphs are.
+    `source` is `pydoc-topics` (technical English that comes with Python), one of `lmq.known_texts` (wikitext2, c4,
+    ptb), a file, or `dataset:ORG/NAME[/CONFIG][:SPLIT]` of the hub (split `train` unless given). `column` is the field
+    that holds the text of jsonl, parquet and data sets. `part` "first" and "second" are two halves of its distinct
+    documents, drawn by `seed`. A plain file (.txt, .raw, .md, ...) is one document, or, when a part is asked for, its
+    paragraphs are.
     """
 
     source: str = PYDOC_TOPICS
@@ -60,6 +62,11 @@ class TextSource:
     def __post_init__(self) -> None:
         if self.part not in _PARTS:
             raise unknown_name("part of a text", self.part, _PARTS)
+
+
+def is_file_text(source: str) -> bool:
+    """Whether a text is given as a file, and not by one of the names that mean the same on every machine."""
+    return source != PYDOC_TOPICS and source not in KNOWN_TEXTS and not source.startswith("dataset:")
 
 
 def documents(source: TextSource) -> list[str]:
@@ -175,19 +182,23 @@ def _seeded_order(count: int, seed: int) -> list[int]:
 def _read(source: TextSource) -> list[str]:
     if source.source == PYDOC_TOPICS:
         return [pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics)]
+    if source.source in KNOWN_TEXTS:
+        return read_known_text(source.source)
     if source.source.startswith("dataset:"):
         return _read_dataset(source)
     path = Path(source.source).expanduser()
-    if path.suffix not in _SUFFIXES:
-        raise InputError(f"{source.source!r} is no text that lmq reads; {_INSTEAD}, or dataset:ORG/NAME")
     if not path.is_file():
+        if not path.suffix and path.parent == Path():
+            raise unknown_name("text", source.source, (PYDOC_TOPICS, *KNOWN_TEXTS, "dataset:ORG/NAME", "FILE.txt"))
         raise InputError(f"there is no file {path}{nearest_sibling(path)}")
+    if path.suffix not in (*_PLAIN_SUFFIXES, ".jsonl", ".parquet"):
+        raise InputError(f"{source.source!r} is no text that lmq reads; {_INSTEAD}, or dataset:ORG/NAME")
     if path.suffix == ".parquet":
         return _read_parquet(path, source.column)
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text: {error}; convert it") from error
+        raise InputError(f"{path} is not UTF-8 text: {error}; convert it, or pass a .jsonl or .parquet file") from error
     if path.suffix == ".jsonl":
         return list(_jsonl_texts(path, text, source.column))
     return [text] if source.part == "all" else [part for part in re.split(r"\n\s*\n", text) if part.strip()]

@@ -70,9 +70,11 @@ def _parser() -> argparse.ArgumentParser:
     inspect = _add(commands, "inspect", "models.inspect_command", "show what a model is made of and what it weighs")
     _add_model(inspect)
     _add_budget(commands)
-    evaluate = _add(commands, "evaluate", "commands.evaluate_command", "perplexity of a checkpoint on a text")
+    evaluate = _add(commands, "evaluate", "evaluate.evaluate_command", "judge a checkpoint on a text and on tasks")
     evaluate.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint of lmq or a plain model")
-    evaluate.add_argument("--text", default="pydoc-topics", help="text file or data set (default: %(default)s)")
+    evaluate.add_argument(
+        "--text", default="pydoc-topics", help="file, wikitext2, c4, ptb or data set (default: %(default)s)"
+    )
     evaluate.add_argument("--column", default="text", help="field of jsonl, parquet, data sets (default: %(default)s)")
     evaluate.add_argument("--tokens", type=_at_least(1), default=8192, help="tokens to use (default: %(default)s)")
     evaluate.add_argument(
@@ -80,6 +82,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument(
         "--stride", type=_at_least(1), default=512, help="tokens scored per window (default: %(default)s)"
+    )
+    evaluate.add_argument(
+        "--reference", type=Path, metavar="MODEL", help="directory of the unquantized model: KL and agreement to it"
+    )
+    _add_list(evaluate, "--tasks", [], "zero-shot tasks of lm-eval, by name or as local .yaml files")
+    evaluate.add_argument("--limit", type=_at_least(1), help="questions per task (default: all)")
+    evaluate.add_argument("--performance", action="store_true", help="also measure memory and speed, on this machine")
+    evaluate.add_argument(
+        "--threads", type=_at_least(1), default=1, help="threads to measure speed with (default: %(default)s)"
     )
     report = _add(commands, "report", "commands.report_command", "print a run's table; compare several runs")
     report.add_argument("run", type=Path, nargs="+", metavar="RUN", help="run directory (runs/demo) or its name")
@@ -226,7 +237,7 @@ def _add_list(
 ) -> None:
     parser.add_argument(
         option, nargs="+", default=default, choices=choices, metavar=option.strip("-").upper(),
-        help=f"{text} (default: {' '.join(default)})",
+        help=f"{text} (default: {' '.join(default) or 'none'})",
     )  # fmt: skip
 
 

@@ -69,31 +69,6 @@ def _print_notes(notes: Sequence[str]) -> None:
         console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
 
 
-def evaluate_command(arguments: argparse.Namespace) -> int:
-    """Print the perplexity of a checkpoint."""
-    from lmq.whole_model import evaluate_checkpoint
-    from lmq_flows.prepare import check_context
-
-    if (arguments.checkpoint / "config.json").is_file():
-        check_context(arguments.checkpoint, arguments.window, "--window")
-    evaluation = evaluate_checkpoint(
-        arguments.checkpoint,
-        text=arguments.text,
-        column=arguments.column,
-        tokens=arguments.tokens,
-        window=arguments.window,
-        stride=arguments.stride,
-    )
-    stderr = evaluation.perplexity.stderr
-    console.print(
-        f"perplexity {evaluation.perplexity.value:.4f}"
-        + (f" ± {stderr:.4f}" if stderr is not None else "")
-        + f" ({evaluation.protocol}, {evaluation.scored_tokens:,} tokens scored)",
-        highlight=False,
-    )
-    return 0
-
-
 def report_command(arguments: argparse.Namespace) -> int:
     """Print the tables of finished runs and the path of their report; several are compared on a page of their own."""
     directories = [run_directory(run) for run in arguments.run]
@@ -151,26 +126,39 @@ def _print_table(run_dir: Path) -> None:
     for model in dict.fromkeys(result.model for result in results):
         of_model = [result for result in results if result.model == model]
         headers, rows = results_table(of_model)
-        shown = [index for index, header in enumerate(headers) if header not in ("Model", "Note")]
-        table = Table(title=model, title_justify="left")
-        for index in shown:
-            words = " ".join(row[index] for row in rows).split()
-            is_number = is_number_column(headers[index])
-            table.add_column(
-                textwrap.fill(headers[index].replace("/", "/ "), _HEADER_WIDTH),
-                justify="right" if is_number else "left",
-                no_wrap=is_number,
-                min_width=max(map(len, words), default=0),
-            )
-        for row in rows:
-            table.add_row(*(row[index] for index in shown))
-        console.print(table)
+        last = headers.index("KL to full precision") + 1
+        main = [index for index in range(last) if headers[index] != "Model"]
+        console.print(_columns(model, headers, rows, main))
+        beside = [index for index in range(last, len(headers)) if headers[index] != "Note"]
+        if beside:
+            names = [headers.index(name) for name in ("Strategy", "Budget")]
+            console.print(_columns(f"{model}: memory, speed and tasks", headers, rows, names + beside))
+            hosts = dict.fromkeys(result.performance_host for result in of_model if result.performance_host)
+            for host in hosts:
+                console.print(f"measured on {host}", highlight=False, markup=False, soft_wrap=True)
         for result, row in zip(of_model, rows, strict=True):
             if row[-1]:
                 console.print(f"{result.label} {row[-1]}", highlight=False, markup=False, soft_wrap=True)
     warnings = run_dir / WARNINGS_FILE
     for warning in warnings.read_text().splitlines() if warnings.is_file() else ():
         console.print(f"warning: {warning}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+
+
+def _columns(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]], shown: Sequence[int]) -> Table:
+    """Some columns of a table of results, for the terminal."""
+    table = Table(title=title, title_justify="left")
+    for index in shown:
+        words = " ".join(row[index] for row in rows).split()
+        is_number = is_number_column(headers[index])
+        table.add_column(
+            textwrap.fill(headers[index].replace("/", "/ "), _HEADER_WIDTH),
+            justify="right" if is_number else "left",
+            no_wrap=is_number,
+            min_width=max(map(len, words), default=0),
+        )
+    for row in rows:
+        table.add_row(*(row[index] for index in shown))
+    return table
 
 
 def _print_plan(planned: list[PlannedNode], by_layer: bool) -> None:

@@ -138,7 +138,7 @@ def test_a_checkpoint_of_lmq_is_no_model_to_quantize(tiny_llama: Path, refuse: R
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("empty.txt", "", "holds no text; pass a .txt, .jsonl or .parquet file, or pydoc-topics, instead"),
+        ("empty.txt", "", "holds no text; pass a .txt, .jsonl or .parquet file, wikitext2, c4, ptb or pydoc-topics"),
         ("one.txt", "One paragraph alone.", "is one document, of which no part can be taken"),
         ("short.txt", "A few.\n\nWords only.", "sequences of 32 need 96; give a longer text, or fewer or shorter"),
         ("other.jsonl", '{"body": "text"}\n', "line 1 has no text in column 'text' (it has: body); set `column`"),
@@ -251,3 +251,14 @@ def test_nan_in_a_weight_ends_the_run_with_2_and_one_message(broken: Path, tmp_p
     assert (done.stdout + done.stderr).count("mlp.up_proj holds 3 elements") == 1
     assert "Traceback" not in done.stdout + done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_tokenizer_of_another_model_is_refused_before_anything_is_measured(tiny_qwen, tmp_path):
+    shutil.copytree(tiny_qwen, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    tokenizer.add_tokens([f"word{number}" for number in range(30)] + ["e t", "e s", "s a", "t t", "n a", "e a"])
+    tokenizer.save_pretrained(tmp_path / "model")
+    with pytest.raises(
+        InputError, match=r"the tokenizer of tiny gives token 53\d, where its model has a vocabulary of 512"
+    ):
+        check_run(tiny_config(tmp_path / "model", tmp_path))

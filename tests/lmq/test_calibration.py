@@ -184,3 +184,11 @@ def test_tokens_are_kept_with_their_fingerprint(tmp_path: Path) -> None:
 def test_a_directory_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="has no tokenizer that can be read"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["wiki.test.raw", "notes", "readme.md"])
+def test_plain_text_has_many_suffixes(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("one\n\ntwo\n\nthree")
+    assert documents(TextSource(source=str(tmp_path / name))) == ["one\n\ntwo\n\nthree"]
+    halves = [documents(TextSource(source=str(tmp_path / name), part=part)) for part in ("first", "second")]
+    assert sorted([*halves[0], *halves[1]]) == ["one", "three", "two"]

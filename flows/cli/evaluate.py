@@ -1,0 +1,99 @@
+"""`lmq evaluate`: a model directory judged by itself, without a run."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from lmq.errors import LmqError
+from lmq.evaluation import Evaluation
+from lmq.results import format_bytes, format_percent
+from lmq.task_scores import TaskScore
+from lmq_flows.cli.terminal import console
+
+
+def evaluate_command(arguments: argparse.Namespace) -> int:
+    """Print perplexity, divergence from a reference, zero-shot scores, memory and speed, as far as they are wanted."""
+    from lmq.whole_model import evaluate_checkpoint
+    from lmq_flows.prepare import check_context
+
+    if (arguments.checkpoint / "config.json").is_file():
+        check_context(arguments.checkpoint, arguments.window, "--window")
+    evaluation = evaluate_checkpoint(
+        arguments.checkpoint,
+        text=arguments.text,
+        column=arguments.column,
+        tokens=arguments.tokens,
+        window=arguments.window,
+        stride=arguments.stride,
+        reference=arguments.reference,
+    )
+    _print_evaluation(evaluation)
+    scores = _task_scores(arguments.checkpoint, arguments.tasks, arguments.limit)
+    for score in scores:
+        _say(f"{score.task} {_score(score)}")
+    if arguments.performance:
+        _print_performance(arguments.checkpoint, arguments.threads)
+    return 1 if any(score.error for score in scores) else 0
+
+
+def _print_evaluation(found: Evaluation) -> None:
+    stderr = f" ± {found.perplexity.stderr:.4f}" if found.perplexity.stderr is not None else ""
+    _say(f"perplexity {found.perplexity.value:.4f}{stderr} ({found.protocol}, {found.scored_tokens:,} tokens scored)")
+    if found.broken_window is not None:
+        window = found.broken_window
+        _say(f"no probability is left for a token, first in the window of tokens {window.start} to {window.end}")
+    if found.kl_divergence is not None:
+        kl_stderr = f" ± {found.kl_divergence.stderr:.4f}" if found.kl_divergence.stderr is not None else ""
+        _say(
+            f"KL to the reference {found.kl_divergence.value:.4f}{kl_stderr} nats, 99th percentile {found.kl_p99:.4f}, "
+            f"top-1 agreement {format_percent(found.top1_agreement)}"
+        )
+
+
+def _task_scores(checkpoint: Path, tasks: Sequence[str], limit: int | None) -> list[TaskScore]:
+    """Scores of every task; one that cannot be had has its reason in the place of a score."""
+    if not tasks:
+        return []
+    from lmq.calibration import load_tokenizer
+    from lmq.opening import open_model_directory
+    from lmq.zero_shot import load_task, measure_task
+
+    model = open_model_directory(checkpoint, dtype=torch.float32, dense=True)
+    tokenizer = load_tokenizer(checkpoint)
+    scores: list[TaskScore] = []
+    for task in tasks:
+        try:
+            scores += measure_task(model, tokenizer, load_task(task), limit=limit)
+        except LmqError as error:
+            scores.append(TaskScore(task=task, error=str(error)))
+    return scores
+
+
+def _score(score: TaskScore) -> str:
+    if score.error is not None:
+        return f"was not measured: {score.error}"
+    stderr = "" if score.stderr is None else f" ± {format_percent(score.stderr)}"
+    return f"{score.metric} {format_percent(score.value)}{stderr} (n = {score.samples})"
+
+
+def _print_performance(checkpoint: Path, threads: int) -> None:
+    from lmq.performance import measure_performance
+
+    found = measure_performance(checkpoint, threads=threads)
+    disk = sum(file.stat().st_size for file in checkpoint.iterdir() if file.is_file())
+    _say(
+        f"on disk {format_bytes(disk)}, resident {format_bytes(found.memory_resident_bytes)}, "
+        f"at most {format_bytes(found.peak_generation_bytes)} while generating"
+    )
+    _say(
+        f"prompt {found.prompt_tokens_per_second:.1f} tokens/s ({found.prompt_tokens} tokens), "
+        f"generation {found.generation_tokens_per_second:.1f} tokens/s; on {found.host}"
+    )
+
+
+def _say(text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
