@@ -7,23 +7,29 @@ from collections.abc import Sequence
 from html import escape
 
 from lmq.comparison import Tally, by_yardstick, pareto_front, tallies
+from lmq.equal_bytes import equal_bytes
 from lmq.plots.perplexity import drawable
 from lmq.report.data import PairedDifference, ReportData
 from lmq.report.html import Column, csv_link, not_measured, number, table, text
-from lmq.results import VariantResult, format_bytes, format_measured, format_number, format_percent
+from lmq.results import VariantResult, format_bytes, format_difference, format_measured, format_number, format_percent
 
 SURE_STDERRS = 2.0
 """Differences within this many standard errors are not told apart."""
 
 
 def certainty_part(data: ReportData, several_models: bool) -> str:
-    """The paired table, the front of each model, and wins, ties and losses where a run has several budgets."""
+    """Paired differences, the front, the comparison at equal bytes, and who wins where a run has several budgets."""
     found = tallies(by_yardstick({data.run: data.results}))
     budgets = {(result.model, result.budget) for result in data.results if result.budget is not None}
     tally = tally_table(found) if found and len(budgets) > 1 else ""
-    return (
-        f"<h3>How sure is that?</h3>{_paired_table(data, several_models)}{_fronts(data.results, several_models)}{tally}"
+    parts = (
+        "<h3>How sure is that?</h3>",
+        _paired_table(data, several_models),
+        _fronts(data.results, several_models),
+        equal_bytes_table(data.results),
+        tally,
     )
+    return "".join(parts)
 
 
 def _paired_table(data: ReportData, several_models: bool) -> str:
@@ -43,7 +49,7 @@ def _paired_table(data: ReportData, several_models: bool) -> str:
     for pair in data.paired:
         ratio, errors = math.expm1(pair.difference), _standard_errors(pair)
         own, other = (sizes.get((pair.model, label)) for label in (pair.variant, pair.baseline))
-        share = own / other - 1 if own is not None and other else None
+        more = own - other if own is not None and other is not None else None
         stderr = format_percent(pair.stderr * math.exp(pair.difference), decimals=1)
         rows.append(
             [
@@ -52,7 +58,7 @@ def _paired_table(data: ReportData, several_models: bool) -> str:
                 text(pair.baseline),
                 number(f"{format_percent(ratio, signed=True)} ± {stderr}", ratio),
                 number(format_number(errors, 1), errors),
-                number(format_percent(share, signed=True, decimals=2), share),
+                number(format_difference(more), more),
                 text(paired_verdict(pair)),
             ]
         )
@@ -75,6 +81,41 @@ def paired_verdict(pair: PairedDifference) -> str:
 
 def _standard_errors(pair: PairedDifference) -> float | None:
     return pair.difference / pair.stderr if pair.stderr > 0 else None
+
+
+def equal_bytes_table(results: Sequence[VariantResult]) -> str:
+    """Variants against uniform at their own size; nothing where no variant is between two uniform ones."""
+    models = list(dict.fromkeys(result.model for result in results))
+    found = [one for model in models for one in equal_bytes([r for r in results if r.model == model])]
+    if not found:
+        return ""
+    several = len(models) > 1
+    columns = [
+        Column("Variant"),
+        *([Column("Model")] if several else []),
+        Column("Matrices", True, "quantized matrices as stored"),
+        Column("Perplexity", True),
+        Column("Uniform at equal bytes", True, "log-perplexity interpolated over the size"),
+        Column("Relative", True, "below 0 is better"),
+        Column("Between"),
+    ]
+    rows = [
+        [
+            text(one.variant.label),
+            *([text(one.variant.model)] if several else []),
+            number(format_bytes(one.variant.size_bytes), one.variant.size_bytes),
+            number(format_number(one.variant.perplexity, 2), one.variant.perplexity),
+            number(format_number(one.uniform_perplexity, 2), one.uniform_perplexity),
+            number(format_percent(one.relative, signed=True), one.relative),
+            text(" and ".join(dict.fromkeys((one.smaller.label, one.larger.label)))),
+        ]
+        for one in found
+    ]
+    note = (
+        '<p class="note">What uniform quantization would reach at the variant’s own size, so that no strategy wins by '
+        "taking more bytes. Nothing is said of variants beyond the measured uniform ones.</p>"
+    )
+    return table(columns, rows, "Against uniform at equal bytes") + note
 
 
 def _fronts(results: Sequence[VariantResult], several_models: bool) -> str:

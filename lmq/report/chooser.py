@@ -42,10 +42,11 @@ def difference_chooser(
     }
     text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     labels = list(allocations)
+    mixed = next((i for i, one in enumerate(allocations.values()) if len(set(one.values())) > 1), len(labels) - 1)
     return (
         '<div class="chooser" hidden><h4>Any two variants</h4><div class="choices">'
-        f"<label>Bits per weight of {_select(labels, len(labels) - 1)}</label>"
-        f"<label>compared with {_select(labels, 0)}</label></div>"
+        f"<label>Bits per weight of {_select(labels, mixed)}</label>"
+        f"<label>compared with {_select(labels, 0 if mixed else 1)}</label></div>"
         f'<div class="chosen"></div><p class="note said" aria-live="polite"></p>'
         f'<script type="application/json">{text}</script></div>'
     )

@@ -7,7 +7,7 @@ from html import escape
 
 from lmq.comparison import Runs, Tally, Yardstick, by_yardstick, pareto_front, tallies
 from lmq.plots.perplexity import drawable, strategy_styles
-from lmq.report.certainty import offer, tally_table
+from lmq.report.certainty import equal_bytes_table, offer, tally_table
 from lmq.report.html import Cell, Column, csv_link, not_measured, number, section, slug, table, text
 from lmq.report.page import whole_page
 from lmq.report.variants import RESULT_COLUMNS, perplexity_figure, result_row
@@ -44,7 +44,8 @@ def _model_section(index: int, yardstick: Yardstick, members: Sequence[_Member])
     )
     best = "".join(map(offer, front))
     answer = f'<div class="answer"><p>Not beaten at their size:</p><ul>{best}</ul></div>' if front else ""
-    body = f"{judged}\n{answer}\n{_table(members, front, yardstick)}\n{_scatter(yardstick.model, results)}"
+    tables = f"{_table(members, front, yardstick)}\n{equal_bytes_table(results)}"
+    body = f"{judged}\n{answer}\n{tables}\n{_scatter(yardstick.model, results)}"
     return section(f"model-{index}", yardstick.model, body)
 
 

@@ -86,7 +86,7 @@ def test_the_page_opens_by_itself_and_shows_every_run(tmp_path: Path, tab: Page)
     dom = tab.run("document.body.innerHTML")
     assert "night &lt;1&gt;" in dom
     assert "<other>" not in dom
-    assert dom.count('class="sortable"') == 4
+    assert dom.count('class="sortable"') == 7
 
 
 def test_nothing_measured_is_said(tmp_path: Path) -> None:

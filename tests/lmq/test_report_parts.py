@@ -75,6 +75,17 @@ def test_the_front_and_who_wins_stand_on_the_run_s_own_page(data):
     assert counts["uniform", "loss-aware"] == (0, 0, 2)
 
 
+def test_a_boost_is_compared_at_its_own_bytes():
+    made = results(count=6)
+    larger = replace(made[1], budget="uniform b4g32", size_bytes=70_000_000, perplexity=33.0)
+    _, *rows = table_of(build_report(ReportData(run="r", results=[*made, larger])), "Against uniform at equal bytes")
+    row = next(row for row in rows if row[0].startswith("sensi-boost"))
+    share = (made[4].size_bytes - made[1].size_bytes) / (larger.size_bytes - made[1].size_bytes)
+    rival = made[1].perplexity ** (1 - share) * 33.0**share
+    assert row[3] == f"{rival:.2f}"
+    assert row[5] == "uniform b4g64 and uniform b4g32"
+
+
 def plain_tags(page):
     return page.replace('<span class="figure">', "").replace("</span>", "")
 
