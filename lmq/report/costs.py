@@ -38,6 +38,8 @@ MOST_PANELS = 12
 """Kinds drawn per measurement; a mixture of experts has hundreds, and the CSV has them all."""
 MOST_MODULES = 12
 """Rows of the table of the costliest modules."""
+MOST_VARIANTS = 6
+"""Variants in that table: more would not fit paper."""
 LIKELY_BITS = 4
 """Width at which costs are compared over modules: the one that most budgets are about."""
 
@@ -189,7 +191,8 @@ def _costliest(model: ModelReport, name: str) -> str:
     total = float(column.sum())
     order = np.argsort(-column, kind="stable")[:MOST_MODULES]
     given = {label: _by_module(rows) for label, rows in model.allocations.items()}
-    mixed = {label: specs for label, specs in given.items() if len(set(specs.values())) > 1}
+    shown = [label for label, specs in given.items() if len(set(specs.values())) > 1][:MOST_VARIANTS]
+    mixed = {label: given[label] for label in shown}
     columns = [
         Column("Module"),
         Column(f"Cost at {spec}", True),
