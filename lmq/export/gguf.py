@@ -56,7 +56,7 @@ _FILE_TYPES = {
 
 def problems(checkpoint: QuantizedCheckpoint) -> list[str]:
     """What of the checkpoint a GGUF file cannot hold."""
-    config = AutoConfig.from_pretrained(checkpoint.path)
+    config = _model_config(checkpoint)
     found = list(config_problems(config))
     if config.model_type not in ARCHITECTURES:
         return found
@@ -85,7 +85,7 @@ def export(
             raise InputError(f"{place} exists already; remove it or choose another place")
     if found := problems(checkpoint):
         raise InputError(f"{checkpoint.path} cannot be exported to GGUF: " + "; ".join(found))
-    config = AutoConfig.from_pretrained(checkpoint.path)
+    config = _model_config(checkpoint)
     tensors = plan_tensors(checkpoint, config, fidelity)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial")
@@ -137,6 +137,13 @@ def _add_metadata(
     writer.add_file_type(_FILE_TYPES[kinds.most_common(1)[0][0]])
     add_metadata(writer, config, vocabulary_size)
     GgufTokenizer(checkpoint.path, vocabulary_size).add_metadata(writer)
+
+
+def _model_config(checkpoint: QuantizedCheckpoint) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
+    except (ValueError, OSError, LookupError) as error:
+        raise InputError(f"{checkpoint.path}/config.json describes no model that transformers has: {error}") from error
 
 
 def _vocabulary_size(checkpoint: QuantizedCheckpoint) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -72,6 +74,38 @@ def test_refusals(checkpoint: Path, tiny_llama: Path, tmp_path: Path, capsys: py
     message = _refusal(capsys, checkpoint, out, "--format", "compressed-tensors")
     assert "cannot be written for vllm" in message
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("model_type", "message"),
+    [
+        (
+            "gpt_neox",
+            "the model type gpt_neox is not one that is exported (gemma2, gemma3_text, llama, mistral, phi3, ",
+        ),
+        ("nonesuch", "config.json describes no model that transformers has"),
+    ],
+)
+def test_architectures_without_a_gguf_form(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], model_type: str, message: str
+) -> None:
+    shutil.copytree(checkpoint, tmp_path / "q")
+    config = json.loads((checkpoint / "config.json").read_text())
+    (tmp_path / "q" / "config.json").write_text(json.dumps(config | {"model_type": model_type}))
+    assert message in _refusal(capsys, tmp_path / "q", tmp_path / "m.gguf", "--format", "gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["q"]
+
+
+def test_a_gguf_with_the_plan_for_llama_quantize(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--format", "gguf", "--tensor-types", str(tmp_path / "types.txt"))
+    assert _export(checkpoint, tmp_path / "m.gguf", *options) == 0
+    printed = capsys.readouterr().out
+    for words in ("28 quantized matrices", "Q4_1", "llama-quantize --tensor-type-file", f"checked: {tmp_path}"):
+        assert words in printed
+    assert len((tmp_path / "types.txt").read_text().splitlines()) == 28
+    assert "types.txt exists already" in _refusal(capsys, checkpoint, tmp_path / "n.gguf", *options)
 
 
 def test_an_unknown_format_is_refused_with_the_known_ones(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
