@@ -65,7 +65,7 @@ def export(checkpoint: QuantizedCheckpoint, target: Path) -> ExportReport:
     Raises InputError for `problems`, and where `target` exists.
     """
     if found := problems(checkpoint):
-        raise InputError(f"{checkpoint.path} cannot be written for {TARGET.name}: {'. '.join(found)}. {ADVICE}")
+        raise InputError(f"{checkpoint.path} cannot be written for {TARGET.name}: {'; '.join(found)}; {ADVICE}")
     steps: dict[str, ModuleStep] = {}
     with complete_directory(target) as directory:
         with tempfile.TemporaryDirectory(dir=directory) as parts:
