@@ -1,6 +1,6 @@
 """Measuring a model of Llama-2-7B's shape on a small machine: peak memory, and seconds per block by stage.
 
-    python -m benchmarks.large_model [--blocks 8] [--threads 2] [--sequence-length 256] [--folder DIR]
+    python -m benchmarks.large_model [--blocks 8] [--threads 2] [--sequence-length 256] [--measured-blocks 8]
 
 Random heavy-tailed float16 weights of that many blocks (0.4 GB each) are written to a temporary folder that is removed
 afterwards. The stages of a run then measure them in a process of their own: capture, weight statistics, grids and
@@ -34,12 +34,16 @@ FORGET_PEAK = "5"
 
 SEQUENCES = 2
 
+ONCE = ("calibration", "embed", "loss-gradient", "sampled-loss-gradient")
+"""Stages that a model has once, not once per block."""
+
 
 @dataclass
 class StageCosts:
     """Wall seconds and peak resident bytes of every stage, told by the run."""
 
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    counts: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     peak_bytes: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     _started: float = 0.0
 
@@ -50,11 +54,12 @@ class StageCosts:
         else:
             name = node.stage.name
             self.seconds[name] += time.perf_counter() - self._started
+            self.counts[name] += 1
             self.peak_bytes[name] = max(self.peak_bytes[name], peak_bytes())
 
 
-def measure(path: Path, threads: int, sequence_length: int) -> StageCosts:
-    """Run the measuring stages."""
+def measure(path: Path, threads: int, sequence_length: int, measured_blocks: int | None) -> StageCosts:
+    """Run the measuring stages; those of every configuration for the first `measured_blocks` blocks alone."""
     from lmq_flows.pipeline import build_graph
     from lmq_flows.planning import execute_directly, ready_models
     from lmq_flows.run_config import parse_run_config
@@ -81,20 +86,24 @@ def measure(path: Path, threads: int, sequence_length: int) -> StageCosts:
     graph, _, measured = build_graph(config, models, texts)
     found = measured["large"]
     costs = StageCosts()
-    wanted = [*found.frobenius, *found.kurtosis, *found.sensitivity, *found.fisher, *found.sequence_fisher]
+    by_configuration = (found.frobenius, found.sensitivity, found.fisher, found.sequence_fisher)
+    wanted = [*found.kurtosis, *(node for nodes in by_configuration for node in nodes[:measured_blocks])]
     execute_directly(graph, wanted, watch=costs.watch)
     return costs
 
 
 def report(blocks: int, sequence_length: int, costs: StageCosts) -> None:
-    total_s, tokens = sum(costs.seconds.values()), SEQUENCES * sequence_length
+    tokens = SEQUENCES * sequence_length
     print(f"{blocks} blocks of {LLAMA_2_7B.name}'s shape, {tokens} calibration tokens, 12 configurations")
-    print(f"{'stage':<28}{'s per block':>12}{'peak GB':>9}")
-    for name, stage_s in sorted(costs.seconds.items(), key=lambda item: -item[1]):
-        print(f"{name:<28}{stage_s / blocks:>12.2f}{costs.peak_bytes[name] / 1e9:>9.2f}")
-    peak_gb, whole_min = max(costs.peak_bytes.values()) / 1e9, total_s / 60 * LLAMA_2_7B.layers / blocks
-    print(f"{'all':<28}{total_s / blocks:>12.2f}{peak_gb:>9.2f}")
-    print(f"~{whole_min:.0f} min for {LLAMA_2_7B.layers} blocks; limit of peak memory {LIMIT_BYTES / 1e9:.0f} GB")
+    print(f"{'stage':<28}{'times':>6}{'s each':>9}{'peak GB':>9}")
+    whole_s = 0.0
+    for name, stage_s in sorted(costs.seconds.items(), key=lambda item: -item[1] / costs.counts[item[0]]):
+        count = costs.counts[name]
+        whole_s += stage_s / count * (1 if name in ONCE else LLAMA_2_7B.layers)
+        print(f"{name:<28}{count:>6}{stage_s / count:>9.2f}{costs.peak_bytes[name] / 1e9:>9.2f}")
+    peak_gb = max(costs.peak_bytes.values()) / 1e9
+    print(f"~{whole_s / 60:.0f} min for {LLAMA_2_7B.layers} blocks")
+    print(f"peak {peak_gb:.2f} GB, limit {LIMIT_BYTES / 1e9:.0f} GB")
 
 
 def main() -> None:
@@ -102,12 +111,15 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=8)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--sequence-length", type=int, default=256, help="of each of the 2 sequences (default 256)")
+    parser.add_argument(
+        "--measured-blocks", type=int, help="how many have what takes every configuration (default all)"
+    )
     parser.add_argument("--folder", type=Path, help="where the temporary folder is made (default: the system's)")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        costs = measure(options.measure, options.threads, options.sequence_length)
-        print(json.dumps({"seconds": costs.seconds, "peak_bytes": costs.peak_bytes}))
+        costs = measure(options.measure, options.threads, options.sequence_length, options.measured_blocks)
+        print(json.dumps({"seconds": costs.seconds, "counts": costs.counts, "peak_bytes": costs.peak_bytes}))
         return
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         free, needed = shutil.disk_usage(folder).free, options.blocks * BLOCK_BYTES
@@ -116,6 +128,8 @@ def main() -> None:
         write_llama(Path(folder), LLAMA_2_7B, blocks=options.blocks, vocabulary=32000)
         command = [sys.executable, "-m", "benchmarks.large_model", "--measure", folder]
         command += ["--threads", str(options.threads), "--sequence-length", str(options.sequence_length)]
+        if options.measured_blocks is not None:
+            command += ["--measured-blocks", str(options.measured_blocks)]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     costs = StageCosts(**json.loads(done.stdout.splitlines()[-1]))
     report(options.blocks, options.sequence_length, costs)

@@ -8,6 +8,7 @@ far below what 16-bit types resolve.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +16,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
 
-from lmq.errors import DamagedFile
+from lmq.errors import DamagedFile, NotFiniteError
 from lmq.finite import require_finite
 from lmq.streaming import BlockInputs
 from lmq.tables import TableSchema, read_table
@@ -36,14 +37,40 @@ def forward_block(block: nn.Module, inputs: BlockInputs, hidden: Tensor, *, laye
     """States that leave a block [sequences, sequence_length, hidden] for those that enter it.
 
     `batch` sequences are run at once; the result is float32 where `hidden` is. Raises NotFiniteError naming
-    the layer.
+    the layer, and the module whose outputs were the first not to be finite.
     """
     leaving = torch.empty_like(hidden, dtype=torch.float32)
     for start in range(0, len(hidden), batch):
         piece = slice(start, start + batch)
         leaving[piece] = inputs.run(block, hidden[piece])
-    require_finite(leaving, f"the states that leave layer {layer}")
+    try:
+        require_finite(leaving, f"the states that leave layer {layer}")
+    except NotFiniteError as error:
+        broken = leaving.flatten(1).isfinite().all(1).logical_not().nonzero()[0]
+        module = _first_not_finite(block, inputs, hidden[broken])
+        raise NotFiniteError(f"{error}. The outputs of its {module} are the first that are not finite") from error
     return leaving
+
+
+def _first_not_finite(block: nn.Module, inputs: BlockInputs, hidden: Tensor) -> str:
+    """Name of the first module in a block whose outputs are not finite; what is no module's is "own sums"."""
+    found: list[str] = []
+
+    def look(name: str, output: Any) -> None:
+        if isinstance(output, Tensor) and not bool(output.isfinite().all()):
+            found.append(name)
+
+    handles = [
+        module.register_forward_hook(lambda _, __, output, name=name: look(name, output))
+        for name, module in block.named_modules()
+        if name
+    ]
+    try:
+        inputs.run(block, hidden)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else "own sums"
 
 
 def backward_block(

@@ -14,8 +14,9 @@ many configurations, these replace its replays.
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import pyarrow as pa
@@ -26,7 +27,7 @@ from lmq.errors import NotFiniteError
 from lmq.part_replay import JUDGED_ALONE, ChangeReplay, PartReplay, Pass
 from lmq.second_moments import row_errors, second_moments
 from lmq.streaming import BlockInputs
-from lmq.structure import ModuleInfo
+from lmq.structure import PARTS, ModuleInfo
 from lmq.tables import MODULE_FIELDS, SPEC_FIELDS, TableSchema
 
 SENSITIVITY_SCHEMA = TableSchema(
@@ -41,6 +42,8 @@ SENSITIVITY_SCHEMA = TableSchema(
         ]
     ),
 )
+
+_log = logging.getLogger(__name__)
 
 Configuration = TypeVar("Configuration", bound=Hashable)
 QuantizedWeight = Callable[[str], Tensor]
@@ -85,6 +88,7 @@ def part_sensitivity_table(
     parts: dict[str, list[ModuleInfo]] = {}
     for module in modules:
         parts.setdefault(module.part, []).append(module)
+    _name_missing(parts, modules[0].id.layer)
     replay = _replay(block, block_inputs, parts, dtype)
     sums = {configuration: dict.fromkeys(parts, 0.0) for configuration in quantized}
     elements = dict.fromkeys(parts, 0)
@@ -99,6 +103,12 @@ def part_sensitivity_table(
             _require_finite(scores[part], part, modules[0].id.layer)
             scores[part] /= elements[part]
     return sums
+
+
+def _name_missing(parts: Iterable[str], layer: int) -> None:
+    missing = [part for part in PARTS if part not in set(parts)]
+    if missing:
+        _log.warning("layer %d has no %s: it gets no sensitivity of that name", layer, " and no ".join(missing))
 
 
 def _replay(

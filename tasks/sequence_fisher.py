@@ -5,6 +5,7 @@ Matrix products are taken in bfloat16 where the processor is fast at it: the dra
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -25,6 +26,9 @@ from lmq.tables import write_rows
 from lmq_tasks.capture import GRADIENTS_FILE, HIDDEN_STATES_FILE
 from lmq_tasks.opened import open_model
 from lmq_tasks.stage import Job, stage
+
+_ERROR_BYTES_AT_ONCE = 5 << 28
+"""Bytes of the errors of one module that are held together: a gradient of its weight serves them all."""
 
 
 @stage("sampled-loss-gradient", version=2, schema="gradients/1")
@@ -49,7 +53,7 @@ def sampled_backward(job: Job) -> None:
     write_gradients(job.output / GRADIENTS_FILE, entering)
 
 
-@stage("sequence-fisher", version=2, schema=SEQUENCE_FISHER_SCHEMA.label)
+@stage("sequence-fisher", version=3, schema=SEQUENCE_FISHER_SCHEMA.label)
 def measure_sequence_fisher(job: Job) -> None:
     """Sequence-wise Fisher cost of every module of one layer under every configuration of the menu."""
     model = open_model(job)
@@ -69,14 +73,23 @@ def measure_sequence_fisher(job: Job) -> None:
         for module in modules:
             weight = block.get_submodule(module.id.kind).get_parameter("weight").detach()
             trace = traces.pop(module.id.kind)
-            errors = {
-                spec: (grids[module.id][spec].to(job.device).round_trip(weight) - weight).to(trace.inputs.dtype)
-                for spec in menu
-            }
-            changes = sequence_loss_changes(trace, errors, sequence_length=length)
-            del trace, errors  # of one module only, beside the traces of those that follow
+            changes: dict[QuantSpec, torch.Tensor] = {}
+            for specs in _batches(menu, weight.numel() * trace.inputs.element_size()):
+                errors = {
+                    spec: (grids[module.id][spec].to(job.device).round_trip(weight) - weight).to(trace.inputs.dtype)
+                    for spec in specs
+                }
+                changes |= sequence_loss_changes(trace, errors, sequence_length=length)
+                del errors  # before the next are made
+            del trace  # of one module only, beside the traces of those that follow
             rows += [_row(module, spec, changes[spec], length) for spec in menu]
     write_rows(job.output / "fisher.parquet", SEQUENCE_FISHER_SCHEMA, rows)
+
+
+def _batches(menu: Sequence[QuantSpec], error_bytes: int) -> Iterator[Sequence[QuantSpec]]:
+    """The menu in pieces whose errors fit into memory together."""
+    step = max(1, _ERROR_BYTES_AT_ONCE // error_bytes)
+    return (menu[start : start + step] for start in range(0, len(menu), step))
 
 
 def _row(module: ModuleInfo, spec: QuantSpec, loss_changes: torch.Tensor, sequence_length: int) -> dict[str, Any]:

@@ -92,6 +92,15 @@ def test_states_that_are_not_finite_name_the_layer(tiny_llama: Path, states: Ten
             backward_block(block, inputs, states, broken, layer=2)
 
 
+def test_the_module_that_overflows_is_named(tiny_llama: Path, states: Tensor) -> None:
+    streamed = StreamedModel.open(tiny_llama, discover(tiny_llama, weights_sha256="0"))
+    with streamed.block(2) as block:
+        block.get_submodule("mlp.up_proj").weight.mul_(1e6)
+        block.get_submodule("mlp.down_proj").weight.mul_(1e37)
+        with pytest.raises(NotFiniteError, match=r"leave layer 2 .* outputs of its mlp\.down_proj are the first"):
+            forward_block(block, streamed.block_inputs(LENGTH)[2], states, layer=2)
+
+
 @pytest.mark.parametrize(
     ("write", "read", "label"),
     [

@@ -1,4 +1,5 @@
 import copy
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -131,14 +132,16 @@ class BlockWithoutMlp(nn.Module):
 
 
 @torch.no_grad()
-def test_modules_of_the_block_itself_are_judged_by_the_output_of_the_block() -> None:
+def test_modules_of_the_block_itself_are_judged_by_the_output_of_the_block(caplog: pytest.LogCaptureFixture) -> None:
     torch.manual_seed(0)
     block = BlockWithoutMlp()
     hidden = torch.randn(2, 5, 8)
     modules = [ModuleInfo(ModuleId(0, "fc1"), 16, 8, "mlp_gate"), ModuleInfo(ModuleId(0, "fc2"), 8, 16, "mlp_down")]
     quantized = {"fc1": block.fc1.weight.round(decimals=1), "fc2": block.fc2.weight.round(decimals=1)}
     inputs = BlockInputs((), {}, torch.device("cpu"), torch.float32)
-    scores = part_sensitivities(block, inputs, hidden, modules, quantized)
+    with caplog.at_level(logging.WARNING):
+        scores = part_sensitivities(block, inputs, hidden, modules, quantized)
+    assert "layer 0 has no attn_in and no attn_out" in caplog.text
     changed = copy.deepcopy(block)
     changed.fc1.weight.copy_(quantized["fc1"])
     assert scores["mlp_gate"] == pytest.approx((changed(hidden) - block(hidden)).square().mean().item(), rel=1e-5)
@@ -170,3 +173,20 @@ def test_all_configurations_at_once_have_the_scores_of_each(
             expected = part_sensitivities(block, inputs, hidden, modules, quantized[spec])
             assert table[spec] == pytest.approx(expected, rel=tolerance), spec
         assert not any("forward" in vars(module) for module in block.modules())
+
+
+def test_parts_of_one_module_are_scored_alike_by_moments_and_by_replay(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    streamed = open_streamed(tiny_model)
+    hidden = torch.randn(SEQUENCES, LENGTH, 64, generator=torch.Generator().manual_seed(2))
+    modules = streamed.structure.in_layer(LAYER)
+    inputs = streamed.block_inputs(LENGTH)[LAYER]
+    scores = []
+    with streamed.block(LAYER) as block:
+        quantized = quantized_weights(block)
+        for least_gain in (0.0, torch.inf):
+            monkeypatch.setattr("lmq.sensitivity._LEAST_GAIN", least_gain)
+            scores.append(part_sensitivities(block, inputs, hidden, modules, quantized))
+    assert scores[0] == pytest.approx(scores[1], rel=1e-4)
+    assert scores[0]["mlp_down"] != scores[1]["mlp_down"]  # sums in another order: these are two ways

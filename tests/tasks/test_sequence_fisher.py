@@ -54,6 +54,7 @@ def test_costs_of_a_layer_come_from_the_gradients_of_every_draw(
 ) -> None:
     for place in ("lmq.fisher", "lmq_tasks.sequence_fisher"):  # exact products, whatever the processor is fast at
         monkeypatch.setattr(f"{place}.fast_matmul_dtype", lambda _: torch.float32)
+    monkeypatch.setattr("lmq_tasks.sequence_fisher._ERROR_BYTES_AT_ONCE", 3 * 64 * 64)  # of one configuration
     structure = runner.run(discover_structure, {"weights_sha256": "0"})
     hidden = [runner.run(embed, {}, structure=structure, tokens=runner.tokens(tmp_path / "tokens.parquet"))]
     for layer in range(4):
