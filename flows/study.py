@@ -99,6 +99,14 @@ def text_names(sources: Sequence[str]) -> dict[str, str]:
     }
 
 
+def stored_bits_per_weight(setting: Setting) -> float:
+    """Bits per weight of what a setting's quantizer makes of its configuration: NF4 stores a divisor per group."""
+    spec = QuantSpec.parse(setting.configuration)
+    if setting.quantizer == NormalFloat4.name:
+        return NormalFloat4(group_size=spec.group_size).bits_per_weight
+    return spec.bits_per_weight
+
+
 @dataclass(frozen=True, kw_only=True)
 class SensitivityStudy:
     """Activation sensitivity of every combination of model, text, quantizer and configuration.

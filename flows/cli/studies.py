@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from lmq.nf4 import NormalFloat4
 from lmq.plots.standalone import standalone_svg
 from lmq.plots.study import cost_scatters, sensitivity_figures
 from lmq.report.study import costs_page, sensitivity_page
@@ -25,7 +26,7 @@ from lmq.study import (
 )
 from lmq_flows.cli.terminal import console
 from lmq_flows.prepare import check_directory
-from lmq_flows.study import CostStudy, Profiles, SensitivityStudy, StudyOptions
+from lmq_flows.study import CostStudy, Profiles, SensitivityStudy, StudyOptions, stored_bits_per_weight
 
 
 def sensitivity_command(arguments: argparse.Namespace) -> int:
@@ -41,14 +42,14 @@ def sensitivity_command(arguments: argparse.Namespace) -> int:
     profiles = study.measure(console)
     found = agreements(profiles)
     summaries = summarize_agreements(found)
-    notes = _depth_notes(profiles)
+    notes = [*_depth_notes(profiles), *_nf4_notes(profiles)]
     _print_summaries(summaries)
     for note in notes:
         console.print(note, highlight=False, soft_wrap=True)
     figures = sensitivity_figures(profiles)
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
-    _write_csv(out / "sensitivity.csv", [*DIMENSIONS, "part", "layer", "sensitivity"], _sensitivity_rows(profiles))
+    _write_csv(out / "sensitivity.csv", _SENSITIVITY_COLUMNS, _sensitivity_rows(profiles))
     _write_csv(out / "correlations.csv", _AGREEMENT_COLUMNS, _agreement_rows(found))
     (out / "study.svg").write_text(standalone_svg(figures), encoding="utf-8")
     (out / "study.html").write_text(sensitivity_page(summaries, figures, notes), encoding="utf-8")
@@ -133,6 +134,17 @@ def _depth_notes(profiles: Profiles) -> list[str]:
     return [f"Models with different numbers of layers are not compared with each other ({named})."]
 
 
+def _nf4_notes(profiles: Profiles) -> list[str]:
+    """A sentence on what NF4 is where it was measured, since it has none of the configurations."""
+    found = sorted({setting.configuration for setting in profiles if setting.quantizer == NormalFloat4.name})
+    if not found:
+        return []
+    return [
+        f"NF4 at {', '.join(found)} stands for 4-bit NormalFloat in groups of that size, with a float32 divisor "
+        "per group, and so more bits than the configuration."
+    ]
+
+
 _AGREEMENT_COLUMNS = [
     "dimension",
     *(f"first_{name}" for name in DIMENSIONS),
@@ -149,11 +161,16 @@ def _agreement_rows(found: Sequence[Agreement]) -> Iterable[list[object]]:
         yield [item.dimension, *values, item.part, item.profiles, item.steps]
 
 
+_SENSITIVITY_COLUMNS = [*DIMENSIONS, "bits_per_weight", "part", "layer", "sensitivity"]
+"""`bits_per_weight` are the quantizer's own: NF4 measured at b4g64 has groups of 64, and 4.5 bits with its divisors."""
+
+
 def _sensitivity_rows(profiles: Profiles) -> Iterable[list[object]]:
     for setting, by_part in profiles.items():
+        values = [*(getattr(setting, name) for name in DIMENSIONS), stored_bits_per_weight(setting)]
         for part, profile in by_part.items():
             for layer, value in enumerate(profile):
-                yield [*(getattr(setting, name) for name in DIMENSIONS), part, layer, value]
+                yield [*values, part, layer, value]
 
 
 def _pair_table(pairs: Sequence[CostPair]) -> tuple[list[str], list[list[object]]]:

@@ -41,10 +41,15 @@ def test_sensitivity_is_measured_in_every_combination(
     assert len(settings) == 2 * 2 * 3  # nf4 has 4 bits only
     assert len(rows) == len(settings) * 4 * 4  # parts and layers
     assert all(float(row["sensitivity"]) > 0 for row in rows)
+    bits = {(row["quantizer"], row["configuration"]): float(row["bits_per_weight"]) for row in rows}
+    assert bits["nf4", "b4g64"] == 4.5
+    assert bits["rtn", "b4g64"] == pytest.approx(4.254, abs=1e-3)
     correlations = rows_of(out / "correlations.csv")
     assert {row["dimension"] for row in correlations} == {"model", "text", "quantizer", "configuration"}
     assert (out / "study.svg").read_text().startswith("<svg")
-    assert "rtn – nf4" in (out / "study.html").read_text()
+    page = (out / "study.html").read_text()
+    assert "rtn – nf4" in page
+    assert "NF4 at b4g64 stands for 4-bit NormalFloat" in page
     printed = capsys.readouterr().out
     assert "rtn – nf4" in printed
     assert str(out / "study.html") in printed.replace("\n", "")
