@@ -76,7 +76,7 @@ def presence(flow_run_id: UUID, workspaces: Path) -> Iterator[None]:
         yield
     finally:
         stop.set()
-        watcher.join()
+        watcher.join(timeout=2 * _LOOK_EVERY_S)  # it may be waiting for a server that is away
 
 
 def mark_cut_off(own: UUID) -> list[str]:
