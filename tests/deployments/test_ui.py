@@ -48,18 +48,21 @@ def test_a_finished_run_shows_models_report_and_artifacts(
     prefect: Server, finished: tuple[Any, Any], tmp_path: Path
 ) -> None:
     run, _ = finished
-    shown = page(f"{prefect.address}/runs/flow-run/{run.id}?tab=Artifacts", tmp_path / "run.png")
+    shown = page(f"{prefect.address}/runs/flow-run/{run.id}", tmp_path / "run.png")
     assert "sweep seen: 1 model × 2 strategies × 1 budget" in shown
     assert "strategy:loss-aware" in shown
-    assert "seen-summary" in shown
-    assert "seen-results" in shown
     assert "<canvas" in shown  # the graph of stages
     assert (tmp_path / "run.png").stat().st_size > 50_000
+    artifact = page(f"{prefect.address}/artifacts/key/seen-summary", tmp_path / "summary.png")
+    assert "results.json" in artifact
+    assert "loss-aware" in artifact
+    listed = page(f"{prefect.address}/artifacts", tmp_path / "artifacts.png")
+    assert "seen-results" in listed
 
 
 def test_stages_from_the_cache_are_shown_as_cached(prefect: Server, finished: tuple[Any, Any], tmp_path: Path) -> None:
     _, of_model = finished
-    shown = page(f"{prefect.address}/runs/flow-run/{of_model.id}?tab=TaskRuns", tmp_path / "model.png")
+    shown = page(f"{prefect.address}/runs/flow-run/{of_model.id}", tmp_path / "model.png")
     assert "tiny of seen" in shown
     assert "sequence-fisher tiny layer" in shown or "evaluate tiny" in shown
     assert "Cached" in shown
