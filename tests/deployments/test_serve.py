@@ -44,5 +44,5 @@ def test_server_worker_and_deployments_start_and_end_together(tmp_path: Path, nu
 def test_a_port_in_use_is_refused(prefect: Server, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "lmq_flows.cli", "serve", "--port", str(prefect.port)]
     with running(command, prefect.environment, tmp_path / "log", cwd=tmp_path) as process:
-        assert process.wait(timeout=120) == 2
+        assert process.wait(timeout=400) == 2
     assert "give another --port" in (tmp_path / "log").read_text()
