@@ -36,7 +36,9 @@ SEQUENCE_LENGTH = 128
 VOCABULARY = 8192
 OF_THE_HEAD = ("loss-gradient", "sampled-loss-gradient")
 LARGE_MODEL_S = {"sequence-fisher": 43.34, "frobenius": 36.75, "fisher": 32.21, "sensitivity": 11.02, "forward": 3.98}
-"""Seconds per block of Llama-2-7B's shape at 512 tokens: docs/benchmarks.md."""
+"""Seconds per block of Llama-2-7B's shape, as in docs/benchmarks.md."""
+
+LARGE_MODEL_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,7 @@ def main() -> None:
         ]
         text = "".join(f"{value:>17.3f}" for value in row)
         if stage in LARGE_MODEL_S:
-            of_7b = cost.seconds(block_weights(LLAMA_2_7B), 512)
+            of_7b = cost.seconds(block_weights(LLAMA_2_7B), LARGE_MODEL_TOKENS)
             text += f"{LARGE_MODEL_S[stage]:>17.2f}{of_7b:>17.2f}"
         print(f"{stage:<24}{text}", flush=True)
     if options.output:

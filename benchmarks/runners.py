@@ -11,6 +11,7 @@ of results). The simulation is then given the seconds of the stages and the over
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import tempfile
@@ -62,9 +63,14 @@ class MeasuredRun:
     overheads_s: list[float]
     graph: Any
 
-    def stage_seconds(self, node: Any) -> float:
-        """Mean seconds of the node's stage in this run."""
-        return statistics.mean(seconds for other, seconds in self.seconds.items() if other.stage is node.stage)
+    @property
+    def figures(self) -> dict[str, Any]:
+        """Mean seconds of every stage, and what a task adds."""
+        by_stage: dict[str, list[float]] = {}
+        for node, seconds in self.seconds.items():
+            by_stage.setdefault(node.stage.name, []).append(seconds)
+        means = {stage: statistics.mean(found) for stage, found in by_stage.items()}
+        return {"seconds": means, "task_overhead_s": statistics.median(self.overheads_s)}
 
 
 def run_once(model: Path, kind: str, workers: int, sequences: int) -> MeasuredRun:
@@ -158,6 +164,7 @@ def main() -> None:
     parser.add_argument("--kind", choices=("dask", "ray"), default="dask")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--sequences", type=int, default=4)
+    parser.add_argument("--figures", type=Path, help="JSON that keeps figures of earlier calls for the simulation")
     options = parser.parse_args()
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "ERROR")
     from benchmarks.scaling import Simulation
@@ -165,21 +172,24 @@ def main() -> None:
     print(f"{options.kind}, {options.sequences} × 512 tokens", flush=True)
     names = ("workers", "tasks", "nodes", "work s", "overhead s", "share", "median s", "wall s")
     print("".join(f"{name:>11}" for name in names))
-    runs = {}
+    known = json.loads(options.figures.read_text()) if options.figures and options.figures.exists() else {}
     for workers in options.workers:
-        runs[workers] = run = run_once(options.model, options.kind, workers, options.sequences)
+        run = run_once(options.model, options.kind, workers, options.sequences)
+        known[str(workers)] = run.figures
         work_s, overhead_s = sum(run.seconds.values()), sum(run.overheads_s)
         row = [f"{workers}", f"{len(run.tasks)}", f"{len(run.graph)}", f"{work_s:.1f}", f"{overhead_s:.1f}"]
         row += [f"{overhead_s / work_s:.1%}", f"{statistics.median(run.overheads_s):.2f}", f"{run.wall_s:.1f}"]
         print("".join(f"{cell:>11}" for cell in row), flush=True)
-    for workers, run in runs.items():
-        for source, of in runs.items():
-            overhead_s = statistics.median(of.overheads_s)
-            predicted = Simulation(run.graph, of.stage_seconds, workers, task_overhead_s=overhead_s).run()
-            print(
-                f"{workers} workers, simulated with the seconds of {source}: "
-                f"{predicted:.1f} s, {predicted / run.wall_s - 1:+.1%}"
+        for source, figures in known.items():
+            of_stage, overhead_s = figures["seconds"], figures["task_overhead_s"]
+            simulated = Simulation(
+                run.graph, lambda node, of=of_stage: of[node.stage.name], workers, task_overhead_s=overhead_s
             )
+            predicted_s = simulated.run()
+            error = predicted_s / run.wall_s - 1
+            print(f"    simulated with the figures of {source} workers: {predicted_s:.1f} s, {error:+.1%}", flush=True)
+    if options.figures:
+        options.figures.write_text(json.dumps(known, indent=1))
 
 
 if __name__ == "__main__":

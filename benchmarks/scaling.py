@@ -3,10 +3,11 @@
     python -m benchmarks.scaling COSTS.json [--speed 1] [--store-gigabytes 10] [--worker-gigabytes 1]
 
 COSTS.json comes from `benchmarks.block_costs`: seconds of one thread of the machine that measured them, for every
-stage by weight and by weight and token. The graph is that of `lmq run` for a structure of Llama-3.1's shapes, walked by
-the program's own chunk scheduler in simulated time. Each worker first fetches the model from the store, then reads and
-writes artifacts at its share of the store's bandwidth. `--speed` says how many times faster a worker is than that one
-thread.
+stage by weight and by weight and token. Where `benchmarks.large_model` measured a stage on a block of Llama-2-7B's
+shape, the figures are scaled to meet that. The graph is that of `lmq run` for a structure of Llama-3.1's shapes, walked
+by the program's own chunk scheduler in simulated time. Each worker first fetches the model from the store, then reads
+and writes artifacts at its share of the store's bandwidth. `--speed` says how many times faster a worker is than that
+one thread.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.block_costs import OF_THE_HEAD, StageCost, block_weights
-from benchmarks.llama_files import LlamaShape
+from benchmarks.block_costs import LARGE_MODEL_S, LARGE_MODEL_TOKENS, OF_THE_HEAD, StageCost, block_weights
+from benchmarks.llama_files import LLAMA_2_7B, LlamaShape
 from lmq.quant_spec import STOPS
 from lmq.structure import ModelStructure, ModuleId, ModuleInfo
 from lmq_flows.chunks import ChunkedWalk
@@ -41,6 +42,15 @@ VOCABULARY = 128256
 BYTES_PER_WEIGHT = 2
 TASK_OVERHEAD_S = 0.3
 _DONE = ArtifactRef("simulated/0", "0", "0/0")
+
+
+def anchored(costs: dict[str, StageCost]) -> dict[str, StageCost]:
+    """The costs, scaled to what a block of Llama-2-7B's shape took where that was measured."""
+    found = dict(costs)
+    for stage, measured_s in LARGE_MODEL_S.items():
+        ratio = measured_s / costs[stage].seconds(block_weights(LLAMA_2_7B), LARGE_MODEL_TOKENS)
+        found[stage] = StageCost(ratio * costs[stage].per_weight_s, ratio * costs[stage].per_weight_token_s)
+    return found
 
 
 class Simulation(ChunkedWalk):
@@ -256,7 +266,7 @@ def main() -> None:
     parser.add_argument("--store-gigabytes", type=float, default=10.0, help="per second, all workers together")
     parser.add_argument("--worker-gigabytes", type=float, default=1.0, help="per second, one worker")
     options = parser.parse_args()
-    costs = {name: StageCost(*figures) for name, figures in json.loads(options.costs.read_text()).items()}
+    costs = anchored({name: StageCost(*pair) for name, pair in json.loads(options.costs.read_text()).items()})
     print(
         f"a worker is {options.speed:g} times the measured thread and reads {options.worker_gigabytes:g} GB/s, "
         f"the store gives {options.store_gigabytes:g} GB/s in all; {TASK_OVERHEAD_S} s per task"

@@ -20,6 +20,9 @@ from lmq_flows.config_sections import RunnerConfig
 CONNECT_TIMEOUT_S = 30
 """How long to wait for a cluster to answer."""
 
+LEAST_SERVER_START_S = 120
+"""How long a Prefect server may take to start, at the least: Prefect's 20 s are too few on a busy machine."""
+
 _LEAST_OBJECT_STORE_BYTES = 80_000_000
 """What Ray takes for passed objects at the least; our tasks pass a few kilobytes of JSON."""
 
@@ -78,7 +81,7 @@ def _dask(config: RunnerConfig) -> Iterator[Any]:
         n_workers=config.workers,
         threads_per_worker=1,
         processes=True,
-        dashboard_address=None,
+        dashboard_address="127.0.0.1:0",  # else a second cluster warns of the first one's port
         memory_limit=0,  # Dask would end workers at its own idea of a limit in the middle of a block
     )
     try:
@@ -119,7 +122,8 @@ def _server_for_all_processes() -> Iterator[None]:
     from prefect.server.api.server import SubprocessASGIServer  # seconds to import, which workers need not spend
 
     server = SubprocessASGIServer()
-    server.start(timeout=get_current_settings().server.ephemeral.startup_timeout_seconds)
+    set_s = get_current_settings().server.ephemeral.startup_timeout_seconds
+    server.start(timeout=max(set_s, LEAST_SERVER_START_S))
     with temporary_settings({PREFECT_API_URL: server.api_url}):
         yield
 

@@ -18,7 +18,7 @@ from tests.scale.clusters import Processes, finish, made, s3_server, start_dask,
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
-LAYERS = 12
+LAYERS = 10
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def model(tiny_llama, tmp_path_factory):
 
 
 def a_config(model, place, **changes):
-    sizes = {"calibration__sequences": 48, "calibration__sequence_length": 128, "evaluation__tokens": 1024}
+    sizes = {"calibration__sequences": 16, "calibration__sequence_length": 128, "evaluation__tokens": 1024}
     return tiny_config(model, place, strategies=["uniform", "kurt-boost", "loss-aware"], **sizes, **changes)
 
 
