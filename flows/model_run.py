@@ -153,6 +153,9 @@ def _walk(config: RunConfig, model_config: ModelConfig) -> ModelOutcome:
 def _prepare(config: RunConfig, model: ModelConfig) -> tuple[PreparedModel, list[str]]:
     """The model, converted and inspected, and the artifacts that came of that."""
     (identified,) = share_models(config, [find_model(config, model)])
+    if identified.shared is not None:
+        with run_lease(config.store, config.name) as lease:
+            lease.use([identified.shared.uri])
     graph, structures = preparation_graph(config, [identified])
     outcomes = execute_with_progress(graph, config)
     node = structures[model.name]

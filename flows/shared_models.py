@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 
+from lmq.model_directory import copy_companions
 from lmq.model_source import needs_conversion
 from lmq_flows.prepare import IdentifiedModel, absolute_store_url
 from lmq_flows.run_config import RunConfig
-from lmq_storage import ArtifactRef, ArtifactStore, artifact_key
+from lmq_storage import ArtifactRef, ArtifactStore, artifact_key, file_sha256
 from lmq_tasks.stage import open_store
 
 STAGE = "model-files"
@@ -28,14 +31,21 @@ def share_models(config: RunConfig, models: list[IdentifiedModel]) -> list[Ident
 
 
 def _put(store: ArtifactStore, model: IdentifiedModel) -> ArtifactRef:
-    """Publish the files that make the model's identity; the key is their digest, so that it is done once."""
-    config = {"weights_sha256": model.sha256}
-    key = artifact_key(STAGE, 1, config, {})
-    return store.find(STAGE, key) or store.publish(
-        stage=STAGE,
-        key=key,
-        schema="model/1",
-        files={path.name: path for path in model.located.files},
-        algorithm_version=1,
-        config=config,
-    )
+    """Publish the files that make the model's identity, and those that a checkpoint takes over as they are.
+
+    The key is the digest of all of them, so that it is done once.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        copy_companions(model.located.path, Path(folder))
+        companions = {path.name: path for path in sorted(Path(folder).iterdir())}
+        digests = {name: file_sha256(path) for name, path in companions.items()}
+        config = {"weights_sha256": model.sha256, "companions": digests}
+        key = artifact_key(STAGE, 1, config, {})
+        return store.find(STAGE, key) or store.publish(
+            stage=STAGE,
+            key=key,
+            schema="model/1",
+            files={**companions, **{path.name: path for path in model.located.files}},
+            algorithm_version=1,
+            config=config,
+        )
