@@ -32,19 +32,28 @@ def load(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     dense: bool = False,
+    verify: bool = False,
 ) -> PreTrainedModel:
     """Open a checkpoint written by lmq as a transformers model in evaluation mode.
 
     `dtype` is that of the unquantized tensors and of the computation (None: as stored). With `dense` the weights
-    are unpacked once: full memory, faster calls. Raises DamagedFile or InputError naming what is wrong.
+    are unpacked once: full memory, faster calls. `verify` reads all of it once more and compares it with the
+    checksums that lie beside the weights. Raises DamagedFile or InputError naming what is wrong.
     """
     from transformers import AutoModelForCausalLM
 
-    from lmq.checkpoint import verify_checkpoint
+    from lmq.errors import DamagedFile
+    from lmq.verification import verify_checkpoint
 
-    verify_checkpoint(Path(path))
+    verify_checkpoint(Path(path), checksums=verify)
     precision = "auto" if dtype is None else dtype
-    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=precision, trust_remote_code=False)
+    opened: Any = AutoModelForCausalLM.from_pretrained(
+        path, dtype=precision, trust_remote_code=False, output_loading_info=True
+    )
+    model, report = opened
+    for problem, names in report.items():  # transformers would warn, and make missing tensors up
+        if names:
+            raise DamagedFile(f"{path} does not fit its model: {problem} {sorted(map(str, names))[0]}")
     if dense:
         model.dequantize()
     return model.to(device).eval()

@@ -1,6 +1,7 @@
 """Quantized checkpoints: a model directory that transformers opens after `import lmq`.
 
-- `config.json`: that of the source plus `quantization_config` (see `lmq.hf_quantizer.LmqConfig`).
+- `config.json`: that of the source plus `quantization_config` (see `lmq.quantization_config.LmqConfig`).
+- `checksums.json`: digests of every tensor and file (see `lmq.verification`).
 - generation, tokenizer, template and licence files of the source, as they are.
 - `model.safetensors`, or `model-0000i-of-0000N.safetensors` with `model.safetensors.index.json`. A quantized module
   is `<module path>.codes` (see `lmq.packing`), `.scale_codes`, `.zero_codes`, `.scale_ranges` and `.matrix_range`
@@ -11,7 +12,6 @@ The same inputs give the same bytes. A checkpoint is written beside its place an
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -24,17 +24,34 @@ from safetensors.torch import save_file
 
 from lmq.errors import DamagedFile, InputError
 from lmq.frobenius import LayerGrids, fit_grids
-from lmq.hf_quantizer import QUANT_METHOD, LmqConfig
-from lmq.linear import QUANTIZED_TENSORS, quantize_weight, quantized_tensor_shapes
-from lmq.model_directory import complete_directory, copy_companions, size_bytes, write_json, write_shards
+from lmq.linear import quantize_weight, quantized_tensor_shapes
+from lmq.model_directory import complete_directory, copy_companions, write_json, write_shards
 from lmq.quant_spec import QuantSpec
+from lmq.quantization_config import LmqConfig
 from lmq.quantizers import Quantizer
 from lmq.stored_tensors import StoredTensor, find_tensor, read_headers, read_tensors
 from lmq.structure import ModelStructure, ModuleId
+from lmq.verification import (
+    DTYPE_NAMES,
+    quantized_bytes,
+    read_config,
+    read_quantization_config,
+    tensor_record,
+    verify_checkpoint,
+    write_checksums,
+)
+
+__all__ = [
+    "assemble_checkpoint",
+    "quantize_layer",
+    "quantized_bytes",
+    "read_quantization_config",
+    "save_layer",
+    "verify_checkpoint",
+    "write_checkpoint",
+]
 
 DEFAULT_MAX_SHARD_BYTES = 5 * 10**9
-
-_DTYPE_NAMES = {torch.uint8: "U8", torch.float16: "F16", torch.float32: "F32"}
 
 Choice = Mapping[ModuleId, QuantSpec]
 
@@ -90,9 +107,10 @@ def assemble_checkpoint(
     kept = _unquantized(source, structure, choice, source_dir)
     config = _quantized_config(source_dir, structure, choice, quantizer)
     with complete_directory(path) as directory:
-        write_shards(directory, kept | quantized, max_shard_bytes)
+        records = write_shards(directory, kept | quantized, max_shard_bytes, record=tensor_record)
         copy_companions(source_dir, directory)
         write_json(directory / "config.json", config)
+        write_checksums(directory, records)
 
 
 def write_checkpoint(
@@ -122,48 +140,6 @@ def write_checkpoint(
         )
 
 
-def verify_checkpoint(path: Path) -> None:
-    """Check a checkpoint by its headers: configuration readable, no shard missing or truncated, every quantized
-    tensor there with its size. Raises DamagedFile or InputError naming the file and the tensor.
-    """
-    config = read_quantization_config(path)
-    tensors = read_headers(path)
-    for module_path, spec in config.specs.items():
-        found_bytes = _module_bytes(tensors, module_path, path)
-        parameters = tensors[f"{module_path}.codes"].elements * 8 // spec.bits
-        expected_bytes = spec.size_bytes(parameters)
-        if found_bytes != expected_bytes:
-            raise DamagedFile(
-                f"{path}: {module_path} takes {found_bytes:,} bytes where {spec} takes {expected_bytes:,}; "
-                "write the checkpoint again"
-            )
-
-
-def quantized_bytes(path: Path) -> int:
-    """Data bytes of the quantized tensors of a checkpoint, from the headers of its files."""
-    tensors = read_headers(path)
-    return sum(_module_bytes(tensors, module_path, path) for module_path in read_quantization_config(path).modules)
-
-
-def read_quantization_config(path: Path) -> LmqConfig:
-    """The `quantization_config` of a checkpoint. Raises InputError if it is not an lmq checkpoint."""
-    fields = _read_config(path).get("quantization_config")
-    if not isinstance(fields, dict) or fields.get("quant_method") != QUANT_METHOD:
-        raise InputError(f"{path} is not a checkpoint written by lmq: its config.json has no lmq quantization_config")
-    try:
-        return LmqConfig.from_dict(fields)
-    except TypeError as error:
-        raise DamagedFile(f"{path / 'config.json'} has a damaged quantization_config: {error}") from error
-
-
-def _module_bytes(tensors: Mapping[str, StoredTensor], module_path: str, path: Path) -> int:
-    names = [f"{module_path}.{name}" for name in QUANTIZED_TENSORS]
-    missing = [name for name in names if name not in tensors]
-    if missing:
-        raise DamagedFile(f"{path} lacks the tensor {missing[0]}; write the checkpoint again")
-    return sum(size_bytes(tensors[name]) for name in names)
-
-
 def _layer_tensors(layer_files: Sequence[Path]) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
     for path in layer_files:
@@ -184,7 +160,7 @@ def _expected_tensors(structure: ModelStructure, choice: Choice) -> dict[str, tu
     if unknown:
         raise InputError(f"the choice names {unknown[0]}, which the model does not have")
     return {
-        f"{structure.path(module)}.{name}": (_DTYPE_NAMES[dtype], shape)
+        f"{structure.path(module)}.{name}": (DTYPE_NAMES[dtype], shape)
         for module, spec in choice.items()
         for name, (shape, dtype) in quantized_tensor_shapes(
             spec, infos[module].out_features, infos[module].in_features
@@ -234,19 +210,10 @@ def _unquantized(
 def _quantized_config(
     source_dir: Path, structure: ModelStructure, choice: Choice, quantizer: Quantizer
 ) -> dict[str, Any]:
-    config = _read_config(source_dir)
+    config = read_config(source_dir)
     if config.get("quantization_config") is not None:
         raise InputError(f"{source_dir} is quantized already; give the unquantized model")
     shapes = {info.id: [info.out_features, info.in_features] for info in structure.modules}
     modules = {structure.path(module): {"shape": shapes[module], **asdict(choice[module])} for module in sorted(choice)}
     lmq_config = LmqConfig(modules=modules, axis=quantizer.axis, quantizer=quantizer.describe())
     return {**config, "quantization_config": lmq_config.to_dict()}
-
-
-def _read_config(directory: Path) -> dict[str, Any]:
-    try:
-        return json.loads((directory / "config.json").read_text("utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{directory} has no config.json; is it a model directory?") from error
-    except ValueError as error:
-        raise DamagedFile(f"{directory / 'config.json'} is not JSON: {error}; write or download it again") from error

@@ -5,7 +5,8 @@ Importing this module registers the method; `lmq.registration` has it imported w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,56 +18,12 @@ from transformers.quantizers.auto import (
     register_quantizer,
 )
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lmq.errors import InputError
 from lmq.linear import QuantizedLinear
-from lmq.quant_spec import QuantSpec
-
-QUANT_METHOD = "lmq"
-FORMAT_VERSION = 2
-
-
-class LmqConfig(QuantizationConfigMixin):
-    """The `quantization_config` of a checkpoint's config.json.
-
-    `modules` maps the dotted path of each quantized matrix to its `shape` [out_features, in_features] and the fields
-    of its QuantSpec; `axis` is that of the groups, `quantizer` describes how the grids were fitted. Raises InputError
-    for a format this version cannot read.
-    """
-
-    def __init__(
-        self,
-        *,
-        modules: Mapping[str, Mapping[str, Any]],
-        axis: int,
-        quantizer: Mapping[str, Any],
-        format_version: int = FORMAT_VERSION,
-        quant_method: str = QUANT_METHOD,
-    ):
-        if format_version != FORMAT_VERSION:
-            raise InputError(
-                f"the checkpoint has lmq format version {format_version}, this lmq reads version {FORMAT_VERSION}; "
-                "install the version of lmq that wrote it"
-            )
-        self.quant_method = quant_method  # type: ignore[assignment]
-        self.format_version = format_version
-        self.axis = axis
-        self.quantizer = dict(quantizer)
-        self.modules = {path: dict(fields) for path, fields in modules.items()}
-
-    @property
-    def specs(self) -> dict[str, QuantSpec]:
-        """Configuration of each quantized matrix, by dotted path."""
-        return {
-            path: QuantSpec(**{name: value for name, value in fields.items() if name != "shape"})
-            for path, fields in self.modules.items()
-        }
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, int]]:
-        """out_features and in_features of each quantized matrix, by dotted path."""
-        return {path: (fields["shape"][0], fields["shape"][1]) for path, fields in self.modules.items()}
+from lmq.quantization_config import QUANT_METHOD, LmqConfig
+from lmq.stored_tensors import headers_of
+from lmq.verification import check_quantized_tensors
 
 
 class LmqQuantizer(HfQuantizer):
@@ -75,10 +32,22 @@ class LmqQuantizer(HfQuantizer):
     requires_calibration = True
     quantization_config: LmqConfig
 
-    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
-        for path, spec in self.quantization_config.specs.items():
-            path = _path_in(model, path)
-            linear = model.get_submodule(path)
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Sequence[str] | None = None, **_: Any
+    ) -> None:
+        if checkpoint_files:  # transformers would leave zeros where tensors are missing, with a warning
+            files = [Path(file) for file in checkpoint_files]
+            check_quantized_tensors(self.quantization_config, headers_of(files), files[0].parent)
+        shapes = self.quantization_config.shapes
+        modules = dict(model.named_modules())
+        for stored_path, spec in self.quantization_config.specs.items():
+            path = _path_in(model, modules, stored_path)
+            linear = modules[path]
+            if shapes[stored_path] != (linear.out_features, linear.in_features):
+                raise InputError(
+                    f"the checkpoint's {stored_path} is {list(shapes[stored_path])} where {type(model).__name__} has "
+                    f"{[linear.out_features, linear.in_features]}; its config.json is of another model"
+                )
             quantized = QuantizedLinear(
                 linear.in_features,
                 linear.out_features,
@@ -102,13 +71,17 @@ class LmqQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Codes cannot be trained."""
-        return False
+        """Adapters on top of it can be trained (see `lmq.lora`); its codes cannot, nor do they take gradients."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """`torch.compile` makes one graph of a quantized layer."""
+        return True
 
 
-def _path_in(model: Any, path: str) -> str:
+def _path_in(model: Any, modules: Mapping[str, nn.Module], path: str) -> str:
     """The path of a linear layer in this model, which may be the base model of the one that was quantized."""
-    modules = dict(model.named_modules())
     for candidate in (path, path.removeprefix(f"{model.base_model_prefix}.")):
         if isinstance(modules.get(candidate), nn.Linear):
             return candidate

@@ -95,6 +95,11 @@ class QuantizedLinear(nn.Module):
         return packed_linear(inputs, self._packed_weight, bias)
 
     @property
+    def qweight(self) -> torch.Tensor:
+        """The codes, by the name under which PEFT looks for the device of a quantized layer."""
+        return self.get_buffer("codes")
+
+    @property
     def _packed_weight(self) -> PackedWeight:
         tensors = {name: self._buffers[name] for name in QUANTIZED_TENSORS}
         return PackedWeight(**tensors, spec=self.spec, shape=(self.out_features, self.in_features), axis=self.axis)  # type: ignore[arg-type]

@@ -6,17 +6,21 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from safetensors.torch import save_file
 
 from lmq.errors import InputError
 from lmq.stored_tensors import INDEX_FILE, SINGLE_FILE, StoredTensor, read_tensors
 
+Record = TypeVar("Record")
+
 _COPIED_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")
+CHECKSUMS_FILE = "checksums.json"
 _COPIED_NAMES = ("LICENSE", "NOTICE", "USE_POLICY.md")
 
 
@@ -39,8 +43,17 @@ def complete_directory(path: Path) -> Iterator[Path]:
         directory.rename(path)
 
 
-def write_shards(directory: Path, tensors: Mapping[str, StoredTensor], max_shard_bytes: int) -> None:
-    """Copy tensors, in the order of their names, into one file or into shards with an index."""
+def write_shards(
+    directory: Path,
+    tensors: Mapping[str, StoredTensor],
+    max_shard_bytes: int,
+    *,
+    record: Callable[[StoredTensor, torch.Tensor], Record] | None = None,
+) -> dict[str, Record]:
+    """Copy tensors, in the order of their names, into one file or into shards with an index.
+
+    Returns what `record` makes of each, from the values that were read and not from what reached the disk.
+    """
     shards = _split(sorted(tensors.values(), key=lambda tensor: tensor.name), max_shard_bytes)
     files = [SINGLE_FILE]
     if len(shards) > 1:
@@ -48,8 +61,13 @@ def write_shards(directory: Path, tensors: Mapping[str, StoredTensor], max_shard
         weight_map = {tensor.name: file for file, shard in zip(files, shards, strict=True) for tensor in shard}
         total_bytes = sum(size_bytes(tensor) for tensor in tensors.values())
         write_json(directory / INDEX_FILE, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
+    records: dict[str, Record] = {}
     for file, shard in zip(files, shards, strict=True):
-        save_file(read_tensors(shard), directory / file, metadata={"format": "pt"})
+        values = read_tensors(shard)
+        save_file(values, directory / file, metadata={"format": "pt"})
+        if record is not None:
+            records.update({tensor.name: record(tensor, values[tensor.name]) for tensor in shard})
+    return records
 
 
 def _split(tensors: Sequence[StoredTensor], max_shard_bytes: int) -> list[list[StoredTensor]]:
@@ -68,7 +86,8 @@ def copy_companions(source_dir: Path, directory: Path) -> None:
     """Copy the tokenizer, generation, template, code and licence files of a model directory, and its config.json."""
     for file in sorted(source_dir.iterdir()):
         wanted = file.suffix in _COPIED_SUFFIXES or file.stem in _COPIED_NAMES or file.name in _COPIED_NAMES
-        if file.is_file() and wanted and not file.name.endswith(".index.json"):
+        # index and checksums are of the source's own weights
+        if file.is_file() and wanted and not file.name.endswith((".index.json", CHECKSUMS_FILE)):
             shutil.copyfile(file, directory / file.name)
 
 

@@ -77,7 +77,7 @@ class PackedWeight:
             groups = codes.to(torch.float32).sub_(zero[:, None]).mul_(scale[:, None])
             return from_groups(groups, self.shape, self.axis).to(dtype)
         weight = torch.empty(self.shape, dtype=dtype, device=self.codes.device)
-        for rows, block in self.blocks():
+        for rows, block in self._row_blocks(_FEW_TOKENS_BLOCK) if self.axis == 1 else self.blocks():
             weight[rows] = block
         return weight
 
@@ -87,7 +87,7 @@ class PackedWeight:
         Rows of a grid with axis 0 are those of one group each column: every n-th.
         """
         if self.axis == 1:
-            yield from self._row_blocks()
+            yield from self._row_blocks(_CPU_BLOCK if self.codes.device.type == "cpu" else _GPU_BLOCK)
         elif self.is_grouped_by_columns:
             yield from self._band_blocks()
         else:
@@ -105,10 +105,10 @@ class PackedWeight:
             self.scale_codes, self.zero_codes, self.scale_ranges, self.matrix_range, self.spec.meta_group_size
         )
 
-    def _row_blocks(self) -> Iterator[tuple[slice, Tensor]]:
+    def _row_blocks(self, block_elements: int) -> Iterator[tuple[slice, Tensor]]:
         in_features, group_size = self.shape[1], self.spec.group_size
         scale, zero = self._scale_and_zero()
-        for rows, floats in self._float_codes(_CPU_BLOCK if self.codes.device.type == "cpu" else _GPU_BLOCK):
+        for rows, floats in self._float_codes(block_elements):
             of_rows = slice(rows.start * in_features // group_size, rows.stop * in_features // group_size)
             groups = floats.view(-1, group_size)
             yield rows, groups.sub_(zero[of_rows, None]).mul_(scale[of_rows, None]).view(-1, in_features)

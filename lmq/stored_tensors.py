@@ -42,7 +42,7 @@ def weight_files(model_dir: Path) -> tuple[Path, ...]:
     if index.is_file():
         try:
             shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(f"{index} is not an index of safetensors shards; download the model again") from error
         leaving = [name for name in shards if not _stays_inside(name)]
         if leaving:
@@ -81,12 +81,22 @@ def _instead(model_dir: Path) -> str:
 
 
 def read_headers(model_dir: Path) -> dict[str, StoredTensor]:
-    """Every stored tensor by name, from the headers only. Raises InputError for a truncated or damaged file."""
+    """Every stored tensor of a model directory by name; raises as `weight_files` and `headers_of`."""
+    return headers_of(weight_files(model_dir))
+
+
+def headers_of(files: Iterable[Path]) -> dict[str, StoredTensor]:
+    """Every stored tensor by name, from the headers only.
+
+    Raises InputError for a truncated or damaged file, and for a tensor that two files hold.
+    """
     tensors: dict[str, StoredTensor] = {}
-    for file in weight_files(model_dir):
+    for file in files:
         try:
             with safe_open(file, framework="pt") as handle:
                 for name in handle.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
+                    if name in tensors:
+                        raise InputError(f"{file} and {tensors[name].file.name} both hold {name}; download them again")
                     header = handle.get_slice(name)
                     tensors[name] = StoredTensor(file, name, tuple(header.get_shape()), header.get_dtype())
         except (SafetensorError, OSError) as error:

@@ -100,6 +100,9 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--output", type=Path, default=Path("comparison.html"), help="page of several runs (default: %(default)s)"
     )
+    text = "check every byte of a checkpoint, and say what its bytes are"
+    verify = _add(commands, "verify", "verify.verify_command", text)
+    verify.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="directory of a checkpoint of lmq")
     _add_export(commands)
     _add_frontier(commands)
     _add_study(commands)

@@ -1,4 +1,5 @@
 import importlib
+import json
 import subprocess
 import sys
 from itertools import cycle
@@ -6,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 import lmq
 from lmq.checkpoint import write_checkpoint
 from lmq.discovery import discover
-from lmq.errors import InputError
+from lmq.errors import DamagedFile, InputError
 from lmq.frobenius import fit_grids
 from lmq.linear import QuantizedLinear
 from lmq.quant_spec import STOPS
@@ -69,6 +71,11 @@ def test_a_saved_model_opens_again(tiny_qwen: Path, tmp_path: Path) -> None:
     _quantize(tiny_qwen, tmp_path / "q")
     model = _open(tmp_path / "q")
     model.save_pretrained(tmp_path / "again")
+    assert not (tmp_path / "again" / "checksums.json").exists()
+    before, after = load_file(tmp_path / "q" / "model.safetensors"), load_file(tmp_path / "again" / "model.safetensors")
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():  # bit for bit, NaN or not
+        assert torch.equal(tensor.reshape(-1).view(torch.uint8), after[name].reshape(-1).view(torch.uint8)), name
     assert torch.equal(_logits(_open(tmp_path / "again")), _logits(model))
     assert torch.equal(_logits(lmq.load(tmp_path / "again")), _logits(model))
 
@@ -107,9 +114,33 @@ def test_newer_formats_and_other_models_are_refused(tiny_llama: Path, tmp_path: 
     for opened_by in (lmq.load, AutoModelForCausalLM.from_pretrained):
         with pytest.raises(InputError, match="format version 7"):
             opened_by(tmp_path / "q")
-    (tmp_path / "q" / "config.json").write_text(config.replace("layers.0.mlp.up_proj", "layers.0.mlp.x_proj"))
-    with pytest.raises(InputError, match=r"layers.0.mlp.x_proj, which is not a linear layer of LlamaForCausalLM"):
+    wrong = json.loads(config)
+    wrong["intermediate_size"] = 96
+    (tmp_path / "q" / "config.json").write_text(json.dumps(wrong))
+    with pytest.raises(InputError, match=r"mlp.* is \[.*128.*\] where LlamaForCausalLM has \[.*96.*\]"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "q")
+    (tmp_path / "q" / "config.json").write_text(config.replace("layers.0.mlp.up_proj", "layers.0.mlp.x_proj"))
+    with pytest.raises(DamagedFile, match=r"lacks the tensor model.layers.0.mlp.x_proj.codes"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "q")
+
+
+def test_lost_tensors_are_an_error_and_not_made_up(tiny_llama: Path, tmp_path: Path) -> None:
+    _quantize(tiny_llama, tmp_path / "q")
+    weights = tmp_path / "q" / "model.safetensors"
+    intact = load_file(weights)
+
+    def without(name: str) -> None:
+        save_file({key: value for key, value in intact.items() if key != name}, weights, metadata={"format": "pt"})
+
+    without("model.layers.1.self_attn.q_proj.zero_codes")
+    for opened_by in (lmq.load, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(DamagedFile, match=r"lacks the tensor model.layers.1.self_attn.q_proj.zero_codes"):
+            opened_by(tmp_path / "q")
+    without("model.norm.weight")
+    with pytest.raises(DamagedFile, match=r"missing_keys model.norm.weight"):
+        lmq.load(tmp_path / "q")
+    with pytest.raises(DamagedFile, match=r"lacks the tensor model.norm.weight"):
+        lmq.load(tmp_path / "q", verify=True)
 
 
 def test_importing_again_registers_once() -> None:

@@ -1,0 +1,43 @@
+"""Command that checks a checkpoint and says what its bytes are."""
+
+from __future__ import annotations
+
+import argparse
+
+from rich.table import Table
+
+from lmq.verification import checkpoint_sizes, find_damage, read_checksums, read_quantization_config
+from lmq_flows.cli.terminal import console
+
+
+def verify_command(arguments: argparse.Namespace) -> int:
+    """Print every damage and return 1, or print the sizes."""
+    path = arguments.checkpoint
+    damages = list(find_damage(path))
+    for damage in damages:
+        console.print(damage, style="red", highlight=False, soft_wrap=True)
+    if damages:
+        console.print(f"{len(damages)} damaged; write or download the checkpoint again", highlight=False)
+        return 1
+    recorded = read_checksums(path)
+    console.print(
+        "has no checksums.json: headers and shapes are right, contents were not checked"
+        if recorded is None
+        else f"{len(recorded['tensors'])} tensors and {len(recorded['files'])} files are as they were written (sha256)",
+        highlight=False,
+        soft_wrap=True,
+    )
+    sizes = checkpoint_sizes(path)
+    table = Table(box=None, header_style="bold")
+    table.add_column("part")
+    table.add_column("bytes", justify="right")
+    for part, size_bytes in (
+        (f"{len(read_quantization_config(path).modules)} quantized matrices", sizes.quantized_bytes),
+        ("other tensors", sizes.unquantized_bytes),
+        ("headers of the weight files", sizes.header_bytes),
+        ("other files", sizes.other_bytes),
+        ("all", sizes.total_bytes),
+    ):
+        table.add_row(part, f"{size_bytes:,}")
+    console.print(table)
+    return 0
