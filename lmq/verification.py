@@ -183,7 +183,7 @@ def _index_damage(path: Path, tensors: Mapping[str, StoredTensor]) -> Iterator[s
     index = path / INDEX_FILE
     if index.is_file():
         for name, shard in json.loads(index.read_text())["weight_map"].items():
-            if name not in tensors or tensors[name].file.name != shard:
+            if name not in tensors or tensors[name].file != path / shard:
                 yield f"{path / shard} lacks the tensor {name}, which {INDEX_FILE} says it holds"
 
 
