@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import statistics
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -77,6 +79,43 @@ def pareto_front(results: Sequence[VariantResult]) -> list[VariantResult]:
         if not front or (result.perplexity or 0.0) < (front[-1].perplexity or 0.0):
             front.append(result)
     return front
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draws:
+    """Perplexities of one strategy at one budget under several seeds: how much of a difference is luck."""
+
+    model: str
+    strategy: str
+    budget: str
+    count: int
+    mean: float
+    deviation: float
+
+
+def seeded_draws(results: Sequence[VariantResult]) -> list[Draws]:
+    """Mean and standard deviation over the seeds of every strategy that was drawn more than once (`random-boost`).
+
+    `strategy` is its label without the seed; other options keep their draws apart. All of one model must have one
+    yardstick.
+    """
+    found: dict[tuple[str, str, str], list[float]] = defaultdict(list)
+    for result in results:
+        seedless = re.sub(r" seed=\d+\b", "", result.strategy)
+        if result.budget is not None and result.perplexity is not None:
+            found[result.model, seedless, result.budget].append(result.perplexity)
+    return [
+        Draws(
+            model=model,
+            strategy=strategy,
+            budget=budget,
+            count=len(values),
+            mean=statistics.fmean(values),
+            deviation=statistics.stdev(values),
+        )
+        for (model, strategy, budget), values in found.items()
+        if len(values) > 1
+    ]
 
 
 def tallies(groups: Mapping[Yardstick, Sequence[tuple[str, VariantResult]]]) -> list[Tally]:

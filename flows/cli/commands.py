@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from lmq.comparison import seeded_draws
 from lmq.errors import InputError, LmqError
 from lmq.results import read_results
 from lmq.results_table import is_number_column, latex_table, markdown_table, results_table
@@ -136,6 +137,10 @@ def _print_table(run_dir: Path) -> None:
             hosts = dict.fromkeys(result.performance_host for result in of_model if result.performance_host)
             for host in hosts:
                 console.print(f"measured on {host}", highlight=False, markup=False, soft_wrap=True)
+        for draws in seeded_draws(of_model):
+            figures = f"{draws.mean:.2f}, standard deviation {draws.deviation:.2f}"
+            text = f"{draws.strategy} @ {draws.budget}: perplexity of {draws.count} draws on average {figures}"
+            console.print(text, highlight=False, markup=False, soft_wrap=True)
         for result, row in zip(of_model, rows, strict=True):
             if row[-1]:
                 console.print(f"{result.label} {row[-1]}", highlight=False, markup=False, soft_wrap=True)

@@ -412,6 +412,18 @@ def test_evaluate_prints_the_perplexity_of_a_checkpoint_and_of_its_model(
         assert "(strided 64/32, 255 tokens scored)" in capsys.readouterr().out
 
 
+def test_evaluate_compares_with_the_unquantized_model_and_names_tasks_without_data(
+    made: tuple[Path, Path], tiny_llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("lm_eval")
+    arguments = [str(made[1]), *EVALUATION, "--reference", str(tiny_llama), "--tasks", "winogrande"]
+    assert main(["evaluate", *arguments]) == 1
+    out = capsys.readouterr().out
+    assert "KL to the reference 0." in out
+    assert "top-1 agreement" in out
+    assert "winogrande was not measured: the data of task 'winogrande' is not at hand" in out
+
+
 def test_evaluate_refuses_a_checkpoint_of_a_newer_version(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = json.loads((checkpoint / "config.json").read_text())
     config["quantization_config"]["format_version"] += 1

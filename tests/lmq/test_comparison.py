@@ -1,9 +1,10 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from lmq.comparison import Tally, by_yardstick, pareto_front, tallies
+from lmq.comparison import Tally, by_yardstick, pareto_front, seeded_draws, tallies
 from lmq.errors import InputError
 from lmq.report.comparison import build_comparison
 from lmq.results import VariantResult
@@ -73,6 +74,16 @@ def test_wins_ties_and_losses_are_counted_at_two_decimals() -> None:
     assert found["mxq", "uniform"] == Tally(strategy="mxq", against="uniform", wins=0, ties=1, losses=1)
     assert found["loss-aware", "uniform"] == Tally(strategy="loss-aware", against="uniform", wins=1)
     assert next(iter(found)) == ("loss-aware", "uniform")
+
+
+def test_draws_of_an_ablation_are_summed_up_and_not_picked_from() -> None:
+    values = [12.0, 12.5, 13.3]
+    draws = [variant(f"random-boost like=kurt-boost seed={seed}", "4 bpw", v) for seed, v in enumerate(values)]
+    alone = variant("random-boost seed=1", "4 bpw", 14.0)
+    (found,) = seeded_draws([*RUN, *draws, alone])
+    assert (found.strategy, found.budget, found.count) == ("random-boost like=kurt-boost", "4 bpw", 3)
+    assert found.mean == pytest.approx(np.mean(values))
+    assert found.deviation == pytest.approx(np.std(values, ddof=1))
 
 
 def test_the_page_opens_by_itself_and_shows_every_run(tmp_path: Path, tab: Page) -> None:
