@@ -148,8 +148,8 @@ def collect_garbage(store: ArtifactStore, *, keep_runs: int, keep_hours: float, 
 
 def _kept(runs: list[NeededRun], keep_runs: int) -> list[NeededRun]:
     """Runs in progress, and those of the newest `keep_runs` names; every attempt at such a run is kept."""
-    names = list(dict.fromkeys(sorted_name.name for sorted_name in sorted(runs, key=lambda run: -run.modified)))
-    return [run for run in runs if run.state == "in progress" or run.name in names[:keep_runs]]
+    newest = list(dict.fromkeys(run.name for run in sorted(runs, key=lambda run: -run.modified)))[:keep_runs]
+    return [run for run in runs if run.state == "in progress" or run.name in newest]
 
 
 def _older_than(now: float, keep_hours: float, leases: Iterable[HeldLease]) -> float:

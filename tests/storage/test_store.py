@@ -183,3 +183,32 @@ def test_every_part_of_a_key_counts():
         artifact_key("a", 1, {"x": 1}, {"i": ["d"]}),
     }
     assert len(keys) == 6
+
+
+PREVIOUS_MANIFEST = """{
+ "algorithm_version": 1, "config": {"layer": 3}, "files": {"a.txt": {
+  "sha256": "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824", "size_bytes": 5}},
+ "host": "old", "inputs": {}, "key": "k", "manifest_version": 1, "schema": "text/1", "seconds": 1.5,
+ "stage": "kurtosis", "versions": {"lmq": "0.1.0"}
+}"""
+"""As the store wrote it before peak memory was noted: manifests outlive the code that wrote them."""
+
+
+def test_an_artifact_of_a_previous_version_is_found(tmp_path):
+    store = ArtifactStore(str(tmp_path / "store"))
+    store.storage.write("blobs/2c/2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824", b"hello")
+    store.storage.write("manifests/kurtosis/k.json", PREVIOUS_MANIFEST.encode())
+    ref = store.find("kurtosis", "k")
+    assert store.path(ref, "a.txt").read_text() == "hello"
+    assert publish(store, text="other") == ref
+    assert store.verify() == []
+
+
+def test_a_field_that_is_not_known_here_is_a_miss(tmp_path):
+    """A later version that wrote more without raising the manifest's version is not half understood."""
+    store = ArtifactStore(str(tmp_path / "store"))
+    ref = publish(store)
+    text = store.storage.read("manifests/kurtosis/k.json").decode()
+    store.storage.write("manifests/kurtosis/k.json", text.replace("{", '{"later": 1,', 1).encode())
+    assert store.find("kurtosis", "k") is None
+    assert publish(store) == ref
