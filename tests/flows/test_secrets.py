@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -48,8 +49,7 @@ def test_a_run_on_s3_is_cached_looked_after_and_writes_no_secret(server, tiny_ll
             ):
                 printed.append(runner.start(*command, place=tmp_path).finish())
         plan, ls, verify, gc = printed[2:]
-        assert "evaluate           2/2" in printed[1]
-        assert "(2 cached)" in printed[1]
+        assert re.search(r"evaluate +1/1 .*\(1 cached\)", printed[1])
         assert "never made" not in plan
         assert "night" in ls
         assert "finished" in ls
