@@ -34,6 +34,8 @@ from lmq_flows.config_sections import (
     without_repeats,
 )
 from lmq_flows.overrides import apply_override
+from lmq_storage import BadStore
+from lmq_storage.names import checked_url
 
 
 class RunConfig(Section):
@@ -58,6 +60,14 @@ class RunConfig(Section):
     runner: RunnerConfig = RunnerConfig()
     store: str = Field("store", min_length=1, description="Where artifacts are kept: a directory or any fsspec URL")
     runs_dir: str = Field("runs", min_length=1, description="Where results are written")
+
+    @field_validator("store")
+    @classmethod
+    def _store_holds_no_secret(cls, url: str) -> str:
+        try:
+            return checked_url(url)
+        except BadStore as error:
+            raise ValueError(str(error)) from error
 
     @field_validator("budgets", mode="before")
     @classmethod
