@@ -14,8 +14,8 @@ import yaml
 
 from lmq.budget import Budget, feasible_range
 from lmq.discovery import discover
-from lmq.hf_quantizer import FORMAT_VERSION
 from lmq.quant_spec import STOPS
+from lmq.quantization_config import FORMAT_VERSION
 from lmq.results import VariantResult, write_results
 from lmq.storage_layouts import hqq_size_bytes
 from lmq_flows.cli import main
