@@ -178,8 +178,8 @@ def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
     export.add_argument(
         "--fidelity",
-        choices=("exact", "size"),
-        help="of gguf: types that hold the checkpoint's values, or those nearest in size (default: exact)",
+        choices=("size", "exact"),
+        help="of gguf: the types nearest in size, or those that hold the checkpoint's values (default: size)",
     )
     export.add_argument(
         "--tensor-types",

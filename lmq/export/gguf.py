@@ -2,17 +2,17 @@
 
 What a matrix becomes depends on its configuration and on `fidelity`:
 
-- "exact", the default: matrices of 2, 3 and 4 bits become Q4_1, which holds their very codes; only the scale and
-  the offset are rounded to float16. That costs 5 bits per weight whatever the configuration, and the file computes
-  what the checkpoint was measured to compute. Groups that are not made of whole blocks of 32 neighbours (along the
-  other axis, or of 16) are rounded to Q8_0 instead.
-- "size": the type nearest in size, Q2_K, Q3_K or Q4_K, where rows are made of 256 weights; Q4_1 where they are not.
-  The codes are fitted anew. Q4_K (4.5 bits) and Q2_K (2.625) follow the grids of lmq closely; Q3_K (3.4375)
-  has no offset and loses nearly as much again as the quantization did.
+- "size", the default: the type nearest in size, Q2_K, Q3_K or Q4_K, where rows are made of 256 weights; Q4_1 where
+  they are not, and for b4g32, whose codes it holds. The codes of K types are fitted anew: Q4_K (4.5 bits) and Q2_K
+  (2.625) follow the grids of lmq closely; Q3_K (3.4375) has no offset and loses nearly as much again as the
+  quantization did.
+- "exact": matrices of 2, 3 and 4 bits become Q4_1, which holds their very codes; only the scale and the offset are
+  rounded to float16. That costs 5 bits per weight whatever the configuration, and the checkpoint's evaluation holds
+  for the file. Groups that are not made of whole blocks of 32 neighbours (along the other axis, or of 16) are
+  rounded to Q8_0 instead.
 
-Matrices of 8 bits become Q8_0 either way. "exact" is the default because a checkpoint's evaluation then holds for
-its export. Every step's error is measured on the written bytes. To make a file as small as the plan with
-llama.cpp's own quantizer, from the full-precision model, see `lmq.export.llama_quantize`.
+Matrices of 8 bits become Q8_0 either way. Every step's error is measured on the written bytes. To make a file as
+small as the plan with llama.cpp's own quantizer, from the full-precision model, see `lmq.export.llama_quantize`.
 
 What lmq left unquantized keeps its type, except that norms and biases are float32, as llama.cpp wants them.
 """
@@ -69,7 +69,7 @@ def problems(checkpoint: QuantizedCheckpoint) -> list[str]:
 
 
 def export(
-    checkpoint: QuantizedCheckpoint, target: Path, *, fidelity: Fidelity = "exact", tensor_types: str | None = None
+    checkpoint: QuantizedCheckpoint, target: Path, *, fidelity: Fidelity = "size", tensor_types: str | None = None
 ) -> ExportReport:
     """Write the checkpoint as the GGUF file `target`; the same checkpoint gives the same bytes.
 
