@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lmq import zero_shot
 from lmq.errors import InputError
 from lmq.zero_shot import DataNotAtHand, load_task, local_task_files, measure_task, task_name
+from tests.lmq.export.small_checkpoints import write_small
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of lm-eval's own code
 
@@ -67,6 +68,26 @@ def test_a_local_task_is_measured_offline(tiny_qwen: Path, words: Path) -> None:
     assert (accuracy.task, accuracy.samples, accuracy.error) == ("words", 4, None)
     assert accuracy.value == share
     assert accuracy.stderr == pytest.approx(math.sqrt(share * (1 - share) / 3))
+
+
+def test_the_hf_model_of_lm_eval_opens_a_checkpoint(
+    tiny_qwen: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lm_eval import evaluator
+    from lm_eval.tasks import TaskManager
+
+    checkpoint = write_small(tiny_qwen, tmp_path / "q", "b4g32").path
+    monkeypatch.chdir(words.parent)  # the task names its questions from there
+    found = evaluator.simple_evaluate(
+        model="hf",
+        model_args={"pretrained": str(checkpoint), "dtype": "float32"},
+        tasks=["words"],
+        task_manager=TaskManager(include_path=str(words.parent), include_defaults=False),
+        device="cpu",
+        bootstrap_iters=0,
+    )
+    right = right_answers(checkpoint)
+    assert found["results"]["words"]["acc,none"] == sum(right) / len(right)
 
 
 def test_a_limit_takes_the_first_questions(tiny_qwen: Path, words: Path) -> None:
