@@ -11,9 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lmq.calibration import TextSource, documents, read_tokens
-from lmq.evaluation import evaluate_checkpoint
 from lmq.importance.cosine import block_influence
 from lmq.prune import choose_random_layers
+from lmq.whole_model import evaluate_checkpoint
 from lmq_flows.cli import main
 from lmq_flows.cli.terminal import console
 from lmq_flows.importance import ImportanceOptions, measure_importance
