@@ -1,18 +1,17 @@
 """What Dask or Ray add to the work of measuring a model, and whether the simulation of benchmarks.scaling is right.
 
-    python -m benchmarks.runners SMOLLM2 [--kind dask] [--workers 1 2] [--sequences 4]
+    PREFECT_LOGGING_LEVEL=ERROR python -m benchmarks.runners SMOLLM2 --kind dask --workers 1 2 --sequences 4 --blocks 15
 
-SMOLLM2 is a directory with a model. Its layers are measured (capture, kurtosis, grids, token-wise Fisher) by worker
-processes, with a new store each time. Of every task, the time from its submission to its result is compared with the
-seconds of the stages in it: the rest is overhead (Prefect's and the cluster's, reading and writing of artifacts, taking
-of results). The simulation is then given the seconds of the stages and the overhead, and predicts how long runs took.
+SMOLLM2 is a directory with a model. Its blocks, or the last `--blocks` of them, are measured (capture, kurtosis, grids,
+token-wise Fisher) by worker processes, with a new store each time. Of every task, the time from its submission to its
+result is compared with the seconds of the stages in it: the rest is overhead (Prefect's and the cluster's, taking of
+results). The simulation is then given the seconds of the stages and the overhead, and predicts how long runs took.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import tempfile
 import time
@@ -73,7 +72,7 @@ class MeasuredRun:
         return {"seconds": means, "task_overhead_s": statistics.median(self.overheads_s)}
 
 
-def run_once(model: Path, kind: str, workers: int, sequences: int) -> MeasuredRun:
+def run_once(model: Path, kind: str, workers: int, sequences: int, blocks: int | None) -> MeasuredRun:
     """Measure the model on a new cluster and a new store."""
     from benchmarks import runners
     from lmq_flows.execute import execute
@@ -89,7 +88,8 @@ def run_once(model: Path, kind: str, workers: int, sequences: int) -> MeasuredRu
         whole, _, measured = build_graph(config, models, texts)
         found = measured["m"]
         graph = Graph()
-        graph.nodes = whole.leading_to([*found.frobenius, *found.kurtosis, *found.fisher])
+        wanted = [nodes[-blocks if blocks else None :] for nodes in (found.frobenius, found.kurtosis, found.fisher)]
+        graph.nodes = whole.leading_to([node for nodes in wanted for node in nodes])
         times = TaskTimes()
         with started_runner(config.runner) as runner:
             warm_up(runner, workers)
@@ -164,17 +164,18 @@ def main() -> None:
     parser.add_argument("--kind", choices=("dask", "ray"), default="dask")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--sequences", type=int, default=4)
+    parser.add_argument("--blocks", type=int, help="measure the last blocks only")
     parser.add_argument("--figures", type=Path, help="JSON that keeps figures of earlier calls for the simulation")
     options = parser.parse_args()
-    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "ERROR")
     from benchmarks.scaling import Simulation
 
-    print(f"{options.kind}, {options.sequences} × 512 tokens", flush=True)
+    blocks = f"last {options.blocks} blocks" if options.blocks else "all blocks"
+    print(f"{options.kind}, {options.sequences} × 512 tokens, {blocks}", flush=True)
     names = ("workers", "tasks", "nodes", "work s", "overhead s", "share", "median s", "wall s")
     print("".join(f"{name:>11}" for name in names))
     known = json.loads(options.figures.read_text()) if options.figures and options.figures.exists() else {}
     for workers in options.workers:
-        run = run_once(options.model, options.kind, workers, options.sequences)
+        run = run_once(options.model, options.kind, workers, options.sequences, options.blocks)
         known[str(workers)] = run.figures
         work_s, overhead_s = sum(run.seconds.values()), sum(run.overheads_s)
         row = [f"{workers}", f"{len(run.tasks)}", f"{len(run.graph)}", f"{work_s:.1f}", f"{overhead_s:.1f}"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import ipaddress
 import logging
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -105,7 +106,12 @@ def _ray(config: RunnerConfig) -> Iterator[Any]:
                 logging_level=logging.ERROR,
                 **({} if config.address else local),
             )
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
+        if "AF_UNIX path length" in str(error):
+            raise InputError(
+                f"Ray's sockets lie below the temporary directory, and {tempfile.gettempdir()} is too long a path for "
+                f"them ({error}); set TMPDIR to a shorter one, such as /tmp"
+            ) from error
         raise _unreachable(config, error) from error
     try:
         yield package.RayTaskRunner(address=config.address)  # finds the connection that is open

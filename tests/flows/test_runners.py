@@ -16,7 +16,7 @@ from tests.flows.conftest import run_and_look, tiny_config
 
 def quick_config(model: Path, place: Path, kind: str):
     """A run of every kind of stage that has a chain, a fan-out and a join, at the smallest size."""
-    changes = {"strategies": ["uniform", "loss-aware"], "runner__kind": kind, "runner__workers": 2}
+    changes = {"strategies": ["loss-aware"], "runner__kind": kind, "runner__workers": 2}
     return tiny_config(model, place, **changes)
 
 
@@ -86,6 +86,17 @@ def test_cluster_that_does_not_answer_is_named(server, monkeypatch):
     with (
         pytest.raises(InputError, match=r"no Dask cluster.*tcp://127.0.0.1:9"),
         started_runner(RunnerConfig(kind="dask", address="tcp://127.0.0.1:9")),
+    ):
+        pass
+
+
+def test_temporary_directory_that_is_too_long_for_ray_is_named(server, tmp_path, monkeypatch):
+    (tmp_path / ("long" * 20)).mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / ("long" * 20)))
+    monkeypatch.setattr("tempfile.tempdir", None)  # what Python remembers of it
+    with (
+        pytest.raises(InputError, match=r"longlong is too long .* set TMPDIR"),
+        started_runner(RunnerConfig(kind="ray")),
     ):
         pass
 

@@ -107,12 +107,12 @@ def start_dask(processes: Processes, workers: int) -> tuple[str, list[subprocess
     return address, started
 
 
-def start_run(processes: Processes, config: RunConfig) -> subprocess.Popen[bytes]:
-    """`lmq run` in a process of its own."""
+def start_run(processes: Processes, config: RunConfig, **environment: str) -> subprocess.Popen[bytes]:
+    """`lmq run` in a process of its own; `environment` is added to that of this process."""
     path = processes.place / "run.yaml"
     path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
     command = ("-m", "lmq_flows.cli", "run", str(path))
-    return processes.start("run", *command, PREFECT_HOME=str(processes.place / "home"))
+    return processes.start("run", *command, PREFECT_HOME=str(processes.place / "home"), **environment)
 
 
 def finish(processes: Processes, run: subprocess.Popen[bytes]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 
 import psutil
 import pytest
@@ -78,13 +79,20 @@ def test_two_workers_that_share_only_an_s3_store(model, by_threads, processes, t
 
 
 @pytest.mark.parametrize("kind", ["dask", "ray"])
-def test_killed_worker_of_a_cluster_of_this_machine(model, by_threads, processes, tmp_path, kind):
+def test_killed_worker_of_a_cluster_of_this_machine(model, by_threads, processes, tmp_path, short_dir, kind):
     config = a_config(model, tmp_path, runner__kind=kind)
-    run = start_run(processes, config)
+    run = start_run(processes, config, TMPDIR=short_dir)
     wait_until(lambda: 2 <= count(config, "frobenius") < LAYERS - 2, "the grids of some layers", run)
     os.kill(busiest_worker(run.pid, kind), signal.SIGKILL)
     finish(processes, run)
     assert different(config, by_threads) == set()
+
+
+@pytest.fixture
+def short_dir():
+    """Ray's sockets lie below the temporary directory, and their paths have at most 107 characters."""
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="lmq-", ignore_cleanup_errors=True) as name:
+        yield name
 
 
 def count(config, stage):
