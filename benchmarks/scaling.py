@@ -41,6 +41,7 @@ LLAMA_405B = LlamaShape(
 VOCABULARY = 128256
 BYTES_PER_WEIGHT = 2
 TASK_OVERHEAD_S = 0.3
+"""What a task of Dask adds, by `benchmarks.runners` with one worker."""
 _DONE = ArtifactRef("simulated/0", "0", "0/0")
 
 

@@ -26,7 +26,7 @@ from lmq_tasks.chunk import run_chunk, run_node
 from lmq_tasks.stage import open_store, stage_key
 
 LEAST_CHUNK_S = 3.0
-"""Chunks are not made smaller than this to share them among workers: ten times what a task costs with Dask or Ray
+"""Chunks are not made smaller than this to share them among workers: five to ten times what a task of Dask costs
 (docs/benchmarks.md)."""
 
 
