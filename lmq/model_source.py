@@ -152,9 +152,10 @@ def convert_gguf(path: Path, out_dir: Path, dtype: torch.dtype | None = None) ->
         raise InputError(f"{out_dir} exists already; remove it or give another place")
     _log.info("reading %s", path)
     try:
-        options: Any = {"gguf_file": path.name, "trust_remote_code": False}
-        model: Any = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **options)
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, **options)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.float32, trust_remote_code=False
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     except (ValueError, OSError, LookupError, NotImplementedError) as error:
         raise InputError(f"{path} cannot be read as a GGUF model: {error}; is it complete, and supported?") from error
     model.hf_quantizer = None

@@ -72,7 +72,11 @@ def quantization_method(path: Path) -> str | None:
 def _open_completely(path: Path, dtype: torch.dtype | None, device: torch.device | str) -> PreTrainedModel:
     """A model whose tensors all come from the files: transformers makes up what is missing."""
     opened: Any = AutoModelForCausalLM.from_pretrained(
-        path, dtype="auto" if dtype is None else dtype, output_loading_info=True, local_files_only=True
+        path,
+        dtype="auto" if dtype is None else dtype,
+        output_loading_info=True,
+        local_files_only=True,
+        trust_remote_code=False,
     )
     model, info = opened
     missing = sorted(map(str, info["missing_keys"]))

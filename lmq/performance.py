@@ -96,9 +96,9 @@ def _import_all(path: Path) -> None:
 
     import lmq.checkpoint  # noqa: F401
 
-    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     with torch.device("meta"):
-        AutoModelForCausalLM.from_config(config)
+        AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     torch.nn.functional.linear(torch.ones(1, 8), torch.ones(8, 8))
 
 

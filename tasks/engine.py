@@ -15,7 +15,7 @@ from prefect.states import Failed, State
 
 from lmq.errors import InputError, LmqError
 from lmq_storage import DamagedArtifact, StoreError
-from lmq_tasks.retries import UNAVAILABLE, is_transient, retry_options
+from lmq_tasks.retries import STORE_UNAVAILABLE, UNAVAILABLE, is_transient, retry_options
 from lmq_tasks.stage import JsonDict, Site, run_stage
 
 GPU_LIMIT = "lmq-gpu"
@@ -66,7 +66,7 @@ def stage_task(name: str) -> Task[..., Any]:
 def failed_name(error: Exception) -> str:
     """Name of the state of a task that ended with this error; it says whether trying again can help."""
     if is_transient(error):
-        return UNAVAILABLE
+        return STORE_UNAVAILABLE if isinstance(error, StoreError) else UNAVAILABLE
     return BAD_INPUT if isinstance(error, InputError) else "Failed"
 
 

@@ -14,6 +14,11 @@ UNAVAILABLE = "Unavailable"
 
 RETRIES = 4
 
+STORE_UNAVAILABLE = "StoreUnavailable"
+"""Name of the state of a task whose store did not answer, though it was asked again by the store's own code already."""
+
+STORE_RETRIES = 1
+
 _ERRNOS = {
     errno.EAGAIN,
     errno.EBUSY,
@@ -51,17 +56,20 @@ def is_transient(error: BaseException) -> bool:
 
 
 def retry_options(delay_seconds: float = 2.0) -> dict[str, Any]:
-    """Options of a Prefect task that is tried again when it ends in the state Unavailable, after 2, 4, 8 and 16 s."""
+    """Options of a Prefect task that is tried again when it ends in the state Unavailable, after 2, 4, 8 and 16 s.
+
+    In the state StoreUnavailable once only: the store has waited already.
+    """
     return {
         "retries": RETRIES,
         "retry_delay_seconds": exponential_backoff(delay_seconds),
         "retry_jitter_factor": 0.5,
-        "retry_condition_fn": _is_unavailable,
+        "retry_condition_fn": _may_be_tried_again,
     }
 
 
-def _is_unavailable(task: Any, task_run: Any, state: State[Any]) -> bool:
-    return state.name == UNAVAILABLE
+def _may_be_tried_again(task: Any, task_run: Any, state: State[Any]) -> bool:
+    return state.name == UNAVAILABLE or (state.name == STORE_UNAVAILABLE and task_run.run_count <= STORE_RETRIES)
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

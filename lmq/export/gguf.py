@@ -141,7 +141,7 @@ def _add_metadata(
 
 def _model_config(checkpoint: QuantizedCheckpoint) -> PreTrainedConfig:
     try:
-        return AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
+        return AutoConfig.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
     except (ValueError, OSError, LookupError) as error:
         raise InputError(f"{checkpoint.path}/config.json describes no model that transformers has: {error}") from error
 

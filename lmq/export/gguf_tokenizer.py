@@ -36,7 +36,9 @@ class GgufTokenizer:
     """
 
     def __init__(self, model_dir: Path, vocabulary_size: int):
-        self._tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model_dir)
+        self._tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            model_dir, local_files_only=True, trust_remote_code=False
+        )
         self._vocabulary_size = vocabulary_size
         self._data: dict[str, Any] = json.loads(self._tokenizer.backend_tokenizer.to_str())
         self._model: dict[str, Any] = self._data["model"]

@@ -40,7 +40,7 @@ def open_tokenizer(report: ExportReport, format_name: str) -> PreTrainedTokenize
     if format_name == "gguf":
         place, options = report.path.parent, {"gguf_file": report.path.name}
     try:
-        return AutoTokenizer.from_pretrained(place, local_files_only=True, **options)
+        return AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False, **options)
     except _DOES_NOT_OPEN as error:
         raise LmqError(f"{report.path} is written, but its tokenizer does not open: {error}") from error
 
@@ -51,7 +51,7 @@ def _open_directory(report: ExportReport) -> PreTrainedModel:
 
 def _open_gguf(report: ExportReport) -> PreTrainedModel:
     directory, name = report.path.parent, report.path.name
-    config = AutoConfig.from_pretrained(directory, gguf_file=name, local_files_only=True)
+    config = AutoConfig.from_pretrained(directory, gguf_file=name, local_files_only=True, trust_remote_code=False)
     for setting, value in report.unread_settings.items():
         setattr(config, setting, value)
     return _open_completely(directory, gguf_file=name, config=config)
@@ -60,7 +60,7 @@ def _open_gguf(report: ExportReport) -> PreTrainedModel:
 def _open_completely(path: Path, **options: Any) -> PreTrainedModel:
     """A model whose tensors all come from the files: transformers makes up what is missing."""
     opened: Any = AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float32, output_loading_info=True, local_files_only=True, **options
+        path, dtype=torch.float32, output_loading_info=True, local_files_only=True, trust_remote_code=False, **options
     )
     model, info = opened
     if amiss := {what: sorted(map(str, names)) for what, names in info.items() if names}:
@@ -74,6 +74,9 @@ def _open_compressed_tensors(report: ExportReport) -> PreTrainedModel:
 
 def _open_hqq(report: ExportReport) -> PreTrainedModel:
     from hqq.models.hf.base import AutoHQQHFModel
+
+    # hqq opens the configuration without saying that code in it is not to be run, and transformers would ask then
+    AutoConfig.from_pretrained(report.path, local_files_only=True, trust_remote_code=False)
 
     class QuietLoader(AutoHQQHFModel):
         """hqq's loader without its progress bars."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 import httpx
 import pytest
 import yaml
@@ -11,6 +13,7 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterParentFlo
 
 import lmq_flows.finding
 import lmq_flows.prepare
+import lmq_tasks.engine
 from lmq.errors import InputError, LmqError
 from lmq.results import read_results
 from lmq_flows.cli import main
@@ -18,7 +21,9 @@ from lmq_flows.failures import failure_of_all
 from lmq_flows.planning import plan_run
 from lmq_flows.run_names import run_tags, run_title
 from lmq_flows.ui import summary
-from lmq_tasks.retries import RETRIES, is_transient
+from lmq_storage import StoreError
+from lmq_tasks.retries import RETRIES, STORE_RETRIES, STORE_UNAVAILABLE, is_transient
+from lmq_tasks.stage import Site
 from tests.flows.conftest import run_and_look, tiny_config
 
 
@@ -164,3 +169,19 @@ def test_the_hub_is_asked_again_when_it_cannot_be_reached(
     done = run_and_look(tiny_config(tiny_llama, tmp_path, strategies=["uniform"], measure__menu=["b4g64"]))
     assert done.state.is_completed() == completed
     assert len(asked) == calls
+
+
+@pytest.mark.slow
+def test_a_store_that_was_asked_six_times_already_gets_one_more_chance(server, monkeypatch):
+    asked = []
+
+    def unanswered(*arguments):
+        asked.append(arguments)
+        raise StoreError("cannot read x, 6 times over") from OSError(errno.EBUSY, "SlowDown")
+
+    monkeypatch.setattr(lmq_tasks.engine, "run_stage", unanswered)
+    task = lmq_tasks.engine.stage_task("allocate").with_options(retry_delay_seconds=0)
+    state = task("allocate x", "key", Site(store_url="memory://x").to_json(), {}, {}, return_state=True)
+    assert state.name == STORE_UNAVAILABLE
+    assert state.message == "allocate x: cannot read x, 6 times over"
+    assert len(asked) == STORE_RETRIES + 1

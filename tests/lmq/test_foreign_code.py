@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -86,6 +88,25 @@ def test_no_source_unpickles():
     }
     assert len(texts) > 100
     assert [(path.name, word) for path, text in texts.items() for word in words if word in text] == []
+
+
+def test_every_call_of_transformers_says_that_foreign_code_is_not_run():
+    """Where nothing is said, transformers asks on the terminal."""
+    root = Path(lmq.__file__).resolve().parent.parent
+    calls = [
+        (path.name, node)
+        for room in ("lmq", "storage", "tasks", "flows")
+        for path in (root / room).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and re.match(r"Auto\w+\.from_(pretrained|config)$", ast.unparse(node.func))
+    ]
+    assert len(calls) > 10
+    silent = [
+        f"{name}:{call.lineno}"
+        for name, call in calls
+        if not any(ast.unparse(option) == "trust_remote_code=False" for option in call.keywords)
+    ]
+    assert silent == []
 
 
 @pytest.mark.parametrize("shard", ["../secret.safetensors", "/etc/passwd", "a/../../b", "..\\b", "", 3, None])

@@ -12,6 +12,7 @@ import uuid
 
 import fsspec
 import pytest
+import s3fs
 
 from lmq_storage import ArtifactStore, BadStore, DamagedArtifact, StoreError, patience
 from lmq_storage.housekeeping import collect_garbage, list_contents, verify
@@ -77,7 +78,11 @@ def test_listings_are_not_remembered(url, tmp_path):
         ("slow down", "GET", "list-type=2"),
     ],
 )
-def test_a_fault_that_passes_is_not_noticed(s3, url, tmp_path, kind, method, path):
+@pytest.mark.parametrize("helped", [True, False], ids=["with s3fs's own retries", "alone"])
+def test_a_fault_that_passes_is_not_noticed(s3, url, tmp_path, quick, monkeypatch, helped, kind, method, path):
+    """s3fs itself asks again at some faults, up to 5 times; where it does not, or gives up, the store does."""
+    if not helped:
+        monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
     fault = s3.add(kind, method, path, times=2)
     content = os.urandom(MEGABYTE)
     ref = publish(open_s3(url, tmp_path), content=content)
@@ -85,6 +90,7 @@ def test_a_fault_that_passes_is_not_noticed(s3, url, tmp_path, kind, method, pat
     assert other.path(other.find("kurtosis", "k"), "a").read_bytes() == content
     assert [manifest.ref for manifest in other.manifests()] == [ref]
     assert fault.hit == 2
+    assert helped or len(quick) == 2
 
 
 def test_upload_in_parts_survives_a_dropped_part(s3, url, tmp_path):
