@@ -9,12 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lmq_storage.artifact import Manifest, OtherVersion
-from lmq_storage.errors import DamagedArtifact
+from lmq_storage.errors import DamagedArtifact, StoreError
 from lmq_storage.laying_out import remove_abandoned
 from lmq_storage.leases import HeldLease, NeededRun, needed_runs, read_leases
-from lmq_storage.names import is_sha256
+from lmq_storage.names import checked_name, is_sha256
 from lmq_storage.processes import is_alive
 from lmq_storage.store import ArtifactStore, blob_path, manifest_path
+
+_INSTANT_S = 1e-6
 
 _BLOB = re.compile(r"blobs/([0-9a-f]{2})/(\1[0-9a-f]{62})")
 
@@ -140,7 +142,7 @@ def collect_garbage(store: ArtifactStore, *, keep_runs: int, keep_hours: float, 
         removable = [uri for uri in removable if uri not in in_use]
         for uri in removable:
             files.remove(f"records/{uri.replace('/', '-')}")
-    freed, kept_content = _remove_blobs(store, set(removable), older_than, dry_run)
+    freed, kept_content = _remove_blobs(store, set(removable), runs, older_than, dry_run)
     leftovers = _remove_leftovers(store, kept_content, leases, runs, older_than, dry_run)
     kept_for = tuple(dict.fromkeys(f"{run.name} ({run.state})" for run in runs))
     return Garbage(uris=tuple(removable), freed_bytes=freed, leftovers=leftovers, kept_for=kept_for)
@@ -153,8 +155,11 @@ def _kept(runs: list[NeededRun], keep_runs: int) -> list[NeededRun]:
 
 
 def _older_than(now: float, keep_hours: float, leases: Iterable[HeldLease]) -> float:
-    """What is as old as this may go: before the grace period and before any run in progress began."""
-    began = [lease.since or lease.modified for lease in leases if lease.in_progress]
+    """What is as old as this may go: before the grace period and before any run in progress began.
+
+    What carries the very time that a run began at may be that run's: S3 tells times in whole seconds.
+    """
+    began = [(lease.since or lease.modified) - _INSTANT_S for lease in leases if lease.in_progress]
     return min([now - 3600 * keep_hours, *began])
 
 
@@ -174,11 +179,18 @@ def _removable(store: ArtifactStore, runs: Iterable[NeededRun], older_than: floa
     return found
 
 
-def _remove_blobs(store: ArtifactStore, gone: set[str], older_than: float, dry_run: bool) -> tuple[int, set[str]]:
-    """Bytes freed by removing what no manifest names, and the digests of artifacts and of files that are kept."""
+def _remove_blobs(
+    store: ArtifactStore, gone: set[str], runs: Iterable[NeededRun], older_than: float, dry_run: bool
+) -> tuple[int, set[str]]:
+    """Bytes freed by removing what no manifest names, and the digests of artifacts and of files that are kept.
+
+    What runs need is looked up by name, since a listing may leave it out.
+    """
     kept: set[str] = set()
-    for manifest in store.manifests():
-        if manifest.ref.uri not in gone:
+    uris = {f"{stage}/{key}" for stage, key in store.manifest_keys()}.union(*(run.uris for run in runs)) - gone
+    for uri in sorted(uris):
+        manifest = _manifest(store, uri)
+        if manifest is not None:
             kept.add(manifest.content_sha256)
             kept.update(file.sha256 for file in manifest.files.values())
     freed = 0
@@ -195,6 +207,15 @@ def _remove_blobs(store: ArtifactStore, gone: set[str], older_than: float, dry_r
         if not dry_run:
             store.storage.remove(path)
     return freed, kept
+
+
+def _manifest(store: ArtifactStore, uri: str) -> Manifest | None:
+    """The manifest of an artifact that a run or a listing names; None for a name that is none."""
+    try:
+        stage, key = map(checked_name, uri.split("/"))
+    except (ValueError, StoreError):
+        return None
+    return store.manifest(stage, key)
 
 
 def _remove_leftovers(

@@ -30,8 +30,7 @@ _QUIET_LIBRARIES = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns 0, 1 (the work failed) or 2 (what was given cannot be used)."""
-    for name, value in _QUIET_LIBRARIES.items():
-        os.environ.setdefault(name, value)
+    quiet_libraries()
     arguments = _parse(argv)
     from lmq.errors import LmqError
     from lmq_storage import StoreError
@@ -47,6 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"lmq: {error}", file=sys.stderr)
         return 1
+
+
+def quiet_libraries() -> None:
+    """Settings for a readable terminal, in the environment; libraries read them when they are imported."""
+    for name, value in _QUIET_LIBRARIES.items():
+        os.environ.setdefault(name, value)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -15,7 +15,7 @@ import yaml
 
 from lmq_storage import ArtifactStore
 from lmq_storage.housekeeping import collect_garbage
-from tests.flows.processes import content, finished_work, write_config
+from tests.flows.processes import PATIENCE_S, content, finished_work, write_config
 
 PREVIOUS = "3f47ee3"
 """The last commit before the store had leases, checked names and remote file systems."""
@@ -47,10 +47,11 @@ def run_previous(code: Path, config: Path, server: str) -> None:
     """`lmq run` of the earlier version."""
     done = subprocess.run(
         [sys.executable, "-c", MAIN, "run", str(config)],
+        cwd=config.parent,
         env={**os.environ, "PYTHONPATH": str(code), "PREFECT_API_URL": server},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE_S,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.startswith(str(code)), done.stdout

@@ -52,13 +52,13 @@ def test_a_server_that_is_killed_and_started_again_costs_at_most_another_start(m
                 lambda: run.is_over or len(finished_work(tmp_path / "store")) >= 10, "10 artifacts", lambda: run.output
             )
             assert not run.is_over, run.output
+            there = finished_work(tmp_path / "store")
         with serving(tmp_path, port):
             code = run.wait()
-            there = finished_work(tmp_path / "store")
             assert ArtifactStore(str(tmp_path / "store")).verify() == []
             if code != 0:
                 runner.run(config).finish()
     assert {path: path.stat().st_mtime_ns for path in there} == there, "finished work was repeated"
     assert content(tmp_path / "runs" / "whole") == whole["content"]
     ended = "went on to its end" if code == 0 else "ended with a message and was started again"
-    note(f"the run {ended}; {len(there)} of {whole['artifacts']} artifacts were there, 0 lost or made again")
+    note(f"killed with {len(there)} of {whole['artifacts']} artifacts there, 0 lost or made again; the run {ended}")

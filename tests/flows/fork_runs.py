@@ -10,9 +10,11 @@ import json
 import os
 import sys
 
-import lmq_flows.planning
-import lmq_flows.quantize  # noqa: F401 - what a run needs, imported before the fork
-from lmq_flows.cli import main
+from lmq_flows.cli import main, quiet_libraries
+
+quiet_libraries()  # as the command does, before Prefect is imported
+import lmq_flows.planning  # noqa: E402
+import lmq_flows.quantize  # noqa: E402, F401 - what a run needs, imported before the fork
 
 
 def start(argv: list[str], cwd: str, log: str, environment: dict[str, str]) -> int:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+from uuid import uuid4
 
 import httpx
 import pytest
 import yaml
 from huggingface_hub.errors import OfflineModeIsEnabled
+from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterParentFlowRunId
 
@@ -181,7 +183,16 @@ def test_a_store_that_was_asked_six_times_already_gets_one_more_chance(server, m
 
     monkeypatch.setattr(lmq_tasks.engine, "run_stage", unanswered)
     task = lmq_tasks.engine.stage_task("allocate").with_options(retry_delay_seconds=0)
-    state = task("allocate x", "key", Site(store_url="memory://x").to_json(), {}, {}, return_state=True)
+    states = []
+
+    @flow(name="ask")
+    def ask():
+        states.append(
+            task("allocate x", uuid4().hex, Site(store_url="memory://x").to_json(), {}, {}, return_state=True)
+        )
+
+    ask()
+    (state,) = states
     assert state.name == STORE_UNAVAILABLE
     assert state.message == "allocate x: cannot read x, 6 times over"
     assert len(asked) == STORE_RETRIES + 1

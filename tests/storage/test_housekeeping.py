@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 import time
@@ -84,6 +85,7 @@ def test_bytes_shared_with_a_kept_artifact_stay(store):
 
 def test_a_run_in_progress_keeps_what_it_uses_however_old(store):
     old, other = publish(store, "old"), publish(store, "other")
+    time.sleep(0.05)  # more than the system's clock for files needs for a step
     with Lease(store, "night") as lease:
         lease.use([old.uri])
         new = publish(store, "new")  # made since the run began, not yet named
@@ -92,6 +94,26 @@ def test_a_run_in_progress_keeps_what_it_uses_however_old(store):
         assert garbage.kept_for == ("night (in progress)",)
         assert store.find(new.stage, new.key) == new
     assert set(collect(store).uris) == {old.uri, new.uri}
+
+
+def test_what_was_made_at_the_instant_a_run_began_is_kept(tmp_path):
+    """S3 tells times in whole seconds, so the first things a run makes carry the time that it began at."""
+    store = ArtifactStore(str(tmp_path / "store"))
+    ref = publish(store, "first")
+    with Lease(store, "night"):
+        (held,) = leases.read_leases(store.storage, store.storage.now())
+        for path in (*store.local_dir.glob("blobs/*/*"), *store.local_dir.glob("manifests/*/*")):
+            os.utime(path, (held.since, held.since))
+        assert collect(store).uris == ()
+        assert store.path(ref, "a").read_text() == "first"
+
+
+def test_bytes_of_what_a_run_needs_are_kept_though_a_listing_leaves_it_out(store, monkeypatch):
+    ref = publish(store, "needed")
+    store.write_text("runs/demo.json", f"{ref.uri}\n../x\nno-name\n")
+    monkeypatch.setattr(ArtifactStore, "manifest_keys", lambda self, stage=None: [])
+    collect(store, keep_runs=1)
+    assert store.path(ref, "a").read_text() == "needed"
 
 
 def test_what_a_run_takes_up_while_garbage_is_collected_is_put_back(store, monkeypatch):

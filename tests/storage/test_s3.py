@@ -90,7 +90,7 @@ def test_a_fault_that_passes_is_not_noticed(s3, url, tmp_path, quick, monkeypatc
     assert other.path(other.find("kurtosis", "k"), "a").read_bytes() == content
     assert [manifest.ref for manifest in other.manifests()] == [ref]
     assert fault.hit == 2
-    assert helped or len(quick) == 2
+    assert helped or quick, "the store itself never had to ask again"
 
 
 def test_upload_in_parts_survives_a_dropped_part(s3, url, tmp_path):
