@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -74,6 +75,19 @@ def settings_of_then(config: Path, runs_dir: Path) -> dict[str, Any]:
     }
 
 
+def assert_same_but_for_rounding(found: dict[str, str], expected: dict[str, str]) -> None:
+    """Equal checkpoints, and numbers but for the last bits: products are another library's since (decision 6)."""
+    found, expected = dict(found), dict(expected)
+    records, others = json.loads(found.pop("results")), json.loads(expected.pop("results"))
+    assert found == expected
+    assert len(records) == len(others)
+    for record, other in zip(records, others, strict=True):
+        assert record == {
+            key: pytest.approx(value, rel=1e-6, abs=1e-9) if isinstance(value, float) else value
+            for key, value in other.items()
+        }
+
+
 def test_a_store_of_an_earlier_version_is_used_and_completed(server, runner, model, whole, previous, tmp_path, note):
     config = write_config(model, tmp_path, "whole")
     then = tmp_path / "then.yaml"
@@ -84,7 +98,8 @@ def test_a_store_of_an_earlier_version_is_used_and_completed(server, runner, mod
     assert store.verify() == []
 
     runner.run(config).finish()
-    assert content(tmp_path / "runs" / "whole") == whole["content"]
+    finished = content(tmp_path / "runs" / "whole")
+    assert_same_but_for_rounding(finished, whole["content"])
     assert {path: path.stat().st_mtime_ns for path in old} == old, "an artifact of the earlier version was replaced"
     assert store.verify() == []
 
@@ -95,8 +110,8 @@ def test_a_store_of_an_earlier_version_is_used_and_completed(server, runner, mod
     shutil.rmtree(tmp_path / "runs")
     runner.run(config).finish()
     assert finished_work(tmp_path / "store") == needed
-    assert content(tmp_path / "runs" / "whole") == whole["content"]
+    assert content(tmp_path / "runs" / "whole") == finished
     note(
         f"{len(old)} artifacts of {PREVIOUS}: {len(used)} used again, {len(old) - len(used)} superseded and collected; "
-        f"{len(needed) - len(used)} made; results equal"
+        f"{len(needed) - len(used)} made; checkpoints equal"
     )
