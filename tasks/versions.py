@@ -1,8 +1,8 @@
 """Guard of the algorithm versions: which code a stage's results come from, and whether it changed.
 
 `algorithm_versions.json` holds, per stage, its version and a digest of the source it uses: the stage's body,
-the helpers beside it, and every library module these import, directly or not (comments, docstrings and layout
-do not count). A test compares it with the code. After a change of code:
+the helpers it uses in any file of `lmq_tasks`, and every library module these import, directly or not (comments,
+docstrings and layout do not count). A test compares it with the code. After a change of code:
 
     python -m lmq_tasks.versions                      # when the version of every changed stage was raised
     python -m lmq_tasks.versions --same-results NAME  # when the change cannot alter what stage NAME makes
@@ -14,7 +14,6 @@ import argparse
 import ast
 import hashlib
 import importlib.util
-import inspect
 import json
 import sys
 from collections.abc import Iterator
@@ -25,13 +24,14 @@ from lmq_tasks.stage import Stage
 
 LOCK_FILE = Path(__file__).parent / "algorithm_versions.json"
 
+_FRAME = "lmq_tasks.stage"
+
 
 def source_digest(stage: Stage) -> str:
     """Digest of the normalised source that the stage's results come from."""
-    tree = ast.parse(inspect.getsource(sys.modules[stage.body.__module__]))
-    own, imported = _reachable(tree, stage.body.__name__)
-    modules = set().union(*(_closure(name) for name in imported)) if imported else set()
-    parts = [*own, *(f"{name}:{_normalised(_parse(name))}" for name in sorted(modules))]
+    parts, library = _stage_sources(stage.body.__module__, stage.body.__name__)
+    modules: set[str] = set().union(*(_closure(name) for name in library))
+    parts += [f"{name}:{_normalised(_parse(name))}" for name in sorted(modules)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
@@ -55,29 +55,59 @@ def changed_stages(stages: dict[str, Stage]) -> dict[str, str]:
     return problems
 
 
-def _reachable(tree: ast.Module, start: str) -> tuple[list[str], set[str]]:
-    """Normalised functions and classes of the module that `start` uses, and library modules they name."""
-    defined = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-    sources = {
-        alias.asname or alias.name: node.module
-        for node in tree.body
-        if isinstance(node, ast.ImportFrom)
-        for alias in node.names
-        if node.module
-    }
-    seen: set[str] = set()
-    imported: set[str] = set()
-    waiting = [start]
+def _stage_sources(module: str, start: str) -> tuple[list[str], set[str]]:
+    """Normalised definitions that `start` uses, in its module and in others of `lmq_tasks`, and the library modules.
+
+    What carries a stage (`lmq_tasks.stage`) is left out: it hands the body its inputs and computes nothing.
+    """
+    seen: set[tuple[str, str]] = set()
+    definitions: dict[tuple[str, str], str] = {}
+    library: set[str] = set()
+    waiting = [(module, start)]
     while waiting:
-        name = waiting.pop()
-        if name in seen:
+        place = waiting.pop()
+        if place in seen or place[0] == _FRAME:
             continue
-        seen.add(name)
-        if name in defined:
-            waiting += [node.id for node in ast.walk(defined[name]) if isinstance(node, ast.Name)]
-        elif sources.get(name, "").startswith("lmq."):
-            imported.add(sources[name])
-    return [_normalised(defined[name]) for name in sorted(seen & defined.keys())], imported
+        seen.add(place)
+        defined, imports = _names(place[0])
+        used: list[tuple[str, str]] = []
+        if place[1] in defined:
+            node = defined[place[1]]
+            definitions[place] = _normalised(node)
+            waiting += [(place[0], each.id) for each in ast.walk(node) if isinstance(each, ast.Name)]
+            used = [where for each in ast.walk(node) for _, where in _imported(each)]
+        elif place[1] in imports:
+            used = [imports[place[1]]]
+        waiting += [where for where in used if where[0].startswith("lmq_tasks.")]
+        library |= {where[0] for where in used if _is_library(where[0])}
+    return [definitions[place] for place in sorted(definitions)], library
+
+
+def _names(module: str) -> tuple[dict[str, ast.stmt], dict[str, tuple[str, str]]]:
+    """What a module defines at its top, by name, and where the names that it imports there come from."""
+    defined: dict[str, ast.stmt] = {}
+    imports: dict[str, tuple[str, str]] = {}
+    for node in _parse(module).body:
+        imports |= dict(_imported(node))
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            defined[node.name] = node
+        elif isinstance(node, ast.Assign):
+            defined |= {target.id: node for target in node.targets if isinstance(target, ast.Name)}
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            defined[node.target.id] = node
+    return defined, imports
+
+
+def _imported(node: ast.AST) -> Iterator[tuple[str, tuple[str, str]]]:
+    """The names that an import statement binds, each with its module and its name there ("" for a whole module)."""
+    if isinstance(node, ast.ImportFrom) and node.module:
+        for alias in node.names:
+            inside = f"{node.module}.{alias.name}"
+            where = (inside, "") if _is_module(inside) else (node.module, alias.name)
+            yield alias.asname or alias.name, where
+    elif isinstance(node, ast.Import):
+        for alias in node.names:
+            yield alias.asname or alias.name.partition(".")[0], (alias.name, "")
 
 
 @cache
@@ -89,16 +119,30 @@ def _closure(module: str) -> frozenset[str]:
         name = waiting.pop()
         if name not in found:
             found.add(name)
-            waiting += _library_imports(_parse(name))
+            waiting += [place for node in ast.walk(_parse(name)) for place in _library_modules(node)]
     return frozenset(found)
 
 
-def _library_imports(tree: ast.AST) -> Iterator[str]:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("lmq."):
-            yield node.module
-        elif isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names if alias.name.startswith("lmq."))
+def _library_modules(node: ast.AST) -> Iterator[str]:
+    """Library modules that a statement imports, or that a text names, to be imported later."""
+    yield from (place for _, (place, _) in _imported(node) if _is_library(place))
+    if isinstance(node, ast.Constant) and isinstance(node.value, str) and _is_module(node.value):
+        yield node.value
+
+
+def _is_library(module: str) -> bool:
+    return module == "lmq" or module.startswith("lmq.")
+
+
+@cache
+def _is_module(name: str) -> bool:
+    """Whether a dotted name below one of our packages is a module."""
+    if not name.startswith(("lmq.", "lmq_tasks.")):
+        return False
+    parent, _, last = name.rpartition(".")
+    spec = importlib.util.find_spec(parent)
+    places = (spec.submodule_search_locations if spec else None) or []
+    return any((Path(place) / f"{last}.py").exists() or (Path(place) / last).is_dir() for place in places)
 
 
 @cache

@@ -1,3 +1,5 @@
+import ast
+
 from lmq_tasks import STAGES, versions
 from lmq_tasks.stage import Stage
 
@@ -23,9 +25,39 @@ def test_digest_covers_what_a_stage_imports_and_nothing_else():
     assert "lmq.fisher" not in kurtosis
 
 
-def test_docstrings_and_comments_do_not_count():
-    import ast
+def changed_by(monkeypatch, module):
+    """Stages whose digest moves when a function is added to one module."""
+    parse = versions._parse
+    before = {name: versions.source_digest(stage) for name, stage in STAGES.items()}
 
+    def parse_changed(name):
+        tree = parse(name)
+        return ast.Module([*tree.body, *ast.parse("def added(): return 1").body], []) if name == module else tree
+
+    monkeypatch.setattr(versions, "_parse", parse_changed)
+    return {name for name, stage in STAGES.items() if versions.source_digest(stage) != before[name]}
+
+
+def test_a_helper_two_imports_away_moves_the_stages_that_use_it(monkeypatch):
+    """Stages reach weights through `lmq_tasks.opened`, which imports the library's streaming."""
+    changed = changed_by(monkeypatch, "lmq.streaming")
+    assert {"kurtosis", "frobenius", "quantize", "forward", "evaluate"} <= changed
+    assert not {"calibration", "convert"} & changed
+
+
+def test_the_loader_moves_what_opens_checkpoints_whole(monkeypatch):
+    """`from lmq import load`, and the quantizer that transformers imports by its name alone."""
+    assert {"evaluate-other", "performance", "zero-shot"} <= changed_by(monkeypatch, "lmq.hf_quantizer")
+
+
+def test_helpers_of_other_files_count_but_not_what_carries_a_stage():
+    sources, library = versions._stage_sources("lmq_tasks.weights", "measure_kurtosis")
+    assert any("load_layer_weights" in source for source in sources)
+    assert "lmq.streaming" in library
+    assert not any("publish" in source for source in sources)
+
+
+def test_docstrings_and_comments_do_not_count():
     documented = ast.parse('def f(x):\n    """Doc."""\n    return x  # same\n')
     bare = ast.parse("def f(x):\n\n    return x\n")
     other = ast.parse("def f(x):\n    return -x\n")
