@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import scipy.optimize
 
-from lmq.allocation import Solution, relative_gap, solve
-from lmq.quant_spec import STOPS
+from lmq.allocation.solver import Solution, relative_gap, solve
+from lmq.formats.spec import STOPS
 
 PUBLISHED_TABLE = Path(__file__).resolve().parents[2] / "shared" / "vectors" / "table-Llama-2-7b-hf.csv.gz"
 LLAMA_7B_BLOCK = [4096 * 4096] * 4 + [4096 * 11008] * 3

@@ -24,17 +24,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from lmq.calibration import read_tokens
-from lmq.evaluation import window_tokens
-from lmq.frobenius import load_grids
-from lmq.perplexity import full_windows
-from lmq.quant_spec import STOPS
-from lmq.quantized_point import Choice, QuantizedPoint
-from lmq.strategies import STRATEGIES
-from lmq.streaming import StreamedModel
-from lmq_flows.pipeline import PreparedModel, Variant, build_graph
-from lmq_flows.planning import execute_directly, ready_models
-from lmq_flows.run_config import RunConfig, parse_run_config
+from lmq.allocation.strategies import STRATEGIES
+from lmq.evaluation.perplexity import full_windows
+from lmq.evaluation.windows import window_tokens
+from lmq.formats.spec import STOPS
+from lmq.measurement.frobenius import load_grids
+from lmq.measurement.quantized_model import Choice, QuantizedPoint
+from lmq.model.streaming import StreamedModel
+from lmq.text.calibration import read_tokens
+from lmq_flows.config.run import RunConfig, parse_run_config
+from lmq_flows.graph.build import PreparedModel, Variant, build_graph
+from lmq_flows.run.plan import execute_directly, ready_models
 from lmq_storage import ArtifactRef, ArtifactStore
 from lmq_tasks.opened import located_dir
 from lmq_tasks.planning import read_choice

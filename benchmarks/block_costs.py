@@ -65,8 +65,8 @@ def weights_of(stage: str, shape: LlamaShape, vocabulary: int) -> int:
 
 def measured_seconds(folder: Path, tokens: int) -> dict[str, float]:
     """CPU seconds of every stage for one layer of the model in a folder."""
-    from lmq_flows.pipeline import build_graph
-    from lmq_flows.planning import execute_directly, ready_models
+    from lmq_flows.graph.build import build_graph
+    from lmq_flows.run.plan import execute_directly, ready_models
 
     seconds: dict[str, list[float]] = defaultdict(list)
     started = 0.0
@@ -88,7 +88,7 @@ def measured_seconds(folder: Path, tokens: int) -> dict[str, float]:
 
 
 def measuring_config(folder: Path, tokens: int) -> Any:
-    from lmq_flows.run_config import parse_run_config
+    from lmq_flows.config.run import parse_run_config
 
     return parse_run_config(
         {

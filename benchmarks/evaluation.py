@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 import lmq
-from lmq.calibration import PYDOC_TOPICS, TextSource, bos_prefix, documents, load_tokenizer, token_stream
-from lmq.discovery import discover
-from lmq.evaluation import last_states, score_windows, window_tokens
-from lmq.perplexity import Window, full_windows
-from lmq.quantized_blocks import QuantizedBlocks
-from lmq.streaming import StreamedModel
+from lmq.checkpoint.quantized_blocks import QuantizedBlocks
+from lmq.evaluation.perplexity import Window, full_windows
+from lmq.evaluation.windows import last_states, score_windows, window_tokens
+from lmq.model.discovery import discover
+from lmq.model.streaming import StreamedModel
+from lmq.text.calibration import PYDOC_TOPICS, TextSource, bos_prefix, documents, load_tokenizer, token_stream
 
 
 @torch.no_grad()

@@ -18,9 +18,9 @@ import torch
 from hqq.core.quantize import Quantizer as PackageQuantizer
 
 from benchmarks.llama_files import heavy_tailed
-from lmq.frobenius import fit_grids, frobenius_errors
-from lmq.grid import nearest_codes, to_groups
-from lmq.quant_spec import STOPS, QuantSpec
+from lmq.formats.groups import nearest_codes, to_groups
+from lmq.formats.spec import STOPS, QuantSpec
+from lmq.measurement.frobenius import fit_grids, frobenius_errors
 from lmq.quantizers import quantizer
 
 Result = TypeVar("Result")

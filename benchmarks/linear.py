@@ -19,10 +19,10 @@ import torch
 from hqq.core.quantize import BaseQuantizeConfig, HQQBackend, HQQLinear
 from torch import Tensor, nn
 
-from lmq.frobenius import fit_grids
-from lmq.linear import QuantizedLinear, quantize_weight
-from lmq.packing import pack, unpack
-from lmq.quant_spec import QuantSpec
+from lmq.formats.packed_layer import QuantizedLinear, quantize_weight
+from lmq.formats.packing import pack, unpack
+from lmq.formats.spec import QuantSpec
+from lmq.measurement.frobenius import fit_grids
 from lmq.quantizers import quantizer
 
 SHAPES = ((576, 576), (1536, 576), (576, 1536), (4096, 4096))

@@ -39,15 +39,15 @@ def tokens() -> torch.Tensor:
 
 def capture_streamed(path: Path) -> None:
     """States and gradients of every layer to tables on disk, one block in memory."""
-    from lmq.capture import (
+    from lmq.measurement.replay import (
         backward_block,
         forward_block,
         read_hidden_states,
         write_gradients,
         write_hidden_states,
     )
-    from lmq.discovery import discover
-    from lmq.streaming import StreamedModel
+    from lmq.model.discovery import discover
+    from lmq.model.streaming import StreamedModel
 
     structure = discover(path, weights_sha256="")
     model = StreamedModel.open(path, structure)
@@ -101,7 +101,7 @@ def main() -> None:
     if arguments.way:
         import transformers  # noqa: F401 - part of the baseline
 
-        import lmq.streaming  # noqa: F401
+        import lmq.model.streaming  # noqa: F401
 
         before = peak_bytes()
         {"streamed": capture_streamed, "whole": capture_whole}[arguments.way](arguments.path)

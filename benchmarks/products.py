@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from lmq.products import linear
+from lmq.numerics import linear
 
 SHAPES = ((1, 576, 576), (1024, 576, 576), (1024, 576, 1536), (512, 576, 49152), (1024, 4096, 4096), (4096, 4096, 4096))
 """Tokens, in_features, out_features."""

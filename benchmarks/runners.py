@@ -75,11 +75,11 @@ class MeasuredRun:
 def run_once(model: Path, kind: str, workers: int, sequences: int, blocks: int | None) -> MeasuredRun:
     """Measure the model on a new cluster and a new store."""
     from benchmarks import runners
-    from lmq_flows.execute import execute
-    from lmq_flows.graph import Graph
-    from lmq_flows.pipeline import build_graph
-    from lmq_flows.planning import ready_models
-    from lmq_flows.runners import started_runner
+    from lmq_flows.graph.build import build_graph
+    from lmq_flows.graph.node import Graph
+    from lmq_flows.graph.walk import execute
+    from lmq_flows.run.plan import ready_models
+    from lmq_flows.run.runners import started_runner
     from lmq_storage import ArtifactStore
 
     with tempfile.TemporaryDirectory() as folder:
@@ -141,7 +141,7 @@ def warm_up(runner: Any, workers: int) -> None:
 
 
 def measuring_config(model: Path, folder: str, kind: str, workers: int, sequences: int) -> Any:
-    from lmq_flows.run_config import parse_run_config
+    from lmq_flows.config.run import parse_run_config
 
     return parse_run_config(
         {

@@ -23,14 +23,14 @@ from pathlib import Path
 
 from benchmarks.block_costs import LARGE_MODEL_S, LARGE_MODEL_TOKENS, OF_THE_HEAD, StageCost, block_weights
 from benchmarks.llama_files import LLAMA_2_7B, LlamaShape
-from lmq.quant_spec import STOPS
-from lmq.structure import ModelStructure, ModuleId, ModuleInfo
-from lmq_flows.chunks import ChunkedWalk
-from lmq_flows.execute import Outcome
-from lmq_flows.graph import Graph, Node
-from lmq_flows.model_nodes import PreparedModel, TextIdentity
-from lmq_flows.pipeline import Measurements, build_graph
-from lmq_flows.run_config import RunConfig, parse_run_config
+from lmq.formats.spec import STOPS
+from lmq.model.structure import ModelStructure, ModuleId, ModuleInfo
+from lmq_flows.config.run import RunConfig, parse_run_config
+from lmq_flows.graph.build import Measurements, build_graph
+from lmq_flows.graph.chunks import ChunkedWalk
+from lmq_flows.graph.model_nodes import PreparedModel, TextIdentity
+from lmq_flows.graph.node import Graph, Node
+from lmq_flows.graph.walk import Outcome
 from lmq_storage import ArtifactRef
 from lmq_tasks.stage import ModelLocation, Site
 

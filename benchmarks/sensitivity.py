@@ -19,9 +19,9 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from lmq.kurtosis import kurtosis
-from lmq.second_moments import module_errors, second_moments
-from lmq.weight_statistics import magnitude_percentiles
+from lmq.measurement.kurtosis import kurtosis
+from lmq.measurement.second_moments import module_errors, second_moments
+from lmq.measurement.weights import magnitude_percentiles
 from lmq_tasks.freed_memory import keep_freed_memory
 
 CONFIGURATIONS = 12

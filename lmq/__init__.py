@@ -10,7 +10,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lmq.registration import register_with_transformers
+from lmq.checkpoint.registration import register_with_transformers
 
 if TYPE_CHECKING:
     import torch
@@ -42,8 +42,8 @@ def load(
     """
     from transformers import AutoModelForCausalLM
 
+    from lmq.checkpoint.verify import verify_checkpoint
     from lmq.errors import DamagedFile
-    from lmq.verification import verify_checkpoint
 
     verify_checkpoint(Path(path), checksums=verify)
     precision = "auto" if dtype is None else dtype

@@ -17,7 +17,7 @@ from peft import LoraConfig
 from peft.tuners.lora.layer import Linear
 
 from lmq.errors import InputError
-from lmq.linear import QuantizedLinear
+from lmq.formats.packed_layer import QuantizedLinear
 
 Config = TypeVar("Config", bound=LoraConfig)
 

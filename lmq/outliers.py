@@ -10,7 +10,7 @@ import pyarrow as pa
 from scipy.stats import mstats
 
 from lmq.errors import InputError, unknown_name
-from lmq.structure import ModuleId
+from lmq.model.structure import ModuleId
 from lmq.tables import MODULE_FIELDS, TableSchema
 
 OUTLIERS_SCHEMA = TableSchema(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from lmq.calibration import read_tokens
-from lmq.capture import (
+from lmq.measurement.replay import (
     backward_block,
     forward_block,
     read_gradients,
@@ -11,6 +10,7 @@ from lmq.capture import (
     write_gradients,
     write_hidden_states,
 )
+from lmq.text.calibration import read_tokens
 from lmq_tasks.opened import open_model
 from lmq_tasks.stage import Job, stage
 from lmq_tasks.texts import TOKENS_FILE

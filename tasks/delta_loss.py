@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict
 from functools import lru_cache
 
-from lmq.calibration import read_tokens
-from lmq.delta_loss import DELTA_LOSS_SCHEMA
-from lmq.frobenius import load_grids
-from lmq.quant_spec import QuantSpec
-from lmq.quantized_point import QuantizedPoint
+from lmq.formats.spec import QuantSpec
+from lmq.measurement.delta_loss import DELTA_LOSS_SCHEMA
+from lmq.measurement.frobenius import load_grids
+from lmq.measurement.quantized_model import QuantizedPoint
 from lmq.tables import write_rows
+from lmq.text.calibration import read_tokens
 from lmq_tasks.opened import open_model
 from lmq_tasks.stage import Job, stage
 from lmq_tasks.texts import TOKENS_FILE

@@ -8,15 +8,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lmq.baselines import RoundedBaseline
-from lmq.calibration import read_tokens
-from lmq.capture import read_hidden_states, write_hidden_states
-from lmq.evaluation import WINDOWS_SCHEMA, last_states, score_windows, window_tokens
-from lmq.opening import open_model_directory
-from lmq.perplexity import Window, full_windows
-from lmq.quantized_blocks import QuantizedBlocks
+from lmq.checkpoint.open import open_model_directory
+from lmq.checkpoint.quantized_blocks import QuantizedBlocks
+from lmq.evaluation.baselines import RoundedBaseline
+from lmq.evaluation.perplexity import Window, full_windows
+from lmq.evaluation.whole_model import reference_logits, require_same_model, score_whole_model, stored_bytes
+from lmq.evaluation.windows import WINDOWS_SCHEMA, last_states, score_windows, window_tokens
+from lmq.measurement.replay import read_hidden_states, write_hidden_states
 from lmq.tables import write_rows
-from lmq.whole_model import reference_logits, require_same_model, score_whole_model, stored_bytes
+from lmq.text.calibration import read_tokens
 from lmq_tasks.capture import HIDDEN_STATES_FILE
 from lmq_tasks.opened import materialized, model_dir, open_model
 from lmq_tasks.stage import Job, stage

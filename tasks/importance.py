@@ -7,15 +7,15 @@ from dataclasses import asdict
 
 from safetensors.torch import load_file, save_file
 
-from lmq.calibration import read_tokens
-from lmq.capture import read_hidden_states
-from lmq.fisher import fast_matmul_dtype
-from lmq.importance.cosine import angular_distances, last_token_states
-from lmq.importance.estimates import ShapleyOptions, removal_importance
-from lmq.importance.layers import LAYER_ACTIVITY_SCHEMA, layer_activity, layer_importance_rows
-from lmq.importance.removal import RemovalValue
-from lmq.importance.tables import ANGULAR_DISTANCE_SCHEMA, LAYER_IMPORTANCE_SCHEMA, SUBLAYER_IMPORTANCE_SCHEMA
+from lmq.layers.importance.cosine import angular_distances, last_token_states
+from lmq.layers.importance.estimates import ShapleyOptions, removal_importance
+from lmq.layers.importance.layers import LAYER_ACTIVITY_SCHEMA, layer_activity, layer_importance_rows
+from lmq.layers.importance.removal import RemovalValue
+from lmq.layers.importance.tables import ANGULAR_DISTANCE_SCHEMA, LAYER_IMPORTANCE_SCHEMA, SUBLAYER_IMPORTANCE_SCHEMA
+from lmq.measurement.replay import read_hidden_states
+from lmq.measurement.token_fisher import fast_matmul_dtype
 from lmq.tables import read_rows, write_rows
+from lmq.text.calibration import read_tokens
 from lmq_tasks.capture import HIDDEN_STATES_FILE
 from lmq_tasks.opened import open_model
 from lmq_tasks.stage import Job, stage

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from lmq.structure import ModelStructure
-from lmq.task_scores import TaskScore, task_scores_from_json
+from lmq.evaluation.task_scores import TaskScore, task_scores_from_json
+from lmq.model.structure import ModelStructure
 from lmq_tasks.evaluation import SIZE_FILE
 from lmq_tasks.performance import PERFORMANCE_FILE
 from lmq_tasks.stage import Job, JsonDict

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from lmq.discovery import discover
-from lmq.model_source import convert_gguf
+from lmq.model.discovery import discover
+from lmq.model.source import convert_gguf
 from lmq_tasks.opened import model_dir
 from lmq_tasks.stage import Job, stage
 

@@ -7,12 +7,12 @@ from dataclasses import asdict
 
 import torch
 
-from lmq.capture import read_hidden_states
-from lmq.frobenius import load_grids
-from lmq.module_divergence import MODULE_DIVERGENCE_SCHEMA, standard_error
-from lmq.quant_spec import QuantSpec
-from lmq.quantized_point import QuantizedPoint
-from lmq.structure import ModuleInfo
+from lmq.formats.spec import QuantSpec
+from lmq.measurement.frobenius import load_grids
+from lmq.measurement.module_divergence import MODULE_DIVERGENCE_SCHEMA, standard_error
+from lmq.measurement.quantized_model import QuantizedPoint
+from lmq.measurement.replay import read_hidden_states
+from lmq.model.structure import ModuleInfo
 from lmq.tables import write_rows
 from lmq_tasks.capture import HIDDEN_STATES_FILE
 from lmq_tasks.opened import open_model

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lmq.model_source import ModelSource, locate
-from lmq.streaming import StreamedModel, load_layer_weights
-from lmq.structure import ModelStructure
+from lmq.model.source import ModelSource, locate
+from lmq.model.streaming import StreamedModel, load_layer_weights
+from lmq.model.structure import ModelStructure
 from lmq_storage import ArtifactRef, ArtifactStore, DamagedArtifact
 from lmq_tasks.stage import Job, ModelLocation
 

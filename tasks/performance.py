@@ -9,7 +9,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from lmq.performance import measure_performance
+from lmq.evaluation.performance import measure_performance
 from lmq_tasks.opened import materialized, model_dir
 from lmq_tasks.stage import Job, stage
 

@@ -6,21 +6,21 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from lmq.allocation import ALLOCATION_SCHEMA, Allocation
-from lmq.constraints_text import parse_constraints
-from lmq.error_table import ErrorTable
-from lmq.fisher import FISHER_SCHEMA
-from lmq.frobenius import FROBENIUS_SCHEMA
-from lmq.importance.layers import LAYER_ACTIVITY_SCHEMA, layer_scores
-from lmq.module_divergence import MODULE_DIVERGENCE_SCHEMA
-from lmq.quant_spec import QuantSpec
-from lmq.refine import Trials
-from lmq.sensitivity import SENSITIVITY_SCHEMA
-from lmq.sequence_fisher import SEQUENCE_FISHER_SCHEMA
-from lmq.strategies import Measurements, strategy
-from lmq.structure import ModelStructure, ModuleId
+from lmq.allocation.constraints_text import parse_constraints
+from lmq.allocation.error_table import ErrorTable
+from lmq.allocation.refine import Trials
+from lmq.allocation.solver import ALLOCATION_SCHEMA, Allocation
+from lmq.allocation.strategies import Measurements, strategy
+from lmq.formats.spec import QuantSpec
+from lmq.layers.importance.layers import LAYER_ACTIVITY_SCHEMA, layer_scores
+from lmq.measurement.activation import SENSITIVITY_SCHEMA
+from lmq.measurement.frobenius import FROBENIUS_SCHEMA
+from lmq.measurement.module_divergence import MODULE_DIVERGENCE_SCHEMA
+from lmq.measurement.sequence_fisher import SEQUENCE_FISHER_SCHEMA
+from lmq.measurement.token_fisher import FISHER_SCHEMA
+from lmq.measurement.weights import WEIGHT_STATISTICS_SCHEMA
+from lmq.model.structure import ModelStructure, ModuleId
 from lmq.tables import TableSchema, read_rows, write_rows
-from lmq.weight_statistics import WEIGHT_STATISTICS_SCHEMA
 from lmq_tasks.importance import ACTIVITY_FILE
 from lmq_tasks.opened import read_structure
 from lmq_tasks.signals import read_profile

@@ -7,17 +7,17 @@ from functools import lru_cache
 import numpy as np
 import pyarrow as pa
 
-from lmq.allocation import ALLOCATION_SCHEMA
-from lmq.calibration import read_tokens
-from lmq.capture import read_hidden_states
-from lmq.frobenius import load_grids
-from lmq.quantized_point import QuantizedPoint
-from lmq.refine import Refinement
-from lmq.sequence_fisher import SEQUENCE_FISHER_SCHEMA
-from lmq.strategies import Auto, strategy
-from lmq.structure import ModuleId
+from lmq.allocation.refine import Refinement
+from lmq.allocation.solver import ALLOCATION_SCHEMA
+from lmq.allocation.strategies import Auto, strategy
+from lmq.allocation.trials import LossChanges, ModelTrials, Slice
+from lmq.measurement.frobenius import load_grids
+from lmq.measurement.quantized_model import QuantizedPoint
+from lmq.measurement.replay import read_hidden_states
+from lmq.measurement.sequence_fisher import SEQUENCE_FISHER_SCHEMA
+from lmq.model.structure import ModuleId
 from lmq.tables import TableSchema, read_rows, write_rows
-from lmq.trials import LossChanges, ModelTrials, Slice
+from lmq.text.calibration import read_tokens
 from lmq_tasks.capture import HIDDEN_STATES_FILE
 from lmq_tasks.opened import open_model
 from lmq_tasks.planning import read_measurements, spec_of, write_allocation

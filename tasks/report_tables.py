@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from lmq.coarse_grid import CoarseGrid, coarse_grid_warnings
-from lmq.delta_loss import DELTA_LOSS_SCHEMA
-from lmq.error_table import ErrorTable
-from lmq.fisher import FISHER_SCHEMA
-from lmq.frobenius import FROBENIUS_SCHEMA
-from lmq.importance.layers import LAYER_ACTIVITY_SCHEMA
-from lmq.module_divergence import MODULE_DIVERGENCE_SCHEMA
+from lmq.allocation.error_table import ErrorTable
+from lmq.formats.spec import QuantSpec
+from lmq.layers.importance.layers import LAYER_ACTIVITY_SCHEMA
+from lmq.measurement.activation import SENSITIVITY_SCHEMA
+from lmq.measurement.coarse_grid import CoarseGrid, coarse_grid_warnings
+from lmq.measurement.delta_loss import DELTA_LOSS_SCHEMA
+from lmq.measurement.frobenius import FROBENIUS_SCHEMA
+from lmq.measurement.module_divergence import MODULE_DIVERGENCE_SCHEMA
+from lmq.measurement.second_moments import MODULE_ERRORS_SCHEMA
+from lmq.measurement.sequence_fisher import SEQUENCE_FISHER_SCHEMA
+from lmq.measurement.super_weights import SUPER_WEIGHTS_SCHEMA
+from lmq.measurement.token_fisher import FISHER_SCHEMA
+from lmq.measurement.weights import WEIGHT_STATISTICS_SCHEMA
+from lmq.model.structure import ModelStructure, ModuleId
 from lmq.outliers import OUTLIERS_SCHEMA
-from lmq.quant_spec import QuantSpec
 from lmq.report import ModelReport
-from lmq.second_moments import MODULE_ERRORS_SCHEMA
-from lmq.sensitivity import SENSITIVITY_SCHEMA
-from lmq.sequence_fisher import SEQUENCE_FISHER_SCHEMA
-from lmq.structure import ModelStructure, ModuleId
-from lmq.super_weights import SUPER_WEIGHTS_SCHEMA
 from lmq.tables import TableSchema, read_rows
-from lmq.weight_statistics import WEIGHT_STATISTICS_SCHEMA
 from lmq_tasks.stage import Job, JsonDict
 
 _COST_TABLES = {

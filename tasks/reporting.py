@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from lmq.allocation import ALLOCATION_SCHEMA
-from lmq.evaluation import WINDOWS_SCHEMA, Evaluation, paired_difference, summarize
+from lmq.allocation.solver import ALLOCATION_SCHEMA
+from lmq.evaluation.windows import WINDOWS_SCHEMA, Evaluation, paired_difference, summarize
+from lmq.model.structure import ModelStructure
 from lmq.report import (
     PairedDifference,
     ReportData,
@@ -20,9 +21,8 @@ from lmq.report import (
     model_card,
     report_pictures,
 )
-from lmq.results import FULL_PRECISION, UNIFORM, VariantResult, write_results
-from lmq.results_table import markdown_table
-from lmq.structure import ModelStructure
+from lmq.report.results import FULL_PRECISION, UNIFORM, VariantResult, write_results
+from lmq.report.results_table import markdown_table
 from lmq_tasks.judged import baseline_size, judged_fields
 from lmq_tasks.report_tables import model_report, rows_of
 from lmq_tasks.stage import Job, JsonDict, library_versions, stage

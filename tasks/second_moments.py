@@ -9,14 +9,14 @@ from dataclasses import asdict
 import torch
 from torch import Tensor, nn
 
-from lmq.capture import read_gradients, read_hidden_states
-from lmq.fisher import trace_modules
-from lmq.frobenius import load_grids
-from lmq.module_errors import ModuleStatistics, traced_statistics
-from lmq.quant_spec import QuantSpec
-from lmq.second_moments import MODULE_ERRORS_SCHEMA, capture_second_moments
-from lmq.streaming import BlockInputs
-from lmq.structure import ModuleInfo
+from lmq.formats.spec import QuantSpec
+from lmq.measurement.frobenius import load_grids
+from lmq.measurement.module_errors import ModuleStatistics, traced_statistics
+from lmq.measurement.replay import read_gradients, read_hidden_states
+from lmq.measurement.second_moments import MODULE_ERRORS_SCHEMA, capture_second_moments
+from lmq.measurement.token_fisher import trace_modules
+from lmq.model.streaming import BlockInputs
+from lmq.model.structure import ModuleInfo
 from lmq.tables import write_rows
 from lmq_tasks.capture import GRADIENTS_FILE, HIDDEN_STATES_FILE
 from lmq_tasks.opened import open_model

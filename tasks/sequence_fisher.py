@@ -11,17 +11,17 @@ from typing import Any
 
 import torch
 
-from lmq.capture import backward_block, read_gradients, read_hidden_states, write_gradients
-from lmq.fisher import fast_matmul_dtype, fast_products, trace_modules
-from lmq.frobenius import load_grids
-from lmq.quant_spec import QuantSpec
-from lmq.sequence_fisher import (
+from lmq.formats.spec import QuantSpec
+from lmq.measurement.frobenius import load_grids
+from lmq.measurement.replay import backward_block, read_gradients, read_hidden_states, write_gradients
+from lmq.measurement.sequence_fisher import (
     SEQUENCE_FISHER_SCHEMA,
     sampled_loss_gradient,
     sequence_fisher,
     sequence_loss_changes,
 )
-from lmq.structure import ModuleInfo
+from lmq.measurement.token_fisher import fast_matmul_dtype, fast_products, trace_modules
+from lmq.model.structure import ModuleInfo
 from lmq.tables import write_rows
 from lmq_tasks.capture import GRADIENTS_FILE, HIDDEN_STATES_FILE
 from lmq_tasks.opened import open_model

@@ -6,17 +6,17 @@ from dataclasses import asdict
 
 from torch import Tensor, nn
 
-from lmq.capture import read_gradients, read_hidden_states
-from lmq.fisher import FISHER_SCHEMA, fast_matmul_dtype, token_fisher, trace_modules
-from lmq.frobenius import load_grids
-from lmq.grid import Grid
-from lmq.nf4 import NormalFloat4
+from lmq.formats.groups import Grid
+from lmq.formats.nf4 import NormalFloat4
+from lmq.formats.spec import QuantSpec
+from lmq.measurement.activation import SENSITIVITY_SCHEMA, part_sensitivities
+from lmq.measurement.frobenius import load_grids
+from lmq.measurement.replay import read_gradients, read_hidden_states
+from lmq.measurement.token_fisher import FISHER_SCHEMA, fast_matmul_dtype, token_fisher, trace_modules
+from lmq.measurement.weights import WEIGHT_STATISTICS_SCHEMA
+from lmq.model.structure import ModuleId
 from lmq.outliers import OUTLIERS_SCHEMA, outlier_rows
-from lmq.quant_spec import QuantSpec
-from lmq.sensitivity import SENSITIVITY_SCHEMA, part_sensitivities
-from lmq.structure import ModuleId
 from lmq.tables import TableSchema, read_rows, write_rows
-from lmq.weight_statistics import WEIGHT_STATISTICS_SCHEMA
 from lmq_tasks.capture import GRADIENTS_FILE, HIDDEN_STATES_FILE
 from lmq_tasks.opened import open_model
 from lmq_tasks.stage import Job, stage

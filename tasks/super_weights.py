@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from lmq.capture import read_hidden_states
-from lmq.super_weights import SUPER_WEIGHTS_SCHEMA, capture_spikes
+from lmq.measurement.replay import read_hidden_states
+from lmq.measurement.super_weights import SUPER_WEIGHTS_SCHEMA, capture_spikes
 from lmq.tables import write_rows
 from lmq_tasks.capture import HIDDEN_STATES_FILE
 from lmq_tasks.opened import open_model

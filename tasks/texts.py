@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from lmq.calibration import (
+from lmq.text.calibration import (
     TOKENS_SCHEMA,
     TextSource,
     bos_prefix,

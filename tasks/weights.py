@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from lmq.frobenius import FROBENIUS_SCHEMA, fit_grids, frobenius_errors, frobenius_norm, save_grids
-from lmq.quant_spec import QuantSpec
+from lmq.formats.spec import QuantSpec
+from lmq.measurement.frobenius import FROBENIUS_SCHEMA, fit_grids, frobenius_errors, frobenius_norm, save_grids
+from lmq.measurement.weights import WEIGHT_STATISTICS_SCHEMA, weight_statistics
+from lmq.model.structure import ModuleId
 from lmq.quantizers import quantizer
-from lmq.structure import ModuleId
 from lmq.tables import write_rows
-from lmq.weight_statistics import WEIGHT_STATISTICS_SCHEMA, weight_statistics
 from lmq_tasks.opened import layer_weights, read_structure
 from lmq_tasks.stage import Job, stage
 

@@ -7,10 +7,10 @@ from dataclasses import asdict
 
 import torch
 
-from lmq.baselines import RoundedBaseline
-from lmq.calibration import load_tokenizer
-from lmq.opening import open_model_directory
-from lmq.zero_shot import load_task, measure_task
+from lmq.checkpoint.open import open_model_directory
+from lmq.evaluation.baselines import RoundedBaseline
+from lmq.evaluation.zero_shot import load_task, measure_task
+from lmq.text.calibration import load_tokenizer
 from lmq_tasks.opened import model_dir, read_structure
 from lmq_tasks.performance import variant_dir
 from lmq_tasks.stage import Job, stage

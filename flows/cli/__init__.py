@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lmq.export import FORMATS
-from lmq_flows.pruning_metrics import PRUNING_METRICS
+from lmq_flows.studies.pruning_metrics import PRUNING_METRICS
 
 Command = Callable[[argparse.Namespace], int]
 

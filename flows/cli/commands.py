@@ -11,13 +11,13 @@ from pathlib import Path
 
 from rich.table import Table
 
-from lmq.comparison import seeded_draws
 from lmq.errors import InputError, LmqError
-from lmq.results import read_results
-from lmq.results_table import is_number_column, latex_table, markdown_table, results_table
+from lmq.report.compare import seeded_draws
+from lmq.report.results import read_results
+from lmq.report.results_table import is_number_column, latex_table, markdown_table, results_table
 from lmq_flows.cli.terminal import console, run_directory
-from lmq_flows.plan import PlannedNode
-from lmq_flows.run_config import RunConfig, load_run_config, preset_names, preset_path
+from lmq_flows.config.run import RunConfig, load_run_config, preset_names, preset_path
+from lmq_flows.graph.explain import PlannedNode
 from lmq_storage import StoreError
 from lmq_tasks.reporting import WARNINGS_FILE
 
@@ -27,8 +27,8 @@ _HEADER_WIDTH = 10
 
 def run_command(arguments: argparse.Namespace) -> int:
     """Run a configuration to the end and print its table."""
-    from lmq_flows.planning import check_run
-    from lmq_flows.quantize import SOME_VARIANTS_FAILED, run
+    from lmq_flows.run.plan import check_run
+    from lmq_flows.run.quantize import SOME_VARIANTS_FAILED, run
 
     config = _load(arguments)
     _print_notes(check_run(config))
@@ -53,7 +53,7 @@ def _explain_failure(state) -> int:  # type: ignore[no-untyped-def]
 
 def plan_command(arguments: argparse.Namespace) -> int:
     """Print what a run would do."""
-    from lmq_flows.planning import plan_run
+    from lmq_flows.run.plan import plan_run
 
     plan = plan_run(_load(arguments))
     _print_notes(plan.notes)
@@ -89,7 +89,7 @@ def report_command(arguments: argparse.Namespace) -> int:
 
 
 def _write_comparison(directories: Sequence[Path], output: Path) -> Path:
-    from lmq.report.comparison import build_comparison
+    from lmq.report.sections.comparison import build_comparison
 
     names = [directory.name for directory in directories]
     repeated = next((name for name in names if names.count(name) > 1), None)
@@ -102,7 +102,7 @@ def _write_comparison(directories: Sequence[Path], output: Path) -> Path:
 
 def strategies_command(arguments: argparse.Namespace) -> int:
     """List the strategies."""
-    from lmq.strategies import STRATEGIES, strategy
+    from lmq.allocation.strategies import STRATEGIES, strategy
 
     table = Table("Strategy", "What it does", "Source", "Measures")
     for name in STRATEGIES:

@@ -9,16 +9,16 @@ from pathlib import Path
 import torch
 
 from lmq.errors import LmqError
-from lmq.evaluation import Evaluation
-from lmq.results import format_bytes, format_percent
-from lmq.task_scores import TaskScore
+from lmq.evaluation.task_scores import TaskScore
+from lmq.evaluation.windows import Evaluation
+from lmq.report.results import format_bytes, format_percent
 from lmq_flows.cli.terminal import console
 
 
 def evaluate_command(arguments: argparse.Namespace) -> int:
     """Print perplexity, divergence from a reference, zero-shot scores, memory and speed, as far as they are wanted."""
-    from lmq.whole_model import evaluate_checkpoint
-    from lmq_flows.prepare import check_context
+    from lmq.evaluation.whole_model import evaluate_checkpoint
+    from lmq_flows.run.prepare import check_context
 
     if (arguments.checkpoint / "config.json").is_file():
         check_context(arguments.checkpoint, arguments.window, "--window")
@@ -58,9 +58,9 @@ def _task_scores(checkpoint: Path, tasks: Sequence[str], limit: int | None) -> l
     """Scores of every task; one that cannot be had has its reason in the place of a score."""
     if not tasks:
         return []
-    from lmq.calibration import load_tokenizer
-    from lmq.opening import open_model_directory
-    from lmq.zero_shot import load_task, measure_task
+    from lmq.checkpoint.open import open_model_directory
+    from lmq.evaluation.zero_shot import load_task, measure_task
+    from lmq.text.calibration import load_tokenizer
 
     model = open_model_directory(checkpoint, dtype=torch.float32, dense=True)
     tokenizer = load_tokenizer(checkpoint)
@@ -81,7 +81,7 @@ def _score(score: TaskScore) -> str:
 
 
 def _print_performance(checkpoint: Path, threads: int) -> None:
-    from lmq.performance import measure_performance
+    from lmq.evaluation.performance import measure_performance
 
     found = measure_performance(checkpoint, threads=threads)
     disk = sum(file.stat().st_size for file in checkpoint.iterdir() if file.is_file())

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
-from lmq.checkpoint import verify_checkpoint
+from lmq.checkpoint.write import verify_checkpoint
 from lmq.errors import InputError
 from lmq.export import FORMATS, export_format, write_export
 from lmq.export.check import Difference, ExportCheck, export_checked

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from rich.table import Table
 
-from lmq.plots.frontier import frontier_figures
-from lmq.plots.standalone import standalone_svg
+from lmq.report.figures.frontier import frontier_figures
+from lmq.report.figures.standalone import standalone_svg
 from lmq_flows.cli.terminal import console, run_directory
-from lmq_flows.frontier import FinishedRun, RunFrontier, write_points
-from lmq_flows.names import slug
+from lmq_flows.config.names import slug
+from lmq_flows.studies.frontier import FinishedRun, RunFrontier, write_points
 
 _ROWS = 10
 

@@ -10,18 +10,18 @@ from typing import Any
 
 from rich.table import Table
 
-from lmq.importance.correlation import rank_correlations
-from lmq.importance.estimates import ShapleyOptions
-from lmq.perplexity import Estimate
-from lmq.plots import importance_bands
-from lmq.plots.standalone import standalone_svg
-from lmq.results import NOT_MEASURED
+from lmq.evaluation.perplexity import Estimate
+from lmq.layers.importance.correlation import rank_correlations
+from lmq.layers.importance.estimates import ShapleyOptions
+from lmq.report.figures import importance_bands
+from lmq.report.figures.standalone import standalone_svg
+from lmq.report.results import NOT_MEASURED
 from lmq_flows.cli.terminal import console
-from lmq_flows.importance import ImportanceOptions, MeasuredImportance, measure_importance
-from lmq_flows.prepare import check_directory
-from lmq_flows.pruning import WHOLE, JudgedRemoval, PruningOptions, prune
-from lmq_flows.pruning_metrics import ANGULAR
-from lmq_flows.study import model_names
+from lmq_flows.run.prepare import check_directory
+from lmq_flows.studies.importance import ImportanceOptions, MeasuredImportance, measure_importance
+from lmq_flows.studies.pruning import WHOLE, JudgedRemoval, PruningOptions, prune
+from lmq_flows.studies.pruning_metrics import ANGULAR
+from lmq_flows.studies.study import model_names
 
 _HEADINGS = {
     "avss": "AVSS",

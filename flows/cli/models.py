@@ -6,15 +6,15 @@ import argparse
 
 from rich.table import Table
 
-from lmq.budget import Budget, module_sizes
+from lmq.allocation.budget import Budget, module_sizes
+from lmq.allocation.storage_layouts import LAYOUTS, LayoutRange
 from lmq.errors import InputError
-from lmq.quant_spec import STOPS, QuantSpec
-from lmq.results import format_percent
-from lmq.storage_layouts import LAYOUTS, LayoutRange
-from lmq.structure import ModelStructure
-from lmq.unquantized import UnquantizedPart, unquantized_parts
+from lmq.formats.spec import STOPS, QuantSpec
+from lmq.model.structure import ModelStructure
+from lmq.model.unquantized import UnquantizedPart, unquantized_parts
+from lmq.report.results import format_percent
 from lmq_flows.cli.terminal import console
-from lmq_flows.inspection import inspect_model
+from lmq_flows.run.inspection import inspect_model
 
 
 def inspect_command(arguments: argparse.Namespace) -> int:

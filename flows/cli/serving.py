@@ -11,7 +11,7 @@ from lmq_flows.cli.terminal import console
 
 def serve_command(arguments: argparse.Namespace) -> int:
     """Serve until Ctrl-C."""
-    from lmq_flows.serving import serve
+    from lmq_flows.serve.serving import serve
 
     try:
         serve(
@@ -29,7 +29,7 @@ def serve_command(arguments: argparse.Namespace) -> int:
 
 def deploy_command(arguments: argparse.Namespace) -> int:
     """Tell the server that PREFECT_API_URL names of lmq's pools and deployments."""
-    from lmq_flows.deploying import deploy, environment_of
+    from lmq_flows.serve.deploy import deploy, environment_of
 
     api_url = os.environ.get("PREFECT_API_URL")
     if not api_url:

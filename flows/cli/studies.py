@@ -9,11 +9,11 @@ from pathlib import Path
 
 from rich.table import Table
 
-from lmq.nf4 import NormalFloat4
-from lmq.plots.standalone import standalone_svg
-from lmq.plots.study import cost_scatters, sensitivity_figures
-from lmq.report.study import costs_page, sensitivity_page
-from lmq.study import (
+from lmq.formats.nf4 import NormalFloat4
+from lmq.report.figures.standalone import standalone_svg
+from lmq.report.figures.study import cost_scatters, sensitivity_figures
+from lmq.report.sections.study import costs_page, sensitivity_page
+from lmq.report.study import (
     DIMENSIONS,
     Agreement,
     AgreementSummary,
@@ -25,8 +25,8 @@ from lmq.study import (
     summarize_agreements,
 )
 from lmq_flows.cli.terminal import console
-from lmq_flows.prepare import check_directory
-from lmq_flows.study import CostStudy, Profiles, SensitivityStudy, StudyOptions, stored_bits_per_weight
+from lmq_flows.run.prepare import check_directory
+from lmq_flows.studies.study import CostStudy, Profiles, SensitivityStudy, StudyOptions, stored_bits_per_weight
 
 
 def sensitivity_command(arguments: argparse.Namespace) -> int:

@@ -6,7 +6,7 @@ import argparse
 
 from rich.table import Table
 
-from lmq.verification import checkpoint_sizes, find_damage, read_checksums, read_quantization_config
+from lmq.checkpoint.verify import checkpoint_sizes, find_damage, read_checksums, read_quantization_config
 from lmq_flows.cli.terminal import console
 
 

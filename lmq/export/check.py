@@ -22,13 +22,13 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import lmq
-from lmq.calibration import load_tokenizer
-from lmq.divergence import divergence
 from lmq.errors import InputError
 from lmq.export import write_export
 from lmq.export.openers import open_export, open_tokenizer
 from lmq.export.report import ExportReport, ModuleStep
 from lmq.export.source import QuantizedCheckpoint
+from lmq.measurement.divergence import divergence
+from lmq.text.calibration import load_tokenizer
 
 PROMPTS = (
     "The capital of France is",

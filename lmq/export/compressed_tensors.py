@@ -24,17 +24,17 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lmq.checkpoint import DEFAULT_MAX_SHARD_BYTES
-from lmq.constraints import ALIKE_PRESETS
+from lmq.allocation.constraints import ALIKE_PRESETS
+from lmq.allocation.module_list import list_modules
+from lmq.allocation.targets import TARGETS
+from lmq.checkpoint.write import DEFAULT_MAX_SHARD_BYTES
 from lmq.errors import InputError
 from lmq.export.report import ExportReport, ModuleStep, directory_bytes, relative_error
 from lmq.export.source import QuantizedCheckpoint
-from lmq.grid import Grid, nearest_codes
-from lmq.model_directory import complete_directory, copy_companions, write_json, write_shards
-from lmq.module_list import list_modules
+from lmq.formats.groups import Grid, nearest_codes
+from lmq.model.directory import complete_directory, copy_companions, write_json, write_shards
+from lmq.model.tensors import read_headers
 from lmq.quantizers.integer_zeros import SYMMETRIC_BITS, nearest_zero, refit_scale, whole_zeros
-from lmq.stored_tensors import read_headers
-from lmq.targets import TARGETS
 
 TARGET = TARGETS["vllm"]
 FORMAT = "pack-quantized"

@@ -15,12 +15,12 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lmq.checkpoint import DEFAULT_MAX_SHARD_BYTES
+from lmq.checkpoint.write import DEFAULT_MAX_SHARD_BYTES
 from lmq.export.dtypes import cast, dtype_name, parse_dtype, with_dtype
 from lmq.export.report import ExportReport, ModuleStep, directory_bytes, relative_error
 from lmq.export.source import FLOAT_TYPES, QuantizedCheckpoint
-from lmq.model_directory import complete_directory, copy_companions, size_bytes, write_json
-from lmq.stored_tensors import INDEX_FILE, StoredTensor, read_tensors
+from lmq.model.directory import complete_directory, copy_companions, size_bytes, write_json
+from lmq.model.tensors import INDEX_FILE, StoredTensor, read_tensors
 
 _STORED_NAMES = {dtype: name for name, dtype in FLOAT_TYPES.items()}
 

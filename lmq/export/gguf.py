@@ -42,7 +42,7 @@ from lmq.export.gguf_tokenizer import GgufTokenizer
 from lmq.export.llama_quantize import write_tensor_types
 from lmq.export.report import ExportReport, ModuleStep
 from lmq.export.source import QuantizedCheckpoint
-from lmq.stored_tensors import find_tensor
+from lmq.model.tensors import find_tensor
 
 _FILE_TYPES = {
     GGMLQuantizationType.Q4_1: LlamaFileType.MOSTLY_Q4_1,

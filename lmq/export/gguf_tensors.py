@@ -17,8 +17,8 @@ from lmq.export.gguf_blocks import GRID_BLOCKS, Bytes, Floats, decode, encode
 from lmq.export.gguf_model import ROPE_FACTORS, gguf_name, head_rows, norm_offset, rope_factors
 from lmq.export.report import ModuleStep
 from lmq.export.source import QuantizedCheckpoint
-from lmq.quant_spec import QuantSpec
-from lmq.stored_tensors import StoredTensor, read_tensors
+from lmq.formats.spec import QuantSpec
+from lmq.model.tensors import StoredTensor, read_tensors
 
 Fidelity = Literal["exact", "size"]
 

@@ -7,8 +7,9 @@ written.
 
 Codes are those of the checkpoint, in hqq's own packing (3 bits: ten to an int32). Scales and zeros are decoded from
 their 8 bits and kept in 16, which is the error of the step and the reason why an hqq checkpoint is larger
-(`lmq.storage_layouts.hqq_size_bytes`). hqq dequantizes in the compute type that it is opened with. It also rounds the
-frequencies of rotary embeddings to that type, so `compute_dtype=torch.float32` gives the most faithful model.
+(`lmq.allocation.storage_layouts.hqq_size_bytes`). hqq dequantizes in the compute type that it is opened with. It also
+rounds the frequencies of rotary embeddings to that type, so `compute_dtype=torch.float32` gives the most faithful
+model.
 """
 
 from __future__ import annotations
@@ -25,16 +26,16 @@ from hqq.models.hf.base import AutoHQQHFModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lmq.discovery import build_skeleton, match_tensors
+from lmq.allocation.module_list import list_modules
+from lmq.allocation.storage_layouts import hqq_size_bytes
 from lmq.errors import InputError
 from lmq.export.dtypes import cast, parse_dtype, with_dtype
 from lmq.export.report import ExportReport, ModuleStep, directory_bytes, relative_error
 from lmq.export.source import QuantizedCheckpoint
-from lmq.grid import from_groups, to_groups
-from lmq.model_directory import complete_directory, copy_companions, write_json
-from lmq.module_list import list_modules
-from lmq.storage_layouts import hqq_size_bytes
-from lmq.stored_tensors import StoredTensor, read_tensors
+from lmq.formats.groups import from_groups, to_groups
+from lmq.model.directory import complete_directory, copy_companions, write_json
+from lmq.model.discovery import build_skeleton, match_tensors
+from lmq.model.tensors import StoredTensor, read_tensors
 
 ModuleStates = dict[str, dict[str, Any]]
 """hqq's weight file: the state of each leaf module by its dotted path."""

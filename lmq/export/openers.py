@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from lmq.checkpoint.compressed_tensors_reader import open_dense
 from lmq.errors import InputError, LmqError
-from lmq.export.compressed_tensors_reader import open_dense
 from lmq.export.report import ExportReport
 
 _DOES_NOT_OPEN = (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError)

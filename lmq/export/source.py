@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmq.checkpoint import read_quantization_config
-from lmq.grid import GRID_TENSORS, Grid, from_groups
-from lmq.hf_quantizer import LmqConfig
-from lmq.linear import QUANTIZED_TENSORS
-from lmq.packing import unpack
-from lmq.quant_spec import QuantSpec
-from lmq.stored_tensors import StoredTensor, read_headers, read_tensors
+from lmq.checkpoint.hf import LmqConfig
+from lmq.checkpoint.write import read_quantization_config
+from lmq.formats.groups import GRID_TENSORS, Grid, from_groups
+from lmq.formats.packed_layer import QUANTIZED_TENSORS
+from lmq.formats.packing import unpack
+from lmq.formats.spec import QuantSpec
+from lmq.model.tensors import StoredTensor, read_headers, read_tensors
 
 FLOAT_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Types of a model's tensors, by the name that safetensors gives them."""

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from lmq.errors import InputError, unknown_name
-from lmq.quant_spec import QuantSpec
+from lmq.formats.spec import QuantSpec
 from lmq.quantizers.hqq import Hqq
 from lmq.quantizers.hqq_package import HqqPackage
 from lmq.quantizers.rtn import RoundToNearest

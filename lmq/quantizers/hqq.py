@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from lmq.errors import InputError
-from lmq.grid import group_blocks, require_axis, to_groups
-from lmq.quant_spec import QuantSpec
+from lmq.formats.groups import group_blocks, require_axis, to_groups
+from lmq.formats.spec import QuantSpec
 from lmq.quantizers.integer_zeros import refit_scale, whole_zeros
 from lmq.quantizers.rtn import min_max_grid
 

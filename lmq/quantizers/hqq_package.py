@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from lmq.grid import require_axis
-from lmq.quant_spec import QuantSpec
+from lmq.formats.groups import require_axis
+from lmq.formats.spec import QuantSpec
 
 
 @dataclass(frozen=True, kw_only=True)

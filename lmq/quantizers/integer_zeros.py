@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lmq.grid import group_blocks, nearest_codes
+from lmq.formats.groups import group_blocks, nearest_codes
 
 SYMMETRIC_BITS = 8
 """Kernels subtract 128 from 8-bit codes and take no zeros of their own."""

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from lmq.grid import require_axis, to_groups
-from lmq.quant_spec import QuantSpec
+from lmq.formats.groups import require_axis, to_groups
+from lmq.formats.spec import QuantSpec
 from lmq.quantizers.integer_zeros import whole_zeros
 
 _SMALLEST_SPREAD = 1e-4

@@ -1,10 +1,10 @@
 """The report of a run: one HTML page with the answer, the evidence and the costs; a card for every checkpoint."""
 
-from lmq.report.card import model_card
 from lmq.report.data import ModelReport, PairedDifference, ReportData, StageTiming
-from lmq.report.downloads import embedded_files
 from lmq.report.page import build_report
-from lmq.report.pictures import report_pictures
+from lmq.report.sections.card import model_card
+from lmq.report.sections.downloads import embedded_files
+from lmq.report.sections.pictures import report_pictures
 
 __all__ = [
     "ModelReport",

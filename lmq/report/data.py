@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lmq.error_table import ErrorTable
-from lmq.results import VariantResult
-from lmq.structure import ModelStructure
+from lmq.allocation.error_table import ErrorTable
+from lmq.model.structure import ModelStructure
+from lmq.report.results import VariantResult
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -47,9 +47,9 @@ class ModelReport:
     """What was measured on one model.
 
     `statistics`, `super_weights` and `layer_activity` are rows of the tables of these names, `sensitivity` and
-    `outliers` too; `costs` holds what every module loses, by names of `lmq.report.costs.COSTS`. Rows of `allocations`
-    (by `VariantResult.label`) have layer, kind, bits, group_size, size_bytes and boosted (bool). A row's value may be
-    None. `warnings` say what makes the measurements unfair.
+    `outliers` too; `costs` holds what every module loses, by names of `lmq.report.sections.costs.COSTS`. Rows of
+    `allocations` (by `VariantResult.label`) have layer, kind, bits, group_size, size_bytes and boosted (bool). A row's
+    value may be None. `warnings` say what makes the measurements unfair.
     """
 
     name: str

@@ -5,12 +5,12 @@ from __future__ import annotations
 from html import escape
 from importlib.resources import files
 
-from lmq.plots.palette import theme_css
-from lmq.report.allocations import allocations_section
 from lmq.report.data import ReportData
-from lmq.report.reasons import reasons_section
-from lmq.report.stages import costs_section, reproduce_section
-from lmq.report.variants import variants_section
+from lmq.report.figures.palette import theme_css
+from lmq.report.sections.allocations import allocations_section
+from lmq.report.sections.reasons import reasons_section
+from lmq.report.sections.stages import costs_section, reproduce_section
+from lmq.report.sections.variants import variants_section
 
 _NAVIGATION = (
     ("variants", "Variants"),

@@ -21,8 +21,8 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from lmq_flows.deploying import deploy, environment_of, prefect_command
-from lmq_flows.run_config import RunConfig
+from lmq_flows.config.run import RunConfig
+from lmq_flows.serve.deploy import deploy, environment_of, prefect_command
 
 
 @dataclass(frozen=True)

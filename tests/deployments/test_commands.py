@@ -13,7 +13,7 @@ import pytest
 import yaml
 from moto.server import ThreadedMotoServer
 
-from lmq_flows.deploying import deployments_dir
+from lmq_flows.serve.deploy import deployments_dir
 from tests.deployments.conftest import Server
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

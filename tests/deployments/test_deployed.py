@@ -17,8 +17,8 @@ from prefect.client.schemas.schedules import CronSchedule
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.states import Cancelling
 
-from lmq.results import read_results
-from lmq_flows.deploying import deployments_dir
+from lmq.report.results import read_results
+from lmq_flows.serve.deploy import deployments_dir
 from lmq_storage import ArtifactStore
 from lmq_storage.processes import is_alive
 from tests.deployments.conftest import Server, wait_for

@@ -11,7 +11,7 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterParentFlo
 
 from tests.deployments.conftest import Server, lmq_run, running
 from tests.flows.conftest import tiny_config
-from tests.lmq.browser import chromium
+from tests.lmq.report.browser import chromium
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 

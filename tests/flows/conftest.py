@@ -13,8 +13,8 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId, FlowRunFilterParentFlowRunId
 from prefect.testing.utilities import prefect_test_harness
 
-from lmq_flows.planning import plan_run
-from lmq_flows.run_config import RunConfig, parse_run_config
+from lmq_flows.config.run import RunConfig, parse_run_config
+from lmq_flows.run.plan import plan_run
 from lmq_tasks import STAGES
 
 
@@ -60,7 +60,7 @@ class Done:
 
 def run_and_look(config: RunConfig) -> Done:
     """Run a configuration and ask the server what became of its tasks."""
-    from lmq_flows.quantize import run
+    from lmq_flows.run.quantize import run
 
     state = run(config)
     cached = {}

@@ -13,8 +13,8 @@ import sys
 from lmq_flows.cli import main, quiet_libraries
 
 quiet_libraries()  # as the command does, before Prefect is imported
-import lmq_flows.planning  # noqa: E402
-import lmq_flows.quantize  # noqa: E402, F401 - what a run needs, imported before the fork
+import lmq_flows.run.plan  # noqa: E402
+import lmq_flows.run.quantize  # noqa: E402, F401 - what a run needs, imported before the fork
 
 
 def start(argv: list[str], cwd: str, log: str, environment: dict[str, str]) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from .browser import Page, browser
+from tests.lmq.report.browser import Page, browser
 
 
 @pytest.fixture(scope="session")

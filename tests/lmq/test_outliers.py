@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from scipy.stats.mstats import trimmed_mean, trimmed_std
 
 from lmq.errors import InputError
+from lmq.model.structure import ModuleId
 from lmq.outliers import (
     OUTLIERS_SCHEMA,
     find_outlier_layers,
@@ -15,7 +16,6 @@ from lmq.outliers import (
     outlier_rows,
     profiles_by_kind,
 )
-from lmq.structure import ModuleId
 from lmq.tables import read_rows, write_rows
 
 WAVE = [1 + 0.01 * (layer % 3) for layer in range(40)]

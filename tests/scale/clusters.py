@@ -17,7 +17,7 @@ import psutil
 import yaml
 from moto.server import ThreadedMotoServer
 
-from lmq_flows.run_config import RunConfig
+from lmq_flows.config.run import RunConfig
 from lmq_storage import ArtifactStore, file_sha256
 
 PATIENCE_S = 900

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from lmq.calibration import write_tokens
+from lmq.text.calibration import write_tokens
 from lmq_storage import ArtifactRef, ArtifactStore
 from lmq_tasks.capture import backward, embed, forward, loss_gradient
 from lmq_tasks.models import discover_structure

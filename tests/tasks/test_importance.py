@@ -9,22 +9,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from lmq.calibration import write_tokens
-from lmq.capture import read_hidden_states
-from lmq.discovery import discover
-from lmq.evaluation import WINDOWS_SCHEMA, last_states, score_windows, window_tokens
-from lmq.fisher import fast_matmul_dtype
-from lmq.importance.avss import activation_statistics, avss_scores
-from lmq.importance.cosine import angular_distances, block_influence
-from lmq.importance.estimates import ShapleyOptions
-from lmq.importance.leave_one_out import leave_one_out
-from lmq.importance.removal import RemovalValue
-from lmq.importance.shapley import permutation_shapley, window_shapley
-from lmq.importance.tables import ANGULAR_DISTANCE_SCHEMA, LAYER_IMPORTANCE_SCHEMA, SUBLAYER_IMPORTANCE_SCHEMA
-from lmq.perplexity import full_windows
-from lmq.prune import write_pruned
-from lmq.streaming import StreamedModel
+from lmq.evaluation.perplexity import full_windows
+from lmq.evaluation.windows import WINDOWS_SCHEMA, last_states, score_windows, window_tokens
+from lmq.layers.importance.avss import activation_statistics, avss_scores
+from lmq.layers.importance.cosine import angular_distances, block_influence
+from lmq.layers.importance.estimates import ShapleyOptions
+from lmq.layers.importance.leave_one_out import leave_one_out
+from lmq.layers.importance.removal import RemovalValue
+from lmq.layers.importance.shapley import permutation_shapley, window_shapley
+from lmq.layers.importance.tables import ANGULAR_DISTANCE_SCHEMA, LAYER_IMPORTANCE_SCHEMA, SUBLAYER_IMPORTANCE_SCHEMA
+from lmq.layers.prune import write_pruned
+from lmq.measurement.replay import read_hidden_states
+from lmq.measurement.token_fisher import fast_matmul_dtype
+from lmq.model.discovery import discover
+from lmq.model.streaming import StreamedModel
 from lmq.tables import read_rows
+from lmq.text.calibration import write_tokens
 from lmq_storage import ArtifactRef
 from lmq_tasks.capture import HIDDEN_STATES_FILE
 from lmq_tasks.evaluation import WINDOWS_FILE, evaluate_without_layers

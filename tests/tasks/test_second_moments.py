@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from lmq.capture import read_gradients, read_hidden_states
-from lmq.discovery import discover
-from lmq.fisher import ModuleTrace, trace_modules
-from lmq.frobenius import load_grids
-from lmq.quant_spec import QuantSpec
-from lmq.second_moments import MODULE_ERRORS_SCHEMA
-from lmq.streaming import StreamedModel
-from lmq.structure import ModuleId
+from lmq.formats.spec import QuantSpec
+from lmq.measurement.frobenius import load_grids
+from lmq.measurement.replay import read_gradients, read_hidden_states
+from lmq.measurement.second_moments import MODULE_ERRORS_SCHEMA
+from lmq.measurement.token_fisher import ModuleTrace, trace_modules
+from lmq.model.discovery import discover
+from lmq.model.streaming import StreamedModel
+from lmq.model.structure import ModuleId
 from lmq.tables import read_rows
 from lmq_tasks.capture import GRADIENTS_FILE, HIDDEN_STATES_FILE
 from lmq_tasks.second_moments import measure_module_errors

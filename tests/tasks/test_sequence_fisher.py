@@ -3,15 +3,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from lmq.calibration import write_tokens
-from lmq.capture import read_gradients, read_hidden_states
-from lmq.discovery import discover
-from lmq.fisher import trace_modules
-from lmq.frobenius import load_grids
-from lmq.quant_spec import QuantSpec
-from lmq.sequence_fisher import SEQUENCE_FISHER_SCHEMA, sequence_fisher, sequence_loss_changes
-from lmq.streaming import StreamedModel
+from lmq.formats.spec import QuantSpec
+from lmq.measurement.frobenius import load_grids
+from lmq.measurement.replay import read_gradients, read_hidden_states
+from lmq.measurement.sequence_fisher import SEQUENCE_FISHER_SCHEMA, sequence_fisher, sequence_loss_changes
+from lmq.measurement.token_fisher import trace_modules
+from lmq.model.discovery import discover
+from lmq.model.streaming import StreamedModel
 from lmq.tables import read_rows
+from lmq.text.calibration import write_tokens
 from lmq_storage import ArtifactRef, ArtifactStore
 from lmq_tasks.capture import GRADIENTS_FILE, HIDDEN_STATES_FILE, embed, forward
 from lmq_tasks.models import discover_structure
@@ -52,7 +52,10 @@ def runner(tmp_path: Path, tiny_qwen: Path) -> Runner:
 def test_costs_of_a_layer_come_from_the_gradients_of_every_draw(
     runner: Runner, tmp_path: Path, tiny_qwen: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for place in ("lmq.fisher", "lmq_tasks.sequence_fisher"):  # exact products, whatever the processor is fast at
+    for place in (
+        "lmq.measurement.token_fisher",
+        "lmq_tasks.sequence_fisher",
+    ):  # exact products, whatever the processor is fast at
         monkeypatch.setattr(f"{place}.fast_matmul_dtype", lambda _: torch.float32)
     monkeypatch.setattr("lmq_tasks.sequence_fisher._ERROR_BYTES_AT_ONCE", 3 * 64 * 64)  # of one configuration
     structure = runner.run(discover_structure, {"weights_sha256": "0"})

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from lmq.capture import read_hidden_states
-from lmq.discovery import discover
-from lmq.module_divergence import MODULE_DIVERGENCE_SCHEMA
-from lmq.nf4 import NormalFloat4
-from lmq.sensitivity import SENSITIVITY_SCHEMA, part_sensitivities
-from lmq.streaming import StreamedModel
+from lmq.formats.nf4 import NormalFloat4
+from lmq.measurement.activation import SENSITIVITY_SCHEMA, part_sensitivities
+from lmq.measurement.module_divergence import MODULE_DIVERGENCE_SCHEMA
+from lmq.measurement.replay import read_hidden_states
+from lmq.model.discovery import discover
+from lmq.model.streaming import StreamedModel
 from lmq.tables import read_rows
 from lmq_tasks.capture import HIDDEN_STATES_FILE
 from lmq_tasks.module_divergence import measure_module_divergence

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lmq.capture import read_hidden_states
-from lmq.discovery import discover
-from lmq.streaming import StreamedModel
-from lmq.super_weights import SUPER_WEIGHTS_SCHEMA
+from lmq.measurement.replay import read_hidden_states
+from lmq.measurement.super_weights import SUPER_WEIGHTS_SCHEMA
+from lmq.model.discovery import discover
+from lmq.model.streaming import StreamedModel
 from lmq.tables import read_rows
 from lmq_tasks.capture import HIDDEN_STATES_FILE
 from lmq_tasks.super_weights import find_super_weights

@@ -20,9 +20,9 @@ def test_changed_code_is_noticed(monkeypatch):
 
 
 def test_digest_covers_what_a_stage_imports_and_nothing_else():
-    kurtosis = versions._closure("lmq.kurtosis")
-    assert {"lmq.kurtosis", "lmq.finite", "lmq.errors"} <= kurtosis
-    assert "lmq.fisher" not in kurtosis
+    kurtosis = versions._closure("lmq.measurement.kurtosis")
+    assert {"lmq.measurement.kurtosis", "lmq.finite", "lmq.errors"} <= kurtosis
+    assert "lmq.measurement.token_fisher" not in kurtosis
 
 
 def changed_by(monkeypatch, module):
@@ -40,20 +40,20 @@ def changed_by(monkeypatch, module):
 
 def test_a_helper_two_imports_away_moves_the_stages_that_use_it(monkeypatch):
     """Stages reach weights through `lmq_tasks.opened`, which imports the library's streaming."""
-    changed = changed_by(monkeypatch, "lmq.streaming")
+    changed = changed_by(monkeypatch, "lmq.model.streaming")
     assert {"kurtosis", "frobenius", "quantize", "forward", "evaluate"} <= changed
     assert not {"calibration", "convert"} & changed
 
 
 def test_the_loader_moves_what_opens_checkpoints_whole(monkeypatch):
     """`from lmq import load`, and the quantizer that transformers imports by its name alone."""
-    assert {"evaluate-other", "performance", "zero-shot"} <= changed_by(monkeypatch, "lmq.hf_quantizer")
+    assert {"evaluate-other", "performance", "zero-shot"} <= changed_by(monkeypatch, "lmq.checkpoint.hf")
 
 
 def test_helpers_of_other_files_count_but_not_what_carries_a_stage():
     sources, library = versions._stage_sources("lmq_tasks.weights", "measure_kurtosis")
     assert any("load_layer_weights" in source for source in sources)
-    assert "lmq.streaming" in library
+    assert "lmq.model.streaming" in library
     assert not any("publish" in source for source in sources)
 
 

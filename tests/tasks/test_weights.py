@@ -8,10 +8,10 @@ import pytest
 import torch
 from scipy import stats
 
-from lmq.discovery import discover
-from lmq.streaming import load_layer_weights
+from lmq.measurement.weights import WEIGHT_STATISTICS_SCHEMA
+from lmq.model.discovery import discover
+from lmq.model.streaming import load_layer_weights
 from lmq.tables import read_rows
-from lmq.weight_statistics import WEIGHT_STATISTICS_SCHEMA
 from lmq_storage import ArtifactStore
 from lmq_tasks.models import discover_structure
 from lmq_tasks.stage import ModelLocation, Site, as_inputs, run_stage

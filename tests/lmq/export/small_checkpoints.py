@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from lmq.checkpoint import write_checkpoint
-from lmq.discovery import discover
+from lmq.checkpoint.write import write_checkpoint
 from lmq.export.source import QuantizedCheckpoint
-from lmq.quant_spec import STOPS, QuantSpec
+from lmq.formats.spec import STOPS, QuantSpec
+from lmq.model.discovery import discover
 from lmq.quantizers import quantizer
 
 TOKENS = torch.tensor([[5, 17, 300, 42, 7, 99, 411, 256]])

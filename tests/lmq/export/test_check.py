@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lmq.export.dense as dense
-from lmq.checkpoint import write_checkpoint
-from lmq.discovery import discover
+from lmq.checkpoint.write import write_checkpoint
 from lmq.errors import InputError, LmqError
 from lmq.export import FORMATS, export_format
 from lmq.export.check import NEW_TOKENS, PROMPTS, Tolerance, check_export, export_checked
 from lmq.export.source import QuantizedCheckpoint
-from lmq.quant_spec import QuantSpec
+from lmq.formats.spec import QuantSpec
+from lmq.model.discovery import discover
 from lmq.quantizers import quantizer
 from tests.lmq.export.small_checkpoints import write_small
 

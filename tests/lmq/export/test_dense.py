@@ -12,7 +12,7 @@ import lmq
 from lmq.errors import InputError
 from lmq.export.dense import export, problems
 from lmq.export.source import QuantizedCheckpoint
-from lmq.stored_tensors import read_headers, read_tensors
+from lmq.model.tensors import read_headers, read_tensors
 from tests.lmq.export.small_checkpoints import logits, write_small
 
 

@@ -11,10 +11,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import lmq
 import lmq.export.hqq as hqq_export
+from lmq.allocation.storage_layouts import hqq_size_bytes
 from lmq.errors import InputError
 from lmq.export.hqq import export, problems
 from lmq.export.source import QuantizedCheckpoint
-from lmq.storage_layouts import hqq_size_bytes
 from tests.lmq.export.small_checkpoints import logits, write_small
 
 FLOAT16_ROUNDING = 2**-11

@@ -11,9 +11,9 @@ import lmq
 from lmq.errors import InputError
 from lmq.export.report import ModuleStep, overall_relative_error, relative_error
 from lmq.export.source import QuantizedCheckpoint
-from lmq.grid import to_groups
-from lmq.linear import QuantizedLinear
-from lmq.stored_tensors import read_tensors
+from lmq.formats.groups import to_groups
+from lmq.formats.packed_layer import QuantizedLinear
+from lmq.model.tensors import read_tensors
 from tests.lmq.export.small_checkpoints import write_small
 
 

@@ -1,0 +1,279 @@
+"""The configuration of a run: which models, strategies and budgets, measured and judged on what text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, field_validator, model_validator
+
+from lmq.allocation.strategies import STRATEGIES, strategy
+from lmq.allocation.strategies.uniform import Uniform
+from lmq.allocation.targets import TARGETS, left_out, restrict_menu, target_named
+from lmq.errors import InputError
+from lmq.formats.spec import QuantSpec
+from lmq.model.structure import ModuleInfo
+from lmq.quantizers import QUANTIZERS
+from lmq_flows.config.overrides import apply_override
+from lmq_flows.config.problems import problem_texts
+from lmq_flows.config.sections import (
+    NAME_PATTERN,
+    BaselineConfig,
+    BudgetText,
+    CalibrationConfig,
+    ConstraintsConfig,
+    EvaluationConfig,
+    MeasureConfig,
+    ModelConfig,
+    RunnerConfig,
+    Section,
+    StrategyConfig,
+    TargetName,
+    without_repeats,
+)
+from lmq_storage import BadStore
+from lmq_storage.names import checked_url
+
+
+class RunConfig(Section):
+    """One run: models × strategies × budgets."""
+
+    name: str = Field(pattern=NAME_PATTERN, description="Results go to runs_dir/NAME")
+    models: tuple[ModelConfig, ...] = Field(min_length=1)
+    strategies: tuple[StrategyConfig, ...] = Field(min_length=1)
+    budgets: Annotated[tuple[BudgetText, ...], AfterValidator(without_repeats)] = Field(
+        min_length=1, description='"4.25" (bits per weight), "80 MB", "uniform b4g64 + 2%"'
+    )
+    baselines: tuple[BaselineConfig, ...] = Field(
+        (), description="Judged beside the variants: rtn b4g64, nf4, or {name, path} of another program's checkpoint"
+    )
+    target: TargetName | None = Field(
+        None, description=f"What will serve the checkpoints: plan within what it holds ({', '.join(TARGETS)})"
+    )
+    constraints: ConstraintsConfig = ConstraintsConfig()
+    calibration: CalibrationConfig = CalibrationConfig()
+    measure: MeasureConfig = MeasureConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    runner: RunnerConfig = RunnerConfig()
+    store: str = Field("store", min_length=1, description="Where artifacts are kept: a directory or any fsspec URL")
+    runs_dir: str = Field("runs", min_length=1, description="Where results are written")
+
+    @field_validator("store")
+    @classmethod
+    def _store_holds_no_secret(cls, url: str) -> str:
+        try:
+            return checked_url(url)
+        except BadStore as error:
+            raise ValueError(str(error)) from error
+
+    @field_validator("budgets", mode="before")
+    @classmethod
+    def _budgets_are_text(cls, value: Any) -> Any:
+        return tuple(str(item) for item in value) if isinstance(value, list | tuple) else value
+
+    @field_validator("baselines", "strategies", mode="before")
+    @classmethod
+    def _strategies_by_name(cls, value: Any) -> Any:
+        if not isinstance(value, list | tuple):
+            return value
+        return tuple({"name": item} if isinstance(item, str) else item for item in value)
+
+    @field_validator("models")
+    @classmethod
+    def _models_differ(cls, models: tuple[ModelConfig, ...]) -> tuple[ModelConfig, ...]:
+        without_repeats(tuple(model.name for model in models))
+        return models
+
+    @field_validator("strategies")
+    @classmethod
+    def _strategies_differ(cls, strategies: tuple[StrategyConfig, ...]) -> tuple[StrategyConfig, ...]:
+        without_repeats(tuple(item.label for item in strategies))
+        return strategies
+
+    @model_validator(mode="after")
+    def _baselines_differ(self) -> RunConfig:
+        labels = [item.label for item in self.baselines] + [item.label for item in self.strategies]
+        without_repeats(tuple(labels))
+        names = [model.name for model in self.models]
+        for item in self.baselines:
+            if item.path is not None and item.model is None and len(names) > 1:
+                raise ValueError(f"baseline {item.name!r} needs a key model, one of {', '.join(names)}")
+            if item.model is not None and item.model not in names:
+                raise ValueError(f"baseline {item.name!r} is of model {item.model!r}; the run has {', '.join(names)}")
+        return self
+
+    @model_validator(mode="after")
+    def _evaluates_on_other_text(self) -> RunConfig:
+        calibration, evaluation = self.calibration, self.evaluation
+        same = calibration.source == evaluation.source
+        apart = {calibration.part, evaluation.part} == {"first", "second"} and calibration.seed == evaluation.seed
+        if same and not apart:
+            raise ValueError(
+                f"calibration and evaluation both draw from {calibration.source!r} and may share documents: "
+                "give one part 'first' and the other 'second' with the same seed, or another source"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _strategies_keep_the_constraints(self) -> RunConfig:
+        if not self.kept_constraints.plain:
+            return self
+        for item in self.strategies:
+            if item.name != Uniform.name and not STRATEGIES[item.name].keeps_constraints:
+                able = ", ".join(name for name, each in STRATEGIES.items() if each.keeps_constraints)
+                of_target = "" if self.constraints.plain else f", such as those of target {self.target!r}"
+                raise ValueError(f"strategy {item.label!r} keeps no constraints{of_target}; those that do: {able}")
+        return self
+
+    @model_validator(mode="after")
+    def _grids_suit_the_target(self) -> RunConfig:
+        if self.target is None:
+            return self
+        if self.measure.axis != 1:
+            raise ValueError(f"target {self.target!r} takes groups along in_features; set measure.axis to 1")
+        able = [
+            name
+            for name, each in QUANTIZERS.items()
+            if "integer_zeros" in {field.name for field in fields(each)}  # type: ignore[arg-type]
+        ]
+        if target_named(self.target).integer_zeros and self.measure.quantizer not in able:
+            raise ValueError(
+                f"target {self.target!r} takes whole zeros, which measure.quantizer = {self.measure.quantizer!r} "
+                f"does not fit; those that do: {', '.join(able)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _kl_specs_are_on_the_menus(self) -> RunConfig:
+        for menu in (model.menu or self.measure.menu for model in self.models):
+            missing = [spec for spec in self.measure.kl_specs or () if spec not in menu]
+            if missing:
+                raise ValueError(f"measure.kl_specs has {missing[0]}, which is not on the menu {', '.join(menu)}")
+        return self
+
+    def baselines_of(self, model: str) -> list[BaselineConfig]:
+        """The baselines that a model is compared with."""
+        return [item for item in self.baselines if item.model in (None, model)]
+
+    @property
+    def run_dir(self) -> Path:
+        """Where this run's results are written."""
+        return Path(self.runs_dir) / self.name
+
+    @property
+    def kept_constraints(self) -> ConstraintsConfig:
+        """The constraints of the run with those of its target."""
+        if self.target is None:
+            return self.constraints
+        alike = dict.fromkeys((*self.constraints.alike, *target_named(self.target).alike))
+        return self.constraints.model_copy(update={"alike": tuple(alike)})
+
+    @property
+    def quantizer(self) -> dict[str, Any]:
+        """Name and options of the quantizer."""
+        whole = {"integer_zeros": True} if self.target and target_named(self.target).integer_zeros else {}
+        return {"name": self.measure.quantizer, "axis": self.measure.axis, **whole}
+
+    def menu_of(self, model: ModelConfig, modules: Sequence[ModuleInfo]) -> tuple[QuantSpec, ...]:
+        """The configurations for a model with these modules, smallest first: those of its menu that the target holds.
+
+        Raises InputError where it holds none of them, or not one of measure.kl_specs.
+        """
+        menu = self._whole_menu_of(model)
+        if self.target is None:
+            return menu
+        held = restrict_menu(menu, target_named(self.target), modules)
+        names = [spec.name for spec in held]
+        if missing := [name for name in self.measure.kl_specs or () if name not in names]:
+            raise InputError(
+                f"measure.kl_specs has {missing[0]}, which target {self.target!r} does not hold for every module of "
+                f"{model.name}; left of its menu: {', '.join(names)}"
+            )
+        return held
+
+    def left_out_of_menu(self, model: ModelConfig, modules: Sequence[ModuleInfo]) -> list[str]:
+        """What the target does not hold of the menu of a model with these modules, in sentences."""
+        if self.target is None:
+            return []
+        return [
+            f"{model.name}: {text}" for text in left_out(self._whole_menu_of(model), target_named(self.target), modules)
+        ]
+
+    def _whole_menu_of(self, model: ModelConfig) -> tuple[QuantSpec, ...]:
+        specs = [QuantSpec.parse(name) for name in model.menu or self.measure.menu]
+        return tuple(sorted(specs, key=lambda spec: spec.bits_per_weight))
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Names of the measurements that the strategies use, and of those asked for beside."""
+        used = (strategy(item.name, **item.options).needs for item in self.strategies)
+        return frozenset(self.measure.also).union(*used)
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether anything is measured on calibration text; all but weights and their errors is."""
+        return bool(self.needs - {"kurtosis", "frobenius"})
+
+    @property
+    def calibration_sequences(self) -> int:
+        """Sequences taken from the calibration text: those measured on, and those that plans are tried on."""
+        validation = self.calibration.validation_sequences if "trials" in self.needs else 0
+        return self.calibration.sequences + validation
+
+
+_SECTIONS: dict[str, type[BaseModel]] = {
+    "": RunConfig,
+    "models": ModelConfig,
+    "strategies": StrategyConfig,
+    "baselines": BaselineConfig,
+    "constraints": ConstraintsConfig,
+    "calibration": CalibrationConfig,
+    "measure": MeasureConfig,
+    "evaluation": EvaluationConfig,
+    "runner": RunnerConfig,
+}
+"""What each section of the file is read as, by its first key."""
+
+
+def load_run_config(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
+    """Read a YAML run configuration, with `a.b=value` overrides. Raises InputError naming what is wrong."""
+    try:
+        data = yaml.safe_load(path.read_text())
+    except FileNotFoundError as error:
+        raise InputError(f"there is no configuration file {path}; presets: {', '.join(preset_names())}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not a YAML file: {error}") from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}; give a YAML file") from error
+    if not isinstance(data, dict):
+        what = "nothing" if data is None else f"one {type(data).__name__}"
+        raise InputError(f"{path} holds {what}, not the keys of a run configuration: name, models, strategies, ...")
+    for override in overrides:
+        apply_override(data, override)
+    return parse_run_config(data)
+
+
+def parse_run_config(data: dict[str, Any]) -> RunConfig:
+    """Check a configuration given as plain values. Raises InputError naming every problem."""
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        raise InputError("; ".join(problem_texts(error, _SECTIONS))) from error
+
+
+def preset_path(name: str) -> Path:
+    """Path of a preset that comes with lmq (`demo`)."""
+    return _presets_dir() / f"{name}.yaml"
+
+
+def preset_names() -> list[str]:
+    """Names of the presets that come with lmq."""
+    return sorted(path.stem for path in _presets_dir().glob("*.yaml"))
+
+
+def _presets_dir() -> Path:
+    checkout = Path(__file__).parent.parent / "deployments" / "presets"
+    return checkout if checkout.is_dir() else Path(__file__).parent / "presets"

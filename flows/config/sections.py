@@ -1,0 +1,250 @@
+"""The sections of a run's configuration, each checked by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from lmq.allocation.budget import Budget
+from lmq.allocation.constraints import Constraints
+from lmq.allocation.constraints_text import parse_constraints
+from lmq.allocation.strategies import strategy
+from lmq.allocation.targets import target_named
+from lmq.errors import InputError, unknown_name
+from lmq.evaluation.baselines import RoundedBaseline
+from lmq.evaluation.zero_shot import STANDARD_TASKS
+from lmq.formats.spec import STOPS, QuantSpec
+from lmq_flows.config.names import slug
+
+T = TypeVar("T")
+
+
+class Section(BaseModel):
+    """A part of a configuration: immutable, without unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def checked(check: Callable[[], T]) -> T:
+    """Result of a check, its InputError as the ValueError that pydantic collects together with the key."""
+    try:
+        return check()
+    except InputError as error:
+        raise ValueError(str(error)) from error
+
+
+def _spec_name(text: str) -> str:
+    return checked(lambda: QuantSpec.parse(text)).name
+
+
+def _budget_text(text: str) -> str:
+    checked(lambda: Budget.parse(text))
+    return text
+
+
+def without_repeats(names: tuple[str, ...]) -> tuple[str, ...]:
+    """The names, of which no two may give the same file name. Raises ValueError."""
+    slugs = [slug(name) for name in names]
+    for index, name in enumerate(names):
+        if slugs[index] in slugs[:index]:
+            raise ValueError(f"{name!r} is listed twice (letters count the same in upper and lower case)")
+    return names
+
+
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+SpecName = Annotated[str, AfterValidator(_spec_name)]
+Menu = Annotated[tuple[SpecName, ...], Field(min_length=1), AfterValidator(without_repeats)]
+BudgetText = Annotated[str, AfterValidator(_budget_text)]
+
+
+class ModelConfig(Section):
+    """A model to quantize."""
+
+    name: str = Field(pattern=NAME_PATTERN, description="Short name used in tables and paths")
+    source: str = Field(min_length=1, description="Hub id, directory, .gguf file, or package:NAME/FILE")
+    sha256: str | None = Field(None, description="Expected sha256 of a single-file source")
+    dtype: Literal["exact", "float16", "bfloat16"] = Field(
+        default="exact", description="What a GGUF file is converted to; exact: the smallest type that holds every value"
+    )
+    menu: Menu | None = Field(None, description="Menu of this model; default: measure.menu")
+
+
+class TextConfig(Section):
+    """Text to draw tokens from."""
+
+    source: str = Field(
+        "pydoc-topics",
+        description="pydoc-topics, wikitext2, c4, ptb, a text, jsonl or parquet file, or dataset:NAME[/CONFIG][:SPLIT]",
+    )
+    column: str = Field("text", description="Field of jsonl, parquet and hub data sets")
+    part: Literal["all", "first", "second"] = Field(
+        "all", description="Which documents: a split by seed that never overlaps"
+    )
+    seed: int = Field(42, description="Seed of the split and the shuffle")
+
+
+class CalibrationConfig(TextConfig):
+    """Tokens that activations and gradients are measured on."""
+
+    part: Literal["all", "first", "second"] = "first"
+    sequences: int = Field(16, ge=1)
+    sequence_length: int = Field(512, ge=8)
+    validation_sequences: int = Field(
+        6, ge=1, description="More sequences of the same text, on which `auto` compares plans and nothing is measured"
+    )
+
+
+class EvaluationConfig(TextConfig):
+    """Held-out tokens that every variant is judged on."""
+
+    part: Literal["all", "first", "second"] = "second"
+    tokens: int = Field(8192, ge=16)
+    window: int = Field(1024, ge=8, description="Tokens the model sees at once")
+    stride: int = Field(512, ge=1, description="Tokens scored per window; the others are context")
+    performance: bool = Field(False, description="Measure memory and speed of every variant, on this machine")
+    tasks: tuple[str, ...] = Field(
+        (), description=f"Zero-shot tasks of lm-eval ({', '.join(STANDARD_TASKS)}, ...) or local task files (.yaml)"
+    )
+    task_limit: int | None = Field(None, ge=1, description="Questions per task; default: all")
+
+    @model_validator(mode="after")
+    def _windows_fit(self) -> EvaluationConfig:
+        if self.stride > self.window:
+            raise ValueError(f"stride = {self.stride} is larger than window = {self.window}; tokens would go unscored")
+        without_repeats(self.tasks)
+        if self.tokens < self.window:
+            raise ValueError(f"tokens = {self.tokens} is less than one window of {self.window}; raise it or the other")
+        return self
+
+
+MEASUREMENTS = (
+    "kurtosis",
+    "sensitivity",
+    "fisher",
+    "sequence_fisher",
+    "divergence",
+    "super_weights",
+    "module_errors",
+    "delta_loss",
+    "layer_importance",
+)
+"""What can be measured beside what the strategies need."""
+
+
+def _measurement_name(name: str) -> str:
+    if name not in MEASUREMENTS:
+        raise ValueError(str(unknown_name("measurement", name, MEASUREMENTS)))
+    return name
+
+
+class MeasureConfig(Section):
+    """What is measured of every module."""
+
+    menu: Menu = Field(tuple(spec.name for spec in STOPS), description="Configurations")
+    quantizer: Literal["hqq", "rtn", "hqq-package"] = "hqq"
+    axis: Literal[0, 1] = Field(1, description="1: groups along in_features; 0: along out_features, as in the papers")
+    label_draws: int = Field(
+        default=4, ge=1, description="Draws of labels per calibration sequence, for the sequence-wise Fisher cost"
+    )
+    kl_specs: Menu | None = Field(
+        None, description="Configurations whose divergence `kl` measures; default: one per bit width up to 4"
+    )
+    kl_sequences: int = Field(2, ge=1, description="Calibration sequences that `kl` measures on")
+    also: tuple[Annotated[str, AfterValidator(_measurement_name)], ...] = Field(
+        (), description=f"Measured beside what the strategies need: {', '.join(MEASUREMENTS)}"
+    )
+    sensitivity_spec: SpecName = Field("b4g64", description="Configuration that activation sensitivity is measured at")
+
+
+class StrategyConfig(Section):
+    """How allocations are chosen."""
+
+    name: str
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _is_known(self) -> StrategyConfig:
+        checked(lambda: strategy(self.name, **self.options))
+        return self
+
+    @property
+    def label(self) -> str:
+        """Name with the options that were set: `sensi-boost top_m=1`."""
+        return " ".join([self.name, *(f"{key}={value}" for key, value in sorted(self.options.items()))])
+
+
+class BaselineConfig(Section):
+    """What variants are compared with: a rounding of every matrix, or a checkpoint that another program made."""
+
+    name: str = Field(min_length=1, description="rtn b4g64, nf4, nf4 g128; with path, any name for the tables")
+    path: str | None = Field(None, description="Directory of a checkpoint of the model (GPTQ, AWQ, any other)")
+    model: str | None = Field(None, description="Which model of the run path is a checkpoint of, with several")
+
+    @model_validator(mode="after")
+    def _is_known(self) -> BaselineConfig:
+        if self.path is None:
+            checked(lambda: RoundedBaseline.parse(self.name))
+            if self.model is not None:
+                raise ValueError(f"baseline {self.name!r} is for every model; take out its key model")
+        return self
+
+    @property
+    def label(self) -> str:
+        """Name in tables, as a strategy's."""
+        return RoundedBaseline.parse(self.name).label if self.path is None else self.name
+
+
+def _target_name(name: str) -> str:
+    return checked(lambda: target_named(name)).name
+
+
+TargetName = Annotated[str, AfterValidator(_target_name)]
+
+
+class ConstraintsConfig(Section):
+    """What allocations keep beside the budget; strategies that solve a program keep them, uniform ignores them."""
+
+    alike: tuple[str | tuple[str, ...], ...] = Field(
+        (), description="Kinds with one configuration per layer: qkv, gate-up, or lists of kinds"
+    )
+    fixed: dict[str, SpecName] = Field({}, description='Pattern over LAYER.KIND → configuration: {"0.*": b8g64}')
+    floor: dict[str, SpecName] = Field({}, description="Pattern → least configuration")
+    most_configurations: int | None = Field(None, description="How many different configurations may be in use")
+    device_limits: dict[str, str] = Field({}, description='Layers → bytes: {"0-15": 1.5 GB}')
+
+    @model_validator(mode="after")
+    def _is_readable(self) -> ConstraintsConfig:
+        checked(self.parsed)
+        return self
+
+    def parsed(self) -> Constraints:
+        """The constraints as the library takes them."""
+        return parse_constraints(self.model_dump())
+
+    @property
+    def plain(self) -> dict[str, Any]:
+        """What was set, as plain values."""
+        return self.model_dump(mode="json", exclude_defaults=True)
+
+
+class RunnerConfig(Section):
+    """How work is spread. Changes no result's key."""
+
+    kind: Literal["threads", "dask", "ray"] = Field(
+        default="threads", description="threads of one process, or worker processes of Dask or Ray, here or elsewhere"
+    )
+    address: str | None = Field(
+        None, description="An existing cluster, as in tcp://host:8786 or ray://host:10001; none: one on this machine"
+    )
+    workers: int = Field(2, ge=1, description="Stages (with Dask and Ray: tasks) worked on at once")
+    threads_per_worker: int = Field(1, ge=1, description="Threads of one stage's tensor work")
+    chunk_seconds: float = Field(20.0, gt=0, description="Work that one task of Dask or Ray carries, where there is it")
+    device: str = Field("auto", description="auto (CUDA when there is one), cpu, or cuda[:n]")
+
+    @model_validator(mode="after")
+    def _threads_have_no_address(self) -> RunnerConfig:
+        if self.kind == "threads" and self.address is not None:
+            raise ValueError(f"address = {self.address!r} is for kind dask or ray; threads run in this process")
+        return self

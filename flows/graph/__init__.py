@@ -1,0 +1,1 @@
+"""The stages of a run as a graph: built, explained, and walked."""

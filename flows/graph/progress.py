@@ -1,0 +1,193 @@
+"""Progress of a run: which stage, how far, how long still; on the terminal and as Prefect progress artifacts."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Protocol
+from uuid import UUID
+
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from lmq_flows.graph.node import Node
+from lmq_flows.graph.walk import Outcome
+
+_LINE_EVERY_SECONDS = 10.0
+
+
+class Reporter(Protocol):
+    """Shows the progress of stages somewhere."""
+
+    def show(self, stage: str, progress: StageProgress) -> None:
+        """One node of `stage` started or ended."""
+        ...
+
+
+@dataclass
+class StageProgress:
+    """How far one stage is."""
+
+    total: int
+    ran: int = 0
+    cached: int = 0
+    failed: int = 0
+    started_s: float | None = None
+    ended_s: float | None = None
+    latest: str = ""
+    """Label of the node that started last."""
+
+    @property
+    def done(self) -> int:
+        """Nodes that will not run any more."""
+        return self.ran + self.cached + self.failed
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds from the first start to the last end (or now)."""
+        if self.started_s is None:
+            return 0.0
+        return (self.ended_s or time.monotonic()) - self.started_s
+
+    @property
+    def remaining_s(self) -> float | None:
+        """Seconds still to go at the pace of the nodes that ran; None before the first has."""
+        return self.elapsed_s / self.ran * (self.total - self.done) if self.ran else None
+
+
+@dataclass
+class RunProgress:
+    """Counts what happens to the nodes of a graph, stage by stage, and tells the reporters."""
+
+    reporters: list[Reporter]
+    stages: dict[str, StageProgress] = field(default_factory=dict)
+
+    def expect(self, nodes: Iterable[Node]) -> None:
+        """Add nodes, as those of a graph, to what is to be done."""
+        for name, total in Counter(node.stage.name for node in nodes).items():
+            self.stages.setdefault(name, StageProgress(0)).total += total
+
+    def watch(self, node: Node, outcome: Outcome | None) -> None:
+        """Take note of a node that starts (outcome None) or ends."""
+        stage = self.stages[node.stage.name]
+        if stage.started_s is None:
+            stage.started_s = time.monotonic()
+        if outcome is None:
+            stage.latest = node.label
+        else:
+            stage.ran += outcome.state == "ran"
+            stage.cached += outcome.state == "cached"
+            stage.failed += outcome.state in ("failed", "not run")
+            if stage.done == stage.total:
+                stage.ended_s = time.monotonic()
+        for reporter in self.reporters:
+            reporter.show(node.stage.name, stage)
+
+
+class TerminalReporter:
+    """Bars on a terminal; elsewhere a line when a stage ends, and every 10 seconds for those under way."""
+
+    def __init__(self, console: Console):
+        self._console = console
+        self._bars: dict[str, TaskID] = {}
+        self._under_way: dict[str, StageProgress] = {}
+        self._stop = threading.Event()
+        self._heart = threading.Thread(target=self._beat, daemon=True)
+        self._progress = Progress(
+            TextColumn("{task.description:<18}"),
+            BarColumn(bar_width=28),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("[dim]left"),
+            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+
+    def __enter__(self) -> TerminalReporter:
+        if self._console.is_terminal:
+            self._progress.start()
+        else:
+            self._heart.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+        self._stop.set()
+
+    def show(self, stage: str, progress: StageProgress) -> None:
+        """Update the stage's bar, or print a line when it is done."""
+        if self._console.is_terminal:
+            self._move_bar(stage, progress)
+        elif progress.done < progress.total:
+            self._under_way[stage] = progress
+        else:
+            self._under_way.pop(stage, None)
+            self._print(stage, progress, f"in {progress.elapsed_s:.1f} s")
+
+    def _move_bar(self, stage: str, progress: StageProgress) -> None:
+        if stage not in self._bars:
+            self._bars[stage] = self._progress.add_task(stage, total=progress.total, note="")
+        self._progress.update(self._bars[stage], completed=progress.done, total=progress.total, note=_note(progress))
+
+    def _beat(self) -> None:
+        while not self._stop.wait(_LINE_EVERY_SECONDS):
+            for stage, progress in list(self._under_way.items()):
+                left = progress.remaining_s
+                rest = "" if left is None else f", about {left:.0f} s left"
+                self._print(stage, progress, f"after {progress.elapsed_s:.0f} s{rest}")
+
+    def _print(self, stage: str, progress: StageProgress, text: str) -> None:
+        note = f" ({_note(progress)})" if _note(progress) else ""
+        self._console.print(f"{stage:<18} {progress.done}/{progress.total} {text}{note}", highlight=False)
+
+
+class ArtifactReporter:
+    """A Prefect progress artifact per stage that moves with every layer, so that the UI shows how far a run is."""
+
+    def __init__(self, at_most_every_s: float = 1.0) -> None:
+        self._at_most_every_s = at_most_every_s
+        self._artifacts: dict[str, UUID] = {}
+        self._shown_s: dict[str, float] = {}
+
+    def show(self, stage: str, progress: StageProgress) -> None:
+        """Create or move the stage's bar; fast stages not with every layer, to spare the server."""
+        now_s = time.monotonic()
+        percent = 100 * progress.done / max(progress.total, 1)
+        if stage not in self._artifacts:
+            made = create_progress_artifact(progress=percent, description=_sentence(stage, progress))
+            assert isinstance(made, UUID)
+            self._artifacts[stage] = made
+        elif progress.done == progress.total or now_s - self._shown_s[stage] >= self._at_most_every_s:
+            update_progress_artifact(self._artifacts[stage], percent, description=_sentence(stage, progress))
+        else:
+            return
+        self._shown_s[stage] = now_s
+
+
+def _sentence(stage: str, progress: StageProgress) -> str:
+    """`forward: 12 of 30 (3 cached), now demo layer 12`."""
+    note = f" ({_note(progress)})" if _note(progress) else ""
+    now = f", now {progress.latest}" if progress.latest and progress.done < progress.total else ""
+    return f"{stage}: {progress.done} of {progress.total}{note}{now}"
+
+
+def _note(progress: StageProgress) -> str:
+    notes = [f"{progress.cached} cached"] if progress.cached else []
+    return ", ".join([*notes, f"{progress.failed} failed"] if progress.failed else notes)

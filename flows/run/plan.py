@@ -1,0 +1,152 @@
+"""Look at models and plan runs without starting Prefect."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from lmq.errors import InputError
+from lmq_flows.config.run import RunConfig
+from lmq_flows.config.sections import ModelConfig
+from lmq_flows.graph.build import PreparedModel, TextIdentity, build_graph, resolve_budgets
+from lmq_flows.graph.explain import PlannedNode, plan_graph
+from lmq_flows.graph.node import Graph, Node, resolve_inputs
+from lmq_flows.graph.walk import Outcome, Watcher
+from lmq_flows.run.failures import failure_of_all
+from lmq_flows.run.prepare import (
+    absolute_store_url,
+    check_directory,
+    check_texts,
+    identify_model,
+    identify_models,
+    identify_texts,
+    preparation_graph,
+    prepared_model,
+    resolve_device,
+)
+from lmq_storage import ArtifactRef
+from lmq_tasks.retries import is_transient
+from lmq_tasks.stage import open_store, run_stage, stage_key
+
+
+def execute_directly(
+    graph: Graph, wanted: Sequence[Node] | None = None, *, watch: Watcher | None = None
+) -> dict[Node, ArtifactRef]:
+    """Run nodes one after the other in this thread, without Prefect; errors are raised as they are.
+
+    `wanted` and what they are made from; None: all. `watch` is told of every node that starts and ends.
+    """
+    refs: dict[Node, ArtifactRef] = {}
+    for node in graph if wanted is None else graph.leading_to(wanted):
+        inputs = resolve_inputs(node, {done: ref.to_json() for done, ref in refs.items()})
+        store = open_store(node.site.store_url)
+        key = stage_key(store, node.stage, node.config, inputs)
+        if watch is not None:
+            watch(node, None)
+        was_there = store.find(node.stage.name, key) is not None
+        refs[node] = run_stage(node.stage, key, node.site, node.config, inputs)
+        if watch is not None:
+            watch(node, Outcome("cached" if was_there else "ran", refs[node]))
+    return refs
+
+
+def check_run(config: RunConfig) -> list[str]:
+    """Refuse what can be refused before Prefect starts and anything is measured. Raises InputError.
+
+    Returns what the user should know before the work starts: what the target leaves out of the menus.
+
+    That is a run of which no variant can be made; where some can, the others fail by name in the run. Models that must
+    be converted first are checked once they are. Reads no weights.
+    """
+    check_directory(config.run_dir, "runs_dir")
+    try:
+        return _Ready.of(config).notes(config)
+    except InputError as error:
+        if not is_transient(error):  # the run tries to reach the hub again, later and later
+            raise
+        return []
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """What a run would do: its nodes, models that must be converted before more can be said, what would fail.
+
+    `notes` are those of `check_run`.
+    """
+
+    nodes: list[PlannedNode]
+    to_convert: list[str]
+    problems: list[str]
+    notes: list[str]
+
+
+def plan_run(config: RunConfig) -> RunPlan:
+    """What a run would do.
+
+    A model that needs no conversion is inspected on the way, which reads no weights. Raises InputError when no
+    variant of the run could be made.
+    """
+    ready = _Ready.of(config)
+    nodes, problems = ready.preparation, [str(error) for error in ready.problems]
+    if ready.models:
+        whole, variants, _ = build_graph(config, ready.models, ready.texts)
+        nodes = nodes + plan_graph(whole)
+        problems += dict.fromkeys(variant.error for variant in variants if variant.error)
+    return RunPlan(nodes=nodes, to_convert=ready.to_convert, problems=problems, notes=ready.notes(config))
+
+
+def ready_models(config: RunConfig) -> tuple[list[PreparedModel], dict[str, TextIdentity]]:
+    """The models of a run, converted and inspected where that was not done, and its texts, checked.
+
+    Raises InputError as a run would.
+    """
+    graph, _ = preparation_graph(config, identify_models(config))
+    execute_directly(graph)
+    ready = _Ready.of(config)
+    return ready.models, ready.texts
+
+
+@dataclass(kw_only=True)
+class _Ready:
+    """What a run starts from, as far as it can be had without a conversion, and checked."""
+
+    texts: dict[str, TextIdentity]
+    preparation: list[PlannedNode] = field(default_factory=list)
+    models: list[PreparedModel] = field(default_factory=list)
+    to_convert: list[str] = field(default_factory=list)
+    problems: list[InputError] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, config: RunConfig) -> _Ready:
+        """Look at every model. Raises InputError when none can be used."""
+        device = resolve_device(config.runner.device)
+        check_directory(open_store(absolute_store_url(config.store)).local_dir, "store")
+        ready = cls(texts=identify_texts(config))
+        for model in config.models:
+            try:
+                ready._add(config, model, device)
+            except InputError as error:
+                ready.problems.append(error)
+        if len(ready.problems) == len(config.models):
+            raise failure_of_all(ready.problems)
+        check_texts(config, ready.models)
+        return ready
+
+    def notes(self, config: RunConfig) -> list[str]:
+        """What the target leaves out of the menus of the models."""
+        return [
+            text for model in self.models for text in config.left_out_of_menu(model.config, model.structure.modules)
+        ]
+
+    def _add(self, config: RunConfig, model: ModelConfig, device: str) -> None:
+        identified = identify_model(config, model)
+        graph, nodes = preparation_graph(config, [identified])
+        planned = plan_graph(graph)
+        if any(item.node.stage.name == "convert" and not item.cached for item in planned):
+            self.to_convert.append(model.name)
+        else:
+            node = nodes[model.name]
+            ready = prepared_model(config, model, node, execute_directly(graph)[node], device)
+            resolve_budgets(config, ready)
+            self.models.append(ready)
+        self.preparation += planned

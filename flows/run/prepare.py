@@ -1,0 +1,241 @@
+"""What a run starts from: models identified by content, texts by digest, places made absolute."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig
+
+from lmq.allocation.budget import module_sizes
+from lmq.errors import InputError
+from lmq.evaluation.perplexity import full_windows
+from lmq.formats.spec import QuantSpec
+from lmq.model.source import LocatedModel, ModelSource, locate, nearest_sibling, needs_conversion, source_digest
+from lmq.model.structure import ModelStructure
+from lmq.text.calibration import (
+    PYDOC_TOPICS,
+    TextSource,
+    documents,
+    is_file_text,
+    load_tokenizer,
+    pack_tokens,
+    token_stream,
+)
+from lmq.text.known_texts import KNOWN_TEXTS
+from lmq_flows.config.run import RunConfig
+from lmq_flows.config.sections import CalibrationConfig, EvaluationConfig, ModelConfig
+from lmq_flows.graph.build import PreparedModel, TextIdentity
+from lmq_flows.graph.node import Graph, Input, Node
+from lmq_storage import ArtifactRef, ArtifactStore, canonical_json, file_sha256, text_sha256
+from lmq_tasks import STAGES
+from lmq_tasks.opened import located_dir
+from lmq_tasks.stage import ModelLocation, Site, open_store, stage_key
+
+
+def resolve_device(name: str) -> str:
+    """`auto` becomes cuda where there is a GPU, else cpu. Raises InputError for a device that is not there."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", name)
+    if match is None:
+        raise InputError(f"runner.device = {name!r} is not a device; allowed: auto, cpu, cuda, cuda:0, ...")
+    if name != "cpu" and int(match[1] or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f"runner.device = {name!r}, but there are {torch.cuda.device_count()} usable GPUs here; "
+            "set runner.device=auto or cpu"
+        )
+    return name
+
+
+def absolute_store_url(url: str) -> str:
+    """A directory becomes absolute, so that tasks may run in any working directory; a URL stays."""
+    return url if "://" in url else str(Path(url).absolute())
+
+
+def identify_texts(config: RunConfig) -> dict[str, TextIdentity]:
+    """Identity and place of every text of a run. Raises InputError for a file that is missing."""
+    texts = {}
+    for text in (config.calibration, config.evaluation):
+        is_file = is_file_text(text.source)
+        location = str(Path(text.source).expanduser().absolute()) if is_file else text.source
+        texts[text.source] = TextIdentity(identity=_content_identity(location), location=location)
+    return texts
+
+
+def _content_identity(location: str) -> str:
+    """Digest of a text's content; a data set of the hub goes by its name."""
+    if location == PYDOC_TOPICS:
+        return f"{PYDOC_TOPICS}:{text_sha256(canonical_json(documents(TextSource(source=location))))}"
+    if not is_file_text(location):
+        return location
+    path = Path(location)
+    if not path.is_file():
+        known = ", ".join((PYDOC_TOPICS, *KNOWN_TEXTS))
+        raise InputError(
+            f"there is no text file {path}{nearest_sibling(path)}; "
+            f"pass a .txt, .jsonl or .parquet file, or one of {known}"
+        )
+    return f"sha256:{file_sha256(path)}{path.suffix}"
+
+
+def check_directory(path: Path, key: str) -> None:
+    """Raise InputError naming the key unless `path` is a directory to write in, or can be made one."""
+    there = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+    if not there.is_dir():
+        raise InputError(f"{key}: {there} is a file, not a directory; give another place")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"{key}: {there} cannot be written in; give another place, or change its permissions")
+
+
+@dataclass(frozen=True, kw_only=True)
+class IdentifiedModel:
+    """A model that was found, with the digest of its files; nothing was read of its weights yet.
+
+    `shared` is the artifact that holds its files where workers do not see those of this machine.
+    """
+
+    config: ModelConfig
+    located: LocatedModel
+    sha256: str
+    shared: ArtifactRef | None = None
+
+
+def identify_models(config: RunConfig) -> list[IdentifiedModel]:
+    """Find every model of a run. Raises InputError for one that is missing or not what was expected."""
+    return [identify_model(config, model) for model in config.models]
+
+
+def identify_model(config: RunConfig, model: ModelConfig) -> IdentifiedModel:
+    """Find a model. Raises InputError when it is missing or not what was expected."""
+    store = open_store(absolute_store_url(config.store))
+    check_directory(store.local_dir, "store")
+    located = locate(ModelSource.parse(model.source, model.sha256))
+    sha256 = source_digest(located, store.local_dir / "digests.json")
+    return IdentifiedModel(config=model, located=located, sha256=sha256)
+
+
+def preparation_graph(config: RunConfig, models: list[IdentifiedModel]) -> tuple[Graph, dict[str, Node]]:
+    """The graph that converts and inspects models, and the node of each model's structure by name."""
+    graph = Graph()
+    store_url = absolute_store_url(config.store)
+    threads = config.runner.threads_per_worker
+    structures = {}
+    for model in models:
+        name = model.config.name
+        site = Site(store_url=store_url, model=_source_location(model), threads_per_worker=threads)
+        inputs: dict[str, Input | list[Input]] = {}
+        discover_config = {"weights_sha256": model.sha256}
+        if needs_conversion(model.located):
+            convert_config = {"source_sha256": model.sha256, "dtype": model.config.dtype}
+            convert = graph.add(STAGES["convert"], name, site, config=convert_config, here=True)
+            inputs, discover_config = {"model": convert}, {}
+            site = Site(store_url=store_url, model=_converted_location(open_store(store_url), convert))
+        structures[name] = graph.add(STAGES["discover"], name, site, config=discover_config, inputs=inputs)
+    return graph, structures
+
+
+def _source_location(model: IdentifiedModel) -> ModelLocation:
+    if model.shared is not None:
+        return ModelLocation(kind="artifact", place=model.shared.uri)
+    if model.located.kind == "hub":
+        return ModelLocation(kind="hub", place=f"{model.config.source.partition('@')[0]}@{model.located.revision}")
+    return ModelLocation(kind="directory", place=str(model.located.path.absolute()))
+
+
+def _converted_location(store: ArtifactStore, convert: Node) -> ModelLocation:
+    key = stage_key(store, convert.stage, convert.config, {})
+    return ModelLocation(kind="artifact", place=f"{convert.stage.name}/{key}")
+
+
+def prepared_model(
+    config: RunConfig, model: ModelConfig, node: Node, structure_ref: ArtifactRef, device: str
+) -> PreparedModel:
+    """A model whose structure artifact is there, ready for the graph of the run.
+
+    Raises InputError when the model's context does not hold the sequences it would be measured on, the configuration of
+    the sensitivity measurement does not fit a module, or the target holds nothing of the menu.
+    """
+    store = open_store(node.site.store_url)
+    structure = read_structure_of(store, structure_ref)
+    assert node.site.model is not None
+    _check_sensitivity_spec(config, structure)
+    _check_context(config, located_dir(store, node.site.model))
+    site = Site(
+        store_url=node.site.store_url,
+        model=node.site.model,
+        device=device,
+        threads_per_worker=config.runner.threads_per_worker,
+    )
+    menu = config.menu_of(model, structure.modules)
+    return PreparedModel(config=model, structure=structure, structure_ref=structure_ref, site=site, menu=menu)
+
+
+def read_structure_of(store: ArtifactStore, structure_ref: ArtifactRef) -> ModelStructure:
+    """The structure that an artifact holds."""
+    return ModelStructure.from_json(json.loads(store.path(structure_ref, "structure.json").read_text()))
+
+
+def check_context(model_dir: Path, tokens: int, key: str) -> None:
+    """Raise InputError naming the key when `tokens` at once are more than the model's positions."""
+    try:
+        config = AutoConfig.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
+    except (ValueError, OSError, LookupError) as error:
+        raise InputError(f"{model_dir}/config.json describes no model that transformers has: {error}") from error
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(positions, int) and tokens > positions > 0:
+        raise InputError(
+            f"{key} = {tokens} is more than the {positions} tokens that {model_dir} sees at once "
+            f"(max_position_embeddings); set it to {positions} or less"
+        )
+
+
+def check_texts(config: RunConfig, models: list[PreparedModel]) -> None:
+    """Raise InputError for text files that cannot be read, are empty, or hold fewer tokens than are asked for.
+
+    Data sets of the hub are not fetched for that.
+    """
+    for text in (config.calibration, config.evaluation):
+        if text.source != PYDOC_TOPICS and not is_file_text(text.source):
+            continue
+        found = documents(TextSource(**text.model_dump(include={"source", "column", "part", "seed"})))
+        for model in models:
+            assert model.site.model is not None
+            tokenizer = load_tokenizer(located_dir(open_store(model.site.store_url), model.site.model))
+            if isinstance(text, EvaluationConfig):
+                tokens = token_stream(found, tokenizer, text.tokens)
+                full_windows(len(tokens), text.window, text.stride)
+                _check_vocabulary(tokens, model)
+            elif isinstance(text, CalibrationConfig) and config.needs_calibration:
+                sizes = text.model_dump(include={"sequence_length", "seed"})
+                tokens = pack_tokens(found, tokenizer, sequences=config.calibration_sequences, **sizes)
+                _check_vocabulary(tokens, model)
+
+
+def _check_vocabulary(tokens: Tensor, model: PreparedModel) -> None:
+    """Refuse tokens that the model does not know: its tokenizer is another model's."""
+    largest, vocabulary = int(tokens.max()), model.structure.vocabulary_size
+    if largest >= vocabulary:
+        raise InputError(
+            f"the tokenizer of {model.config.name} gives token {largest}, where its model has a vocabulary of "
+            f"{vocabulary}: it is another model's; put the model's own tokenizer beside it"
+        )
+
+
+def _check_sensitivity_spec(config: RunConfig, structure: ModelStructure) -> None:
+    if "sensitivity" in config.needs:
+        try:
+            module_sizes(structure.modules, [QuantSpec.parse(config.measure.sensitivity_spec)])
+        except InputError as error:
+            raise InputError(f"measure.sensitivity_spec: {error}") from error
+
+
+def _check_context(config: RunConfig, model_dir: Path) -> None:
+    check_context(model_dir, config.evaluation.window, "evaluation.window")
+    if config.needs_calibration:
+        check_context(model_dir, config.calibration.sequence_length, "calibration.sequence_length")

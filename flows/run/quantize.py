@@ -1,0 +1,98 @@
+"""The flow: every model in a flow run of its own (prepare, measure, allocate, quantize, evaluate), then the report."""
+
+from __future__ import annotations
+
+from typing import Any
+from uuid import UUID
+
+from prefect import flow, get_run_logger, tags
+from prefect.client.orchestration import get_client
+from prefect.runtime import flow_run
+from prefect.states import Completed, Failed, State
+
+from lmq.errors import LmqError
+from lmq_flows.config.run import RunConfig
+from lmq_flows.config.sections import ModelConfig
+from lmq_flows.graph.build import failed_variants
+from lmq_flows.run.failures import failure_of_all
+from lmq_flows.run.holding import run_lease
+from lmq_flows.run.liveness import mark_cut_off, presence
+from lmq_flows.run.model import SOME_VARIANTS_FAILED, ModelOutcome, heal_damage, quantize_model, variants_made
+from lmq_flows.run.prepare import absolute_store_url, resolve_device
+from lmq_flows.run.report import make_report, write_results
+from lmq_flows.run.run_names import run_tags, run_title
+from lmq_flows.run.runners import check_runner, started_runner
+from lmq_flows.run.ui import publish_results
+from lmq_tasks.engine import GPU_LIMIT
+from lmq_tasks.stage import open_store
+
+
+def run(config: RunConfig) -> State[Any]:
+    """Run a configuration as a Prefect flow, on the server that Prefect is set to (else one of its own)."""
+    return quantize_models(config, return_state=True)
+
+
+@flow(name="lmq", flow_run_name="run {config.name}", persist_result=False)
+def quantize_models(config: RunConfig) -> State[Any]:
+    """Measure models once, then make and judge a checkpoint for every strategy and budget."""
+    return quantize_to_the_end(config)
+
+
+def quantize_to_the_end(config: RunConfig) -> State[Any]:
+    """All phases of a run inside the current flow run; the state says which variants could not be made.
+
+    Raises what stopped the models when nothing came of any.
+    """
+    check_runner(config.runner, absolute_store_url(config.store))
+    _name_flow_run(config)
+    _limit_gpu(config)
+    own = UUID(flow_run.id)
+    for name in mark_cut_off(own):
+        get_run_logger().warning("run %r was cut off; its finished work is taken over", name)
+    workspaces = open_store(absolute_store_url(config.store)).local_dir / "tmp"
+    held = run_lease(config.store, config.name)
+    with presence(own, workspaces), held, started_runner(config.runner) as runner:
+        models = heal_damage(lambda: _models_and_report(config, runner))
+    message = f"{variants_made(models)}; report: {config.run_dir / 'report.html'}"
+    if any(model.failures for model in models):
+        return Failed(name=SOME_VARIANTS_FAILED, message=message)
+    return Completed(message=message)
+
+
+def _models_and_report(config: RunConfig, runner: Any) -> list[ModelOutcome]:
+    models = [_quantize_alone(config, model, runner) for model in config.models]
+    errors = [model.error for model in models if model.error is not None]
+    if len(errors) == len(models):
+        raise failure_of_all(errors)
+    report = make_report(config, models)
+    write_results(config, models, report)
+    publish_results(config.run_dir)
+    return models
+
+
+def _quantize_alone(config: RunConfig, model: ModelConfig, runner: Any) -> ModelOutcome:
+    """Run one model of the configuration in a flow run of its own; an error of any kind ends only that."""
+    alone = config.model_copy(update={"models": (model,)})
+    configured = quantize_model.with_options(task_runner=runner)
+    with tags(f"run:{config.name}", f"model:{model.name}"):
+        state = configured(alone, return_state=True)
+    found = state.result(raise_on_failure=False)
+    if isinstance(found, ModelOutcome):
+        return found
+    if not isinstance(found, Exception):
+        raise found if isinstance(found, BaseException) else LmqError(f"{model.name}: {state.message}")
+    return ModelOutcome(name=model.name, variants=failed_variants(alone, model.name, str(found)), error=found)
+
+
+def _name_flow_run(config: RunConfig) -> None:
+    """Say in the UI what the run is about, whoever started it and under what name."""
+    with get_client(sync_client=True) as client:
+        there = client.read_flow_run(flow_run.id).tags
+        client.update_flow_run(flow_run.id, name=run_title(config), tags=sorted({*there, *run_tags(config)}))
+
+
+def _limit_gpu(config: RunConfig) -> None:
+    """Let one stage at a time work on the GPU."""
+    if resolve_device(config.runner.device).startswith("cuda"):
+        with get_client(sync_client=True) as client:
+            client.upsert_global_concurrency_limit_by_name(GPU_LIMIT, 1)

@@ -1,0 +1,1 @@
+"""Deployments and the server that offers them."""

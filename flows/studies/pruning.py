@@ -1,0 +1,136 @@
+"""Prune a model in depth by an importance metric, and judge the metric against other ways to choose layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+
+from lmq.errors import InputError
+from lmq.evaluation.windows import WINDOWS_SCHEMA, Evaluation, summarize
+from lmq.layers.prune import (
+    check_prunable,
+    choose_contiguous_layers,
+    choose_layers,
+    choose_random_layers,
+    layers_to_remove,
+    write_pruned,
+)
+from lmq.tables import read_rows
+from lmq_flows.config.sections import EvaluationConfig
+from lmq_flows.graph.model_nodes import ModelNodes, PreparedModel
+from lmq_flows.graph.node import Graph, Node
+from lmq_flows.run.prepare import check_directory
+from lmq_flows.studies.importance import ImportanceOptions, MeasuredImportance, add_importance, prepare, read_importance
+from lmq_flows.studies.pruning_metrics import ANGULAR, MEASURED_BY_REMOVAL, RANKING_METRICS
+from lmq_flows.studies.study import execute_with_progress
+from lmq_storage import ArtifactRef, ArtifactStore
+from lmq_tasks.evaluation import WINDOWS_FILE
+from lmq_tasks.opened import located_dir
+from lmq_tasks.stage import open_store
+
+WHOLE = "whole model"
+"""Stands where the others say what chose the layers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruningOptions:
+    """What is removed, where the checkpoint goes, and on what text the choices are judged.
+
+    The second half of the evaluation text's documents is taken, which never overlaps the first that importance is
+    measured on. Windows are half a window apart. `random_draws` draws of layers, by `seed`, `seed` + 1, …, and the best
+    contiguous block are judged beside the metric's choice.
+    """
+
+    metric: str
+    fraction: float
+    out: Path
+    evaluation: str = "pydoc-topics"
+    tokens: int = 8192
+    window: int = 1024
+    random_draws: int = 1
+    seed: int = 42
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgedRemoval:
+    """Layers that one way to choose removes (none: the whole model), and what the model without them is worth."""
+
+    chosen_by: str
+    layers: tuple[int, ...]
+    evaluation: Evaluation
+
+
+def prune(
+    source: str, importance: ImportanceOptions, options: PruningOptions, console: Console
+) -> tuple[MeasuredImportance, list[JudgedRemoval]]:
+    """Write the model without the layers that the metric finds least important to `options.out`.
+
+    Returns the importance and the whole model, the metric's choice and those it is compared with, judged in this order.
+    No checkpoint is written of the comparisons: their blocks are left out of the evaluation. Raises InputError before
+    anything is measured for what cannot work.
+    """
+    if options.metric not in MEASURED_BY_REMOVAL:
+        importance = replace(importance, removal=None)
+    check_directory(options.out.parent, "--out")
+    if options.out.exists():
+        raise InputError(f"{options.out} exists already; remove it or choose another place")
+    stride = max(1, options.window // 2)
+    judged_on = {"source": options.evaluation, "column": importance.column, "tokens": options.tokens}
+    config = importance.run_config(source, {**judged_on, "window": options.window, "stride": stride})
+    model, texts = prepare(config, importance)
+    count = layers_to_remove(model.structure.layers, options.fraction)
+    store = open_store(model.site.store_url)
+    model_dir = _model_dir(store, model)
+    check_prunable(model_dir, model.structure)
+    graph = Graph()
+    nodes = ModelNodes(graph, model, texts)
+    judge = _Judge(nodes, config.evaluation)
+    found = add_importance(nodes, config.calibration, importance.removal, count)
+    measured = read_importance(model, found, execute_with_progress(graph, [judge.whole, found.layers], console))
+    choices = _choices(measured, options)
+    judging = [judge.whole, *(judge.without(layers, chosen_by) for chosen_by, layers in choices.items())]
+    refs = execute_with_progress(graph, judging, console)
+    judged = [
+        JudgedRemoval(chosen_by=chosen_by, layers=tuple(layers), evaluation=_read_evaluation(store, refs[node]))
+        for node, (chosen_by, layers) in zip(judging, {WHOLE: [], **choices}.items(), strict=True)
+    ]
+    write_pruned(model_dir, model.structure, choices[options.metric], options.out)
+    return measured, judged
+
+
+class _Judge:
+    """Adds nodes that evaluate a model with layers left out."""
+
+    def __init__(self, nodes: ModelNodes, evaluation: EvaluationConfig):
+        self._nodes = nodes
+        self._windows = {"window": evaluation.window, "stride": evaluation.stride}
+        self._tokens = nodes.tokens("evaluation-tokens", evaluation, {"tokens": evaluation.tokens})
+        self.whole = nodes.add("reference", "", self._windows, {"tokens": self._tokens})
+
+    def without(self, layers: list[int], chosen_by: str) -> Node:
+        """The evaluation of the model without these layers."""
+        config = {"removed": layers, **self._windows}
+        return self._nodes.add("evaluate-without-layers", chosen_by, config, {"tokens": self._tokens})
+
+
+def _choices(measured: MeasuredImportance, options: PruningOptions) -> dict[str, list[int]]:
+    """The layers to remove by the metric, then by what it is compared with."""
+    contiguous = choose_contiguous_layers(measured.block_distances, measured.block_layers)
+    if options.metric == ANGULAR:
+        choices = {ANGULAR: contiguous}
+    else:
+        choices = {options.metric: choose_layers(measured.metrics[RANKING_METRICS[options.metric]], options.fraction)}
+    for seed in range(options.seed, options.seed + options.random_draws):
+        choices[f"random, seed {seed}"] = choose_random_layers(measured.structure.layers, options.fraction, seed=seed)
+    return {**choices, ANGULAR: contiguous}
+
+
+def _read_evaluation(store: ArtifactStore, ref: ArtifactRef) -> Evaluation:
+    return summarize(read_rows(store.path(ref, WINDOWS_FILE), WINDOWS_SCHEMA))
+
+
+def _model_dir(store: ArtifactStore, model: PreparedModel) -> Path:
+    assert model.site.model is not None
+    return located_dir(store, model.site.model)

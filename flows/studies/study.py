@@ -1,0 +1,287 @@
+"""Studies: measure with everything varied that may matter, through the same cached stages as a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from lmq.errors import InputError
+from lmq.formats.nf4 import NormalFloat4
+from lmq.formats.spec import QuantSpec
+from lmq.measurement.activation import SENSITIVITY_SCHEMA
+from lmq.measurement.delta_loss import DELTA_LOSS_SCHEMA
+from lmq.measurement.frobenius import FROBENIUS_SCHEMA
+from lmq.measurement.module_divergence import MODULE_DIVERGENCE_SCHEMA
+from lmq.measurement.second_moments import MODULE_ERRORS_SCHEMA
+from lmq.measurement.sequence_fisher import SEQUENCE_FISHER_SCHEMA
+from lmq.measurement.token_fisher import FISHER_SCHEMA
+from lmq.model.structure import PARTS, ModuleId
+from lmq.quantizers import QUANTIZERS
+from lmq.report.study import CostPair, Profile, Setting, sample_pairs
+from lmq.tables import TableSchema, read_rows
+from lmq.text.calibration import PYDOC_TOPICS
+from lmq_flows.config.names import slug
+from lmq_flows.config.run import RunConfig, parse_run_config
+from lmq_flows.config.sections import CalibrationConfig
+from lmq_flows.graph.model_nodes import ModelNodes
+from lmq_flows.graph.node import Graph, Node
+from lmq_flows.graph.progress import RunProgress, TerminalReporter
+from lmq_flows.run.holding import keeping, run_lease
+from lmq_flows.run.plan import execute_directly, ready_models
+from lmq_storage import ArtifactRef
+from lmq_tasks.planning import spec_of
+from lmq_tasks.stage import open_store
+
+STUDY_QUANTIZERS = (*QUANTIZERS, NormalFloat4.name)
+"""NF4 is measured only: no checkpoint holds it."""
+
+Profiles = dict[Setting, dict[str, Profile]]
+"""Sensitivity of every part over the layers, by setting."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyOptions:
+    """What both studies take: how much calibration text, and where and with how many threads work is done."""
+
+    sequences: int = 16
+    sequence_length: int = 512
+    store: str = "store"
+    threads: int = 2
+
+    def run_config(self, models: Sequence[str], text: str, menu: Sequence[str], **measure: Any) -> RunConfig:
+        """Configuration of a run that measures the models on the text; only its measurements are made.
+
+        A given text is used whole; of the built-in one the part that runs calibrate on, whose states are shared.
+        """
+        return parse_run_config(
+            {
+                "name": "study",
+                "models": [{"name": name, "source": source} for name, source in model_names(models).items()],
+                "strategies": ["uniform"],
+                "budgets": ["16 bpw"],
+                "measure": {"menu": list(menu), **measure},
+                "calibration": {
+                    "source": text,
+                    "part": "first" if text == PYDOC_TOPICS else "all",
+                    "sequences": self.sequences,
+                    "sequence_length": self.sequence_length,
+                },
+                "evaluation": {"tokens": 16, "window": 8, "stride": 8},
+                "store": self.store,
+                "runner": {"threads_per_worker": self.threads},
+            }
+        )
+
+
+def model_names(sources: Sequence[str]) -> dict[str, str]:
+    """A short name for every source: its last part; what comes again gets a number."""
+    names: dict[str, str] = {}
+    for source in sources:
+        base = name = slug(Path(source.partition("@")[0]).stem) or "model"
+        number = 1
+        while name in names:
+            number += 1
+            name = f"{base}-{number}"
+        names[name] = source
+    return names
+
+
+def text_names(sources: Sequence[str]) -> dict[str, str]:
+    """Source → a short name: a file's name where that tells it from the others, else the source."""
+    names = [Path(source).name for source in sources]
+    return {
+        source: name if names.count(name) == 1 and not source.startswith("dataset:") else source
+        for source, name in zip(sources, names, strict=True)
+    }
+
+
+def stored_bits_per_weight(setting: Setting) -> float:
+    """Bits per weight of what a setting's quantizer makes of its configuration: NF4 stores a divisor per group."""
+    spec = QuantSpec.parse(setting.configuration)
+    if setting.quantizer == NormalFloat4.name:
+        return NormalFloat4(group_size=spec.group_size).bits_per_weight
+    return spec.bits_per_weight
+
+
+@dataclass(frozen=True, kw_only=True)
+class SensitivityStudy:
+    """Activation sensitivity of every combination of model, text, quantizer and configuration.
+
+    NF4 has 4 bits: it is measured at the configurations that have as many. Raises InputError where a quantizer is
+    left with no configuration.
+    """
+
+    models: tuple[str, ...]
+    texts: tuple[str, ...] = (PYDOC_TOPICS,)
+    quantizers: tuple[str, ...] = ("hqq",)
+    configurations: tuple[str, ...] = ("b4g64",)
+    options: StudyOptions = field(default_factory=StudyOptions)
+
+    def __post_init__(self) -> None:
+        if NormalFloat4.name in self.quantizers and not self._specs(NormalFloat4.name):
+            raise InputError(f"nf4 has 4 bits, and so has none of {', '.join(self.configurations)}; add b4g64")
+
+    def measure(self, console: Console) -> Profiles:
+        """Measure what is not cached, with progress on the console. Raises InputError as a run would."""
+        graph = Graph()
+        nodes = self._add_nodes(graph)
+        refs = execute_with_progress(graph, [node for layers in nodes.values() for node in layers], console)
+        return {setting: _profiles(layers, refs) for setting, layers in nodes.items()}
+
+    def _add_nodes(self, graph: Graph) -> dict[Setting, list[Node]]:
+        found: dict[Setting, list[Node]] = {}
+        grids: dict[tuple[str, str], list[Node]] = {}
+        for text, text_name in text_names(self.texts).items():
+            config = self.options.run_config(self.models, text, self.configurations)
+            models, texts = ready_models(config)
+            for model in models:
+                nodes = ModelNodes(graph, model, texts)
+                hidden, _, _ = nodes.capture_forward(config.calibration)
+                for quantizer in self.quantizers:
+                    for spec in self._specs(quantizer):
+                        setting = Setting(
+                            model=model.config.name, text=text_name, quantizer=quantizer, configuration=spec.name
+                        )
+                        found[setting] = self._sensitivity(nodes, setting, hidden, grids)
+        return found
+
+    def _sensitivity(
+        self, nodes: ModelNodes, setting: Setting, hidden: list[Node], grids: dict[tuple[str, str], list[Node]]
+    ) -> list[Node]:
+        """Nodes of one setting; `grids` are shared by the texts and configurations of a model and a quantizer."""
+        config = {"spec": setting.configuration}
+        if setting.quantizer == NormalFloat4.name:
+            return nodes.per_layer("sensitivity", {**config, "quantizer": NormalFloat4.name}, hidden=hidden)
+        key = (setting.model, setting.quantizer)
+        if key not in grids:
+            grids[key] = nodes.frobenius(self._specs(setting.quantizer), {"name": setting.quantizer, "axis": 1})
+        return nodes.per_layer("sensitivity", config, frobenius=grids[key], hidden=hidden)
+
+    def _specs(self, quantizer: str) -> list[QuantSpec]:
+        specs = sorted(map(QuantSpec.parse, self.configurations), key=lambda spec: spec.bits_per_weight)
+        is_nf4 = quantizer == NormalFloat4.name
+        return [spec for spec in specs if not is_nf4 or spec.bits == NormalFloat4.bits]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostStudy:
+    """Cheap costs of single modules beside the exact one, for a sample of modules and configurations.
+
+    The exact cost is the divergence of the model with that module alone quantized, on the first `exact_sequences`
+    calibration sequences; the cheap ones are measured on all of them.
+    """
+
+    model: str
+    text: str = PYDOC_TOPICS
+    configurations: tuple[str, ...] = ("b2g64", "b3g64", "b4g64")
+    pairs: int = 60
+    exact_sequences: int = 4
+    label_draws: int = 4
+    seed: int = 0
+    options: StudyOptions = field(default_factory=StudyOptions)
+
+    def measure(self, console: Console) -> list[CostPair]:
+        """Measure what is not cached, with progress on the console. Raises InputError as a run would."""
+        config = self.options.run_config([self.model], self.text, self.configurations)
+        (model,), texts = ready_models(config)
+        sample = sample_pairs(model.structure.modules, model.menu, self.pairs, self.seed)
+        graph = Graph()
+        tables = self._add_nodes(ModelNodes(graph, model, texts), config.calibration, sample)
+        refs = execute_with_progress(graph, [node for nodes in tables.values() for node in nodes], console)
+        rows = {name: _by_pair(nodes, refs, *_TABLES[name]) for name, nodes in tables.items()}
+        return [_cost_pair(pair, rows) for pair in sample]
+
+    def _add_nodes(
+        self, nodes: ModelNodes, calibration: CalibrationConfig, sample: Sequence[tuple[ModuleId, QuantSpec]]
+    ) -> dict[str, list[Node]]:
+        """Nodes of every table, for the layers that were drawn."""
+        hidden, last, tokens = nodes.capture_forward(calibration)
+        grids = nodes.frobenius(nodes.model.menu, {"name": "hqq", "axis": 1})
+        of_text = nodes.capture_text_gradient(hidden, last, tokens)
+        of_draws = nodes.capture_draws(hidden, last, self.label_draws, calibration.seed)
+        menu = {"menu": [spec.name for spec in nodes.model.menu]}
+        replayed: dict[str, Any] = {"frobenius": grids, "hidden": hidden}
+        tables = {
+            "frobenius": grids,
+            "fisher": nodes.per_layer("fisher", menu, **replayed, gradient=of_text),
+            "sequence_fisher": nodes.per_layer("sequence-fisher", menu, **replayed, gradient=of_draws),
+            "module_errors": nodes.per_layer("module-errors", menu, **replayed, gradient=of_text),
+        }
+        layers = sorted({module.layer for module, _ in sample})
+        wanted = {name: [of_layer[layer] for layer in layers] for name, of_layer in tables.items()}
+        wanted["delta_loss"] = nodes.delta_loss(sorted({spec for _, spec in sample}), grids, tokens)
+        wanted["divergence"] = []
+        for layer in layers:
+            pairs = [[module.kind, spec.name] for module, spec in sample if module.layer == layer]
+            config = {"layer": layer, "pairs": pairs, "sequences": self.exact_sequences}
+            inputs = {"frobenius": grids[layer], "hidden": hidden[layer], "last": last}
+            wanted["divergence"].append(nodes.add("module-divergence", f"layer {layer}", config, inputs))
+        return wanted
+
+
+_TABLES: dict[str, tuple[str, TableSchema]] = {
+    "frobenius": ("frobenius.parquet", FROBENIUS_SCHEMA),
+    "fisher": ("fisher.parquet", FISHER_SCHEMA),
+    "sequence_fisher": ("fisher.parquet", SEQUENCE_FISHER_SCHEMA),
+    "module_errors": ("module-errors.parquet", MODULE_ERRORS_SCHEMA),
+    "delta_loss": ("delta-loss.parquet", DELTA_LOSS_SCHEMA),
+    "divergence": ("divergence.parquet", MODULE_DIVERGENCE_SCHEMA),
+}
+"""File and schema of every table of the cost study."""
+
+_CHEAP_COSTS = {
+    "sequence-wise Fisher": ("sequence_fisher", "fisher"),
+    "token-wise Fisher": ("fisher", "fisher"),
+    "Fisher from H, G diagonal": ("module_errors", "fisher_diagonal"),
+    "Fisher from gradient-weighted H": ("module_errors", "fisher_weighted"),
+    "delta loss, gradient at full precision": ("module_errors", "delta_loss"),
+    "delta loss, gradient at the quantized point": ("delta_loss", "delta_loss"),
+    "output error e(m, c)": ("module_errors", "input_error"),
+}
+"""Table and column of every cheap cost but the Frobenius norm, which is squared."""
+
+_Rows = dict[tuple[ModuleId, QuantSpec], dict[str, Any]]
+
+
+def _by_pair(nodes: Sequence[Node], refs: Mapping[Node, ArtifactRef], file: str, schema: TableSchema) -> _Rows:
+    rows = (row for node in nodes for row in read_rows(_path(node, refs, file), schema))
+    return {(ModuleId(row["layer"], row["kind"]), spec_of(row)): row for row in rows}
+
+
+def _cost_pair(pair: tuple[ModuleId, QuantSpec], rows: Mapping[str, _Rows]) -> CostPair:
+    cheap = {name: rows[table][pair][column] for name, (table, column) in _CHEAP_COSTS.items()}
+    cheap["squared Frobenius norm"] = rows["frobenius"][pair]["frobenius_error"] ** 2
+    exact = rows["divergence"][pair]
+    return CostPair(
+        module=pair[0],
+        spec=pair[1],
+        exact=exact["divergence"],
+        exact_stderr=exact["divergence_stderr"],
+        cheap={name: value for name, value in cheap.items() if value is not None},
+    )
+
+
+def _profiles(nodes: Sequence[Node], refs: Mapping[Node, ArtifactRef]) -> dict[str, Profile]:
+    """Part → one number per layer; None for layers that have no such part."""
+    found: dict[str, list[float | None]] = {part: [None] * len(nodes) for part in PARTS}
+    for layer, node in enumerate(nodes):
+        for row in read_rows(_path(node, refs, "sensitivity.parquet"), SENSITIVITY_SCHEMA):
+            found[row["part"]][layer] = row["sensitivity"]
+    return {part: profile for part, profile in found.items() if any(value is not None for value in profile)}
+
+
+def _path(node: Node, refs: Mapping[Node, ArtifactRef], file: str) -> Path:
+    return open_store(node.site.store_url).path(refs[node], file)
+
+
+def execute_with_progress(graph: Graph, wanted: Sequence[Node], console: Console) -> dict[Node, ArtifactRef]:
+    """Make the wanted nodes without Prefect, showing how far every stage is."""
+    nodes = graph.leading_to(wanted)
+    with run_lease(nodes[0].site.store_url, "study") as lease, TerminalReporter(console) as terminal:
+        progress = RunProgress([terminal])
+        progress.expect(nodes)
+        return execute_directly(graph, wanted, watch=keeping(lease, progress.watch))

@@ -1,0 +1,139 @@
+"""Budgets: bits per weight, bytes, or a share over a uniform allocation, all resolved to bytes.
+
+The bytes are those of the quantized modules. A matrix stored as `b4g64` takes 4.2539 bits per weight and a
+12-byte header, so a budget of `4.25 bpw` does not hold `uniform b4g64`: ask for `uniform b4g64` by name.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+
+from lmq.allocation.solver import check_budget
+from lmq.errors import InputError
+from lmq.formats.spec import QuantSpec
+from lmq.model.structure import ModelStructure, ModuleInfo
+
+UNIT_BYTES = {
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
+MOST_BITS_PER_WEIGHT = 32
+ALLOWED_FORMS = (
+    "bits per weight as 4.25 or '4.25 bpw', bytes as '80000000 B', '80 MB', '1.2 GB' or '1.1 GiB', "
+    "a uniform allocation as 'uniform b4g64' or 'uniform b3g64 + 2%'"
+)
+_NUMBER = r"(\d+(?:\.\d+)?|\.\d+)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """How large the quantized modules may be; exactly one of the three fields is set.
+
+    `bits_per_weight` over the quantized modules; `size_bytes` of all of them; `uniform`, the size of every module in
+    this configuration, plus `percent_over` percent.
+    """
+
+    bits_per_weight: Fraction | None = None
+    size_bytes: int | None = None
+    uniform: QuantSpec | None = None
+    percent_over: Fraction = Fraction(0)
+
+    def __post_init__(self) -> None:
+        given = [self.bits_per_weight is not None, self.size_bytes is not None, self.uniform is not None]
+        if sum(given) != 1:
+            raise InputError("a budget is one of bits_per_weight, size_bytes or uniform")
+        if self.bits_per_weight is not None and not 0 < self.bits_per_weight <= MOST_BITS_PER_WEIGHT:
+            raise InputError(
+                f"{float(self.bits_per_weight):g} bits per weight is not between 0 and {MOST_BITS_PER_WEIGHT}; "
+                "for a number of bytes write the unit, as in '80000000 B' or '80 MB'"
+            )
+        if self.size_bytes is not None and self.size_bytes <= 0:
+            raise InputError(f"a budget of {self.size_bytes} bytes is not positive")
+        if self.percent_over < 0 or (self.percent_over and self.uniform is None):
+            raise InputError("a percentage goes over a uniform allocation, as in 'uniform b3g64 + 2%'")
+
+    @classmethod
+    def parse(cls, value: str | int | float | Fraction) -> Budget:
+        """Read a budget from a configuration file or the command line. Raises InputError naming the allowed forms."""
+        text = str(value).strip()
+        if match := re.fullmatch(rf"{_NUMBER}\s*(?:bpw)?", text, re.IGNORECASE):
+            return cls(bits_per_weight=Fraction(match[1]))
+        if (match := re.fullmatch(rf"{_NUMBER}\s*([KMGT]?i?B)", text, re.IGNORECASE)) is not None:
+            return cls(size_bytes=math.floor(Fraction(match[1]) * UNIT_BYTES[match[2].upper()]))
+        if match := re.fullmatch(rf"uniform\s+(b\d+g\d+)(?:\s*\+\s*{_NUMBER}\s*%)?", text, re.IGNORECASE):
+            return cls(uniform=QuantSpec.parse(match[1].lower()), percent_over=Fraction(match[2] or 0))
+        raise InputError(f"{value!r} is not a budget; allowed: {ALLOWED_FORMS}")
+
+    def __str__(self) -> str:
+        if self.bits_per_weight is not None:
+            return f"{_decimal(self.bits_per_weight)} bpw"
+        if self.uniform is not None:
+            over = f" + {_decimal(self.percent_over)}%" if self.percent_over else ""
+            return f"uniform {self.uniform.name}{over}"
+        return f"{self.size_bytes} B"
+
+    def resolve(self, structure: ModelStructure) -> int:
+        """Bytes that the quantized modules of this model may take; part of a byte is dropped.
+
+        Raises InputError if the uniform configuration does not fit one of the modules.
+        """
+        if self.bits_per_weight is not None:
+            return math.floor(structure.parameters * self.bits_per_weight / 8)
+        if self.uniform is not None:
+            uniform_bytes = int(module_sizes(structure.modules, [self.uniform]).sum())
+            return math.floor(uniform_bytes * (1 + self.percent_over / 100))
+        assert self.size_bytes is not None
+        return self.size_bytes
+
+
+def module_sizes(modules: Sequence[ModuleInfo], menu: Sequence[QuantSpec]) -> np.ndarray:
+    """Return the stored size in bytes int64 [modules, configurations].
+
+    Raises InputError for an empty or repeating menu, no modules, or a configuration that does not fit a module.
+    """
+    if not modules:
+        raise InputError("there are no modules to allocate; the model has no weight matrix that can be quantized")
+    if not menu or len(set(menu)) != len(menu):
+        names = ", ".join(spec.name for spec in menu) or "nothing"
+        raise InputError(f"the menu holds {names}; it needs at least one configuration and none twice")
+    return np.array([[_size_bytes(module, spec) for spec in menu] for module in modules], dtype=np.int64)
+
+
+def feasible_range(structure: ModelStructure, menu: Sequence[QuantSpec]) -> tuple[int, int]:
+    """Smallest and largest size in bytes that any allocation from the menu has."""
+    sizes = module_sizes(structure.modules, menu)
+    return int(sizes.min(axis=1).sum()), int(sizes.max(axis=1).sum())
+
+
+def check_feasible(
+    budget_bytes: int, structure: ModelStructure, menu: Sequence[QuantSpec], *, what: str = "the budget"
+) -> None:
+    """Raise InfeasibleBudget naming `what` if no allocation from the menu fits.
+
+    Raises InputError if a configuration does not fit a module.
+    """
+    check_budget(budget_bytes, module_sizes(structure.modules, menu), what=what)
+
+
+def _size_bytes(module: ModuleInfo, spec: QuantSpec) -> int:
+    try:
+        return spec.size_bytes(module.parameters)
+    except InputError as error:
+        raise InputError(f"{module.id}: {error}") from error
+
+
+def _decimal(value: Fraction) -> str:
+    return f"{float(value):.12g}"

@@ -1,0 +1,214 @@
+"""What every strategy works with: the measurements it may use, the protocol it follows, and shared steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
+
+import numpy as np
+
+from lmq.allocation.budget import module_sizes
+from lmq.allocation.constraints import Constraints, violations
+from lmq.allocation.error_table import ErrorTable
+from lmq.allocation.refine import Trials
+from lmq.allocation.solver import Allocation, Assignment, check_budget, check_feasible_program, solve
+from lmq.errors import InputError, LmqError
+from lmq.formats.spec import QuantSpec
+from lmq.model.structure import ModuleId, ModuleInfo
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Measurements:
+    """The modules to allocate, the configurations to choose from, and what was measured; None is not measured.
+
+    `kurtosis` and `sensitivity` hold one number per module; `frobenius` (norm of the weight error), `fisher`
+    (loss-aware, token-wise) and `sequence_fisher` (sequence-wise) are error tables, as is `divergence`
+    (measured, of one module alone), which may hold fewer configurations; `layer_importance` holds one number per
+    layer for each metric of `lmq.layers.importance.layers.layer_scores`; `trials` tries plans on the model.
+    `constraints` are kept by strategies that solve a program; the others refuse them, but for uniform.
+    """
+
+    modules: tuple[ModuleInfo, ...]
+    menu: tuple[QuantSpec, ...]
+    kurtosis: Mapping[ModuleId, float] | None = None
+    sensitivity: Mapping[ModuleId, float] | None = None
+    frobenius: ErrorTable | None = None
+    fisher: ErrorTable | None = None
+    sequence_fisher: ErrorTable | None = None
+    divergence: ErrorTable | None = None
+    layer_importance: Mapping[str, Sequence[float]] | None = None
+    trials: Trials | None = None
+    constraints: Constraints = field(default_factory=Constraints)
+
+
+class Strategy(Protocol):
+    """How an allocation is chosen. A strategy is a frozen keyword-only dataclass; its fields are its options.
+
+    `needs` names the fields of `Measurements` that must be there. `keeps_constraints` says whether its allocations
+    keep the constraints of the measurements.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    source: ClassVar[str]
+    keeps_constraints: ClassVar[bool]
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Names of the measurements this strategy uses."""
+        ...
+
+    def allocate(self, measurements: Measurements, budget_bytes: int) -> Allocation:
+        """Choose a configuration for every module. Raises InfeasibleBudget, InputError."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Choices:
+    """The menu by size, smallest first, and the bytes of every module under it: int64 [modules, configurations]."""
+
+    modules: tuple[ModuleInfo, ...]
+    specs: tuple[QuantSpec, ...]
+    sizes_bytes: np.ndarray
+
+    @classmethod
+    def of(cls, measurements: Measurements, budget_bytes: int) -> Choices:
+        """The choices of a strategy that keeps no constraints, checked to hold an allocation within the budget.
+
+        Raises InfeasibleBudget, and InputError for measurements with constraints.
+        """
+        if not measurements.constraints.is_empty:
+            raise InputError(
+                "this strategy keeps no constraints; leave them out, or use a strategy that solves the budget program, "
+                "such as loss-aware or mxq"
+            )
+        choices = cls.by_size(measurements)
+        check_budget(budget_bytes, choices.sizes_bytes)
+        return choices
+
+    @classmethod
+    def by_size(cls, measurements: Measurements) -> Choices:
+        """The menu sorted, smallest first. Raises InputError for a menu that does not fit the modules."""
+        specs = tuple(sorted(measurements.menu, key=lambda spec: spec.bits_per_weight))
+        return cls(measurements.modules, specs, module_sizes(measurements.modules, specs))
+
+    def size_bytes(self, choice: np.ndarray) -> int:
+        """Total bytes of a choice [modules]."""
+        return int(self.sizes_bytes[np.arange(len(choice)), choice].sum())
+
+    def largest_uniform(self, budget_bytes: int) -> int:
+        """Column of the largest configuration that fits the budget when every module has it."""
+        return int(np.flatnonzero(self.sizes_bytes.sum(axis=0) <= budget_bytes).max())
+
+    def allocation(self, choice: np.ndarray, *, boosted: np.ndarray | None = None) -> Allocation:
+        """Allocation of a choice [modules] that no program was solved for; `boosted` [modules] bool."""
+        is_boosted = np.zeros(len(choice), bool) if boosted is None else boosted
+        return Allocation(
+            assignments=tuple(
+                Assignment(
+                    module.id,
+                    self.specs[column],
+                    module.parameters,
+                    int(self.sizes_bytes[row, column]),
+                    boosted=bool(is_boosted[row]),
+                )
+                for row, (module, column) in enumerate(zip(self.modules, choice.tolist(), strict=True))
+            )
+        )
+
+
+def reduce_to_fit(
+    choices: Choices, choice: np.ndarray, turns: Sequence[Sequence[int]], budget_bytes: int
+) -> np.ndarray:
+    """Move modules down the menu, one configuration at a time, until the choice fits the budget.
+
+    Each group of `turns` gives way in its order, one step each and round again, until it is at the smallest
+    configuration; then the next group does. Together the groups hold every module, so a feasible budget is reached.
+    """
+    reduced = choice.copy()
+    over_bytes = choices.size_bytes(reduced) - budget_bytes
+    for turn in turns:
+        for _ in range(len(choices.specs)):
+            for row in turn:
+                if over_bytes <= 0:
+                    return reduced
+                column = reduced[row]
+                if column > 0:
+                    over_bytes -= int(choices.sizes_bytes[row, column] - choices.sizes_bytes[row, column - 1])
+                    reduced[row] = column - 1
+    return reduced
+
+
+def solve_program(
+    measurements: Measurements,
+    budget_bytes: int,
+    costs_of: Callable[[Choices], np.ndarray],
+) -> Allocation:
+    """Solve the budget program for the costs [modules, configurations] that `costs_of` gives for the sorted menu.
+
+    The constraints of the measurements are kept. Raises InfeasibleBudget, InputError.
+    """
+    choices = Choices.by_size(measurements)
+    constraints = measurements.constraints.compile(choices.modules, choices.specs)
+    check_feasible_program(choices.sizes_bytes, budget_bytes, constraints)
+    costs = costs_of(choices)
+    solution = solve(costs, choices.sizes_bytes, budget_bytes, constraints=constraints)
+    assignments = tuple(
+        Assignment(
+            module.id,
+            choices.specs[column],
+            module.parameters,
+            int(choices.sizes_bytes[row, column]),
+            cost=float(costs[row, column]),
+        )
+        for row, (module, column) in enumerate(zip(choices.modules, solution.choice.tolist(), strict=True))
+    )
+    allocation = Allocation(assignments=assignments, objective=solution.objective, lower_bound=solution.lower_bound)
+    if broken := violations(allocation, measurements.constraints):
+        raise LmqError(f"the solution breaks the constraints it was given: {_some(broken)}")
+    return allocation
+
+
+def table_costs(table: ErrorTable | None, name: str, choices: Choices) -> np.ndarray:
+    """Costs [modules, configurations] in the order of the choices; the table's own order and extras do not matter.
+
+    Raises InputError naming the modules and configurations that the table lacks, or the cost that is not finite.
+    """
+    if table is None:
+        raise _not_measured(name)
+    row_of = {module: row for row, module in enumerate(table.modules)}
+    column_of = {spec: column for column, spec in enumerate(table.specs)}
+    missing = [str(module.id) for module in choices.modules if module.id not in row_of]
+    missing += [spec.name for spec in choices.specs if spec not in column_of]
+    if missing:
+        raise InputError(f"the {name} table lacks {_some(missing)}; measure them or take them out of the menu")
+    rows = [row_of[module.id] for module in choices.modules]
+    costs = table.cost[np.ix_(rows, [column_of[spec] for spec in choices.specs])]
+    unusable = [
+        f"{choices.modules[row].id} at {choices.specs[column].name}" for row, column in np.argwhere(~np.isfinite(costs))
+    ]
+    if unusable:
+        raise InputError(f"the {name} table has no finite cost for {_some(unusable)}; measure them again")
+    return costs
+
+
+def module_signal(
+    signal: Mapping[ModuleId, float] | None, name: str, modules: Sequence[ModuleInfo]
+) -> dict[ModuleId, float]:
+    """One number for every module to allocate. Raises InputError naming modules that were not measured."""
+    if signal is None:
+        raise _not_measured(name)
+    missing = [str(module.id) for module in modules if signal.get(module.id) is None]
+    if missing:
+        raise InputError(f"no {name} for {_some(missing)}; measure them and try again")
+    return {module.id: signal[module.id] for module in modules}
+
+
+def _not_measured(name: str) -> InputError:
+    return InputError(f"the strategy needs {name}, which was not measured; measure it first")
+
+
+def _some(names: Sequence[str], most: int = 5) -> str:
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,0 +1,165 @@
+"""SensiBoost and KurtBoost: a uniform base, and more bits for the layers where a profile jumps.
+
+Source: Zhang et al. 2025 (arXiv 2503.06518), section 3.4 and algorithm 1. As published, a boosted model is larger
+than the budget its base fits; with `paid` the least sensitive modules give the bytes back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from lmq.allocation.solver import Allocation
+from lmq.allocation.strategies.base import Choices, Measurements, module_signal, reduce_to_fit
+from lmq.errors import InputError, unknown_name
+from lmq.formats.spec import STOPS, QuantSpec
+from lmq.model.structure import ModuleId
+from lmq.outliers import check_top_m, outlier_modules, profiles_by_kind
+
+ALLOWED_BOOST_STOPS = (1, 2, 3)
+DIFFERENCE = {"sensitivity": "divide", "kurtosis": "subtract"}
+SIGNAL = {"sensi-boost": "sensitivity", "kurt-boost": "kurtosis"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Boost:
+    """Options of both boosts.
+
+    boost_stop: how many of the 12 standard stops an outlier module moves up (2 or 3 in the paper).
+    top_m: how many outlier layers count per module kind; 0 is all of them.
+    paid: take the bytes back from the least sensitive modules until the budget holds; the paper does not.
+    """
+
+    boost_stop: int = 2
+    top_m: int = 0
+    paid: bool = False
+    keeps_constraints: ClassVar[bool] = False
+    signal: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        check_boost_options(self.boost_stop, self.top_m)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The signal whose jumps are looked for."""
+        return frozenset({self.signal})
+
+    def allocate(self, measurements: Measurements, budget_bytes: int) -> Allocation:
+        """Boost the outlier modules over the largest uniform base that fits.
+
+        Unless `paid`, the size may be above the budget. Raises InfeasibleBudget, InputError.
+        """
+        choices = Choices.of(measurements, budget_bytes)
+        signal = module_signal(getattr(measurements, self.signal), self.signal, choices.modules)
+        outliers = outlier_modules(profiles_by_kind(signal), difference=DIFFERENCE[self.signal], top_m=self.top_m)
+        base = choices.largest_uniform(budget_bytes)
+        choice = boost(choices, base, outliers, self.boost_stop)
+        if self.paid:
+            choice = _pay(choices, choice, base, signal, budget_bytes)
+        return choices.allocation(choice, boosted=choice > base)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SensiBoost(_Boost):
+    """Boost where activation sensitivity jumps by a factor from one layer to the next."""
+
+    name: ClassVar[str] = "sensi-boost"
+    summary: ClassVar[str] = "uniform, with more bits in layers where activation sensitivity jumps"
+    source: ClassVar[str] = "Zhang et al. 2025, arXiv 2503.06518"
+    signal: ClassVar[str] = "sensitivity"
+
+
+@dataclass(frozen=True, kw_only=True)
+class KurtBoost(_Boost):
+    """Boost where the kurtosis of the weights jumps from one layer to the next."""
+
+    name: ClassVar[str] = "kurt-boost"
+    summary: ClassVar[str] = "uniform, with more bits in layers where the kurtosis of the weights jumps"
+    source: ClassVar[str] = "Zhang et al. 2025, arXiv 2503.06518"
+    signal: ClassVar[str] = "kurtosis"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomBoost:
+    """Ablation: as many boosted layers per module kind, drawn from those that neither boost chooses.
+
+    like: the boost whose count of layers is copied. seed: of the draw. boost_stop and top_m: as there.
+    """
+
+    like: Literal["sensi-boost", "kurt-boost"] = "sensi-boost"
+    seed: int = 42
+    boost_stop: int = 2
+    top_m: int = 0
+    name: ClassVar[str] = "random-boost"
+    summary: ClassVar[str] = "ablation: as many boosted layers, drawn at random from the others"
+    source: ClassVar[str] = "Zhang et al. 2025, arXiv 2503.06518, ablation"
+    keeps_constraints: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_boost_options(self.boost_stop, self.top_m)
+        if self.like not in SIGNAL:
+            raise unknown_name("boost to be like", self.like, SIGNAL)
+        if self.seed < 0:
+            raise InputError(f"seed = {self.seed} is negative; give 0 or more")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Both signals: a layer that either would choose is not drawn."""
+        return frozenset(DIFFERENCE)
+
+    def allocate(self, measurements: Measurements, budget_bytes: int) -> Allocation:
+        """Boost the drawn modules; the size may be above the budget. Raises InfeasibleBudget, InputError."""
+        choices = Choices.of(measurements, budget_bytes)
+        profiles = {
+            name: profiles_by_kind(module_signal(getattr(measurements, name), name, choices.modules))
+            for name in DIFFERENCE
+        }
+        found = {
+            name: outlier_modules(profiles[name], difference=DIFFERENCE[name], top_m=self.top_m) for name in DIFFERENCE
+        }
+        generator = np.random.default_rng(self.seed)
+        drawn: dict[str, list[int]] = {}
+        for kind, profile in profiles["sensitivity"].items():
+            others = sorted(set(profile).difference(*(outliers[kind] for outliers in found.values())))
+            count = min(len(found[SIGNAL[self.like]][kind]), len(others))
+            drawn[kind] = generator.choice(np.array(others, int), count, replace=False).tolist()
+        base = choices.largest_uniform(budget_bytes)
+        choice = boost(choices, base, drawn, self.boost_stop)
+        return choices.allocation(choice, boosted=choice > base)
+
+
+def check_boost_options(boost_stop: int, top_m: int) -> None:
+    """Raise InputError for a boost_stop or top_m that is not allowed."""
+    if boost_stop not in ALLOWED_BOOST_STOPS:
+        raise InputError(f"boost_stop = {boost_stop} is not allowed; allowed: {ALLOWED_BOOST_STOPS}")
+    check_top_m(top_m)
+
+
+def boost(choices: Choices, base: int, layers: Mapping[str, list[int]], boost_stop: int) -> np.ndarray:
+    """Choice [modules] with every module at column `base`, and those in the layers of their kind boosted."""
+    up = boosted_column(choices.specs, base, boost_stop)
+    return np.array([up if module.id.layer in layers[module.id.kind] else base for module in choices.modules])
+
+
+def boosted_column(specs: tuple[QuantSpec, ...], base: int, boost_stop: int) -> int:
+    """Column of the configuration `boost_stop` stops above the base, clamped to the top stop.
+
+    `specs` is the menu by size. Where it lacks that stop it is the next larger one, or else the largest.
+    """
+    base_stop = sum(stop.bits_per_weight <= specs[base].bits_per_weight for stop in STOPS) - 1
+    target = STOPS[min(base_stop + boost_stop, len(STOPS) - 1)]
+    columns = range(base, len(specs))
+    return next((column for column in columns if specs[column].bits_per_weight >= target.bits_per_weight), columns[-1])
+
+
+def _pay(
+    choices: Choices, choice: np.ndarray, base: int, signal: Mapping[ModuleId, float], budget_bytes: int
+) -> np.ndarray:
+    """Move modules down until the budget holds: the least sensitive first, the boosted ones last."""
+    by_signal = sorted(range(len(choice)), key=lambda row: signal[choices.modules[row].id])
+    others = [row for row in by_signal if choice[row] <= base]
+    boosted = [row for row in by_signal if choice[row] > base]
+    return reduce_to_fit(choices, choice, [others, boosted], budget_bytes)

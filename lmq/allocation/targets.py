@@ -1,0 +1,119 @@
+"""Targets: what the engine that will serve a checkpoint can hold, known before anything is measured.
+
+A new target is one entry of `TARGETS`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from lmq.allocation.module_list import list_modules
+from lmq.errors import InputError, unknown_name
+from lmq.formats.spec import QuantSpec
+from lmq.model.structure import ModuleInfo
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What the kernels of an engine take.
+
+    bits, group_sizes: any of one with any of the other. Groups run along in_features and do not straddle rows.
+    alike: kinds that the engine holds in one matrix, and so in one configuration; presets of
+    `lmq.allocation.constraints`. integer_zeros: zeros are whole numbers, as `lmq.quantizers.integer_zeros` fits them.
+    out_features_multiple: what the rows of every matrix must be a multiple of.
+    """
+
+    name: str
+    description: str
+    bits: tuple[int, ...]
+    group_sizes: tuple[int, ...]
+    alike: tuple[str, ...] = ()
+    integer_zeros: bool = False
+    out_features_multiple: int = 1
+
+    def misfit(self, spec: QuantSpec, out_features: int, in_features: int) -> str | None:
+        """Why the engine cannot hold such a matrix in this configuration; None where it can."""
+        if spec.bits not in self.bits:
+            return f"{spec.bits}-bit codes, where {self.name} takes {_either(self.bits)} bits"
+        if spec.group_size not in self.group_sizes:
+            return f"groups of {spec.group_size}, where {self.name} takes groups of {_either(self.group_sizes)}"
+        if in_features % spec.group_size:
+            return f"groups of {spec.group_size} that straddle rows of {in_features} weights"
+        if out_features % self.out_features_multiple:
+            return f"{out_features} rows, not a multiple of {self.out_features_multiple}"
+        return None
+
+
+TARGETS: Mapping[str, Target] = {
+    each.name: each
+    for each in (
+        Target(
+            name="vllm",
+            description="vLLM and SGLang through compressed-tensors: the weight-only kernels of Marlin",
+            bits=(4, 8),
+            group_sizes=(32, 64, 128),
+            alike=("qkv", "gate-up"),
+            integer_zeros=True,
+            out_features_multiple=8,  # zeros of 4 bits are packed 8 to an int32 along the rows
+        ),
+    )
+}
+
+
+def target_named(name: str) -> Target:
+    """The target of that name. Raises InputError naming the nearest."""
+    if name not in TARGETS:
+        raise unknown_name("target", name, TARGETS)
+    return TARGETS[name]
+
+
+def restrict_menu(menu: Sequence[QuantSpec], target: Target, modules: Sequence[ModuleInfo]) -> tuple[QuantSpec, ...]:
+    """The configurations of the menu that the target holds for every module, in the order of the menu.
+
+    Raises InputError naming those that it would hold where the menu has none of them.
+    """
+    held = tuple(spec for spec in menu if _holds_all(target, spec, modules))
+    if held:
+        return held
+    names = ", ".join(spec.name for spec in menu)
+    everything = [QuantSpec(bits, size) for bits in target.bits for size in sorted(target.group_sizes, reverse=True)]
+    possible = [spec.name for spec in everything if _holds_all(target, spec, modules)]
+    if not possible:
+        reasons = dict.fromkeys(_misfits(target, everything[-1], modules))
+        raise InputError(f"the target {target.name} holds no configuration for every module: {'; '.join(reasons)}")
+    raise InputError(
+        f"the target {target.name} holds none of the menu ({names}) for every module; "
+        f"put one of these on the menu: {', '.join(possible)}"
+    )
+
+
+def left_out(menu: Sequence[QuantSpec], target: Target, modules: Sequence[ModuleInfo]) -> list[str]:
+    """Why configurations of the menu are not among those of `restrict_menu`: a sentence for each reason."""
+    names: dict[tuple[str, tuple[str, ...]], list[str]] = defaultdict(list)
+    for spec in menu:
+        unheld: dict[str, list[str]] = defaultdict(list)
+        for module in modules:
+            if reason := target.misfit(spec, module.out_features, module.in_features):
+                unheld[reason].append(f"layers.{module.id.layer}.{module.id.kind}")
+        for reason, paths in unheld.items():
+            names[reason, tuple(paths)].append(spec.name)
+    return [
+        f"the target {target.name} leaves {', '.join(specs)} out of the menu: {reason}, "
+        f"in {'every module' if len(paths) == len(modules) else list_modules(paths)}"
+        for (reason, paths), specs in names.items()
+    ]
+
+
+def _holds_all(target: Target, spec: QuantSpec, modules: Sequence[ModuleInfo]) -> bool:
+    return not _misfits(target, spec, modules)
+
+
+def _misfits(target: Target, spec: QuantSpec, modules: Sequence[ModuleInfo]) -> list[str]:
+    found = ((module, target.misfit(spec, module.out_features, module.in_features)) for module in modules)
+    return [f"{module.id} has {reason}" for module, reason in found if reason is not None]
+
+
+def _either(values: Sequence[int]) -> str:
+    return " or ".join(map(str, values))

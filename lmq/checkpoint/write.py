@@ -1,0 +1,220 @@
+"""Quantized checkpoints: a model directory that transformers opens after `import lmq`.
+
+- `config.json`: that of the source plus `quantization_config` (see `lmq.checkpoint.config.LmqConfig`).
+- `checksums.json`: digests of every tensor and file (see `lmq.checkpoint.verify`).
+- generation, tokenizer, template and licence files of the source, as they are.
+- `model.safetensors`, or `model-0000i-of-0000N.safetensors` with `model.safetensors.index.json`. A quantized module
+  is `<module path>.codes` (see `lmq.formats.packing`), `.scale_codes`, `.zero_codes`, `.scale_ranges` and
+  `.matrix_range` (see `lmq.formats.groups`), together exactly `QuantSpec.size_bytes`; every other tensor is copied bit
+  for bit.
+
+The same inputs give the same bytes. A checkpoint is written beside its place and renamed when it is complete.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from lmq.checkpoint.config import LmqConfig
+from lmq.checkpoint.verify import (
+    DTYPE_NAMES,
+    quantized_bytes,
+    read_config,
+    read_quantization_config,
+    tensor_record,
+    verify_checkpoint,
+    write_checksums,
+)
+from lmq.errors import DamagedFile, InputError
+from lmq.formats.packed_layer import quantize_weight, quantized_tensor_shapes
+from lmq.formats.spec import QuantSpec
+from lmq.measurement.frobenius import LayerGrids, fit_grids
+from lmq.model.directory import complete_directory, copy_companions, write_json, write_shards
+from lmq.model.structure import ModelStructure, ModuleId
+from lmq.model.tensors import StoredTensor, find_tensor, read_headers, read_tensors
+from lmq.quantizers import Quantizer
+
+__all__ = [
+    "assemble_checkpoint",
+    "quantize_layer",
+    "quantized_bytes",
+    "read_quantization_config",
+    "save_layer",
+    "verify_checkpoint",
+    "write_checkpoint",
+]
+
+DEFAULT_MAX_SHARD_BYTES = 5 * 10**9
+
+Choice = Mapping[ModuleId, QuantSpec]
+
+
+def quantize_layer(
+    structure: ModelStructure, weights: Mapping[ModuleId, torch.Tensor], grids: LayerGrids, choice: Choice
+) -> dict[str, torch.Tensor]:
+    """The checkpoint's tensors of the modules in `weights`, each on its grid of the chosen configuration, on the CPU.
+
+    `weights` [out_features, in_features] each. Raises InputError for a module without a choice or a grid.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for module, weight in weights.items():
+        grid = grids.get(module, {}).get(choice[module]) if module in choice else None
+        if grid is None:
+            raise InputError(
+                f"no grid for {module} at {choice.get(module, 'no chosen configuration')}; "
+                "fit the grids of the whole menu and give every module of the layer a configuration"
+            )
+        for name, tensor in quantize_weight(weight, grid).items():
+            tensors[f"{structure.path(module)}.{name}"] = tensor.cpu()
+    return tensors
+
+
+def save_layer(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write the tensors of `quantize_layer` as one safetensors file."""
+    save_file(dict(tensors), path)
+
+
+def assemble_checkpoint(
+    path: Path,
+    source_dir: Path,
+    structure: ModelStructure,
+    choice: Choice,
+    layer_files: Sequence[Path],
+    *,
+    quantizer: Quantizer,
+    max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+) -> None:
+    """Join quantized layers (files of `save_layer`) with the unquantized tensors of the source model.
+
+    Modules without a choice stay as they are in the source. Peak memory is one shard of at most `max_shard_bytes`,
+    or one tensor where that is larger.
+
+    Raises:
+        InputError: `path` exists, the source is quantized already or lacks a weight, or a layer file lacks a tensor
+            or has one of another shape.
+        DamagedFile: a file of the source or of the layers is missing or truncated.
+    """
+    source = read_headers(source_dir)
+    quantized = _layer_tensors(layer_files)
+    _check_quantized(quantized, _expected_tensors(structure, choice))
+    kept = _unquantized(source, structure, choice, source_dir)
+    config = _quantized_config(source_dir, structure, choice, quantizer)
+    with complete_directory(path) as directory:
+        records = write_shards(directory, kept | quantized, max_shard_bytes, record=tensor_record)
+        copy_companions(source_dir, directory)
+        write_json(directory / "config.json", config)
+        write_checksums(directory, records)
+
+
+def write_checkpoint(
+    path: Path,
+    source_dir: Path,
+    structure: ModelStructure,
+    choice: Choice,
+    quantizer: Quantizer,
+    *,
+    max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+) -> None:
+    """Quantize a model directory layer by layer and write its checkpoint; raises as `assemble_checkpoint` does."""
+    source = read_headers(source_dir)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.layers.") as layers_dir:
+        layer_files = []
+        for layer in range(structure.layers):
+            chosen = [info.id for info in structure.in_layer(layer) if info.id in choice]
+            weights = {module: _load_weight(source, structure, module, source_dir) for module in chosen}
+            grids = {
+                module: fit_grids(weight, [choice[module]], quantizer, str(module))
+                for module, weight in weights.items()
+            }
+            layer_files.append(Path(layers_dir) / f"layer-{layer:05d}.safetensors")
+            save_layer(layer_files[-1], quantize_layer(structure, weights, grids, choice))
+        assemble_checkpoint(
+            path, source_dir, structure, choice, layer_files, quantizer=quantizer, max_shard_bytes=max_shard_bytes
+        )
+
+
+def _layer_tensors(layer_files: Sequence[Path]) -> dict[str, StoredTensor]:
+    tensors: dict[str, StoredTensor] = {}
+    for path in layer_files:
+        try:
+            with safe_open(path, "pt") as file:
+                for name in file.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
+                    header = file.get_slice(name)
+                    tensors[name] = StoredTensor(path, name, tuple(header.get_shape()), header.get_dtype())
+        except (SafetensorError, OSError) as error:
+            raise DamagedFile(f"{path} is not a readable quantized layer: {error}; quantize the layer again") from error
+    return tensors
+
+
+def _expected_tensors(structure: ModelStructure, choice: Choice) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """dtype and shape of every quantized tensor, by name."""
+    infos = {info.id: info for info in structure.modules}
+    unknown = [str(module) for module in choice if module not in infos]
+    if unknown:
+        raise InputError(f"the choice names {unknown[0]}, which the model does not have")
+    return {
+        f"{structure.path(module)}.{name}": (DTYPE_NAMES[dtype], shape)
+        for module, spec in choice.items()
+        for name, (shape, dtype) in quantized_tensor_shapes(
+            spec, infos[module].out_features, infos[module].in_features
+        ).items()
+    }
+
+
+def _check_quantized(found: Mapping[str, StoredTensor], expected: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+    surplus = sorted(found.keys() - expected.keys())
+    if surplus:
+        raise InputError(f"{found[surplus[0]].file} holds {surplus[0]}, a module without a chosen configuration")
+    for name, (dtype, shape) in expected.items():
+        if name not in found:
+            raise InputError(f"the layer files lack the tensor {name}; quantize its layer again")
+        tensor = found[name]
+        if (tensor.dtype, tensor.shape) != (dtype, shape):
+            raise InputError(
+                f"{tensor.file}: {name} is {tensor.dtype} {list(tensor.shape)} where the choice needs "
+                f"{dtype} {list(shape)}; quantize the layer again with this choice"
+            )
+
+
+def _source_weight(
+    source: Mapping[str, StoredTensor], structure: ModelStructure, module: ModuleId, source_dir: Path
+) -> StoredTensor:
+    name = f"{structure.path(module)}.weight"
+    tensor = find_tensor(source, name)
+    if tensor is None:
+        raise InputError(f"{source_dir} has no tensor {name}; the structure describes another model")
+    return tensor
+
+
+def _load_weight(
+    source: Mapping[str, StoredTensor], structure: ModelStructure, module: ModuleId, source_dir: Path
+) -> torch.Tensor:
+    tensor = _source_weight(source, structure, module, source_dir)
+    return read_tensors([tensor])[tensor.name]
+
+
+def _unquantized(
+    source: Mapping[str, StoredTensor], structure: ModelStructure, choice: Choice, source_dir: Path
+) -> dict[str, StoredTensor]:
+    replaced = {_source_weight(source, structure, module, source_dir).name for module in choice}
+    return {name: tensor for name, tensor in source.items() if name not in replaced}
+
+
+def _quantized_config(
+    source_dir: Path, structure: ModelStructure, choice: Choice, quantizer: Quantizer
+) -> dict[str, Any]:
+    config = read_config(source_dir)
+    if config.get("quantization_config") is not None:
+        raise InputError(f"{source_dir} is quantized already; give the unquantized model")
+    shapes = {info.id: [info.out_features, info.in_features] for info in structure.modules}
+    modules = {structure.path(module): {"shape": shapes[module], **asdict(choice[module])} for module in sorted(choice)}
+    lmq_config = LmqConfig(modules=modules, axis=quantizer.axis, quantizer=quantizer.describe())
+    return {**config, "quantization_config": lmq_config.to_dict()}

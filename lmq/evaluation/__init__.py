@@ -1,0 +1,1 @@
+"""Evaluation: perplexity, divergence, zero-shot tasks, memory and speed."""

@@ -1,0 +1,93 @@
+"""Baselines that need no plan: every matrix rounded alike, by round to nearest or to NF4, evaluated at that point.
+
+What other programs quantized (GPTQ, AWQ, ...) is evaluated from its files: see `lmq.evaluation.whole_model`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lmq.errors import InputError
+from lmq.formats.nf4 import NF4_GROUP_SIZES, NormalFloat4
+from lmq.formats.spec import QuantSpec
+from lmq.measurement.frobenius import fit_grids
+from lmq.model.structure import ModelStructure
+from lmq.quantizers import quantizer
+
+_DEFAULT_SPEC = QuantSpec(4, 64)
+
+
+@dataclass(frozen=True)
+class RoundedBaseline:
+    """A rounding of every matrix: `rtn` in a configuration, or `nf4`, whose size goes by its own formula."""
+
+    rounding: QuantSpec | NormalFloat4
+
+    @classmethod
+    def parse(cls, text: str) -> RoundedBaseline:
+        """Read `rtn` (b4g64), `rtn b3g128`, `nf4` (groups of 64) or `nf4 g128`. Raises InputError."""
+        match = re.fullmatch(r"(rtn)(?: (b\d+g\d+))?|(nf4)(?: g(\d+))?", " ".join(text.split()))
+        if match is None:
+            raise InputError(
+                f"{text!r} is not a baseline; write 'rtn b4g64', 'nf4' or 'nf4 g128', "
+                "or give a checkpoint of another program as {name: ..., path: ...}"
+            )
+        if match[1]:
+            return cls(QuantSpec.parse(match[2]) if match[2] else _DEFAULT_SPEC)
+        return cls(NormalFloat4(group_size=int(match[4]) if match[4] else 64))
+
+    @property
+    def label(self) -> str:
+        """`rtn b4g64`, `nf4 g64`."""
+        if isinstance(self.rounding, QuantSpec):
+            return f"rtn {self.rounding.name}"
+        return f"nf4 g{self.rounding.group_size}"
+
+    def round_trip(self, weight: Tensor, name: str = "the weight") -> Tensor:
+        """The rounded weight, float32 [out_features, in_features]. Raises InputError where it does not fit."""
+        if isinstance(self.rounding, NormalFloat4):
+            return self.rounding.round_trip(weight)
+        grid = fit_grids(weight, [self.rounding], quantizer("rtn"), name)[self.rounding]
+        return grid.round_trip(weight)
+
+    def size_bytes(self, structure: ModelStructure) -> int:
+        """Bytes of all matrices: as our checkpoint stores them, or NF4's codes and float32 divisors."""
+        if isinstance(self.rounding, QuantSpec):
+            return sum(self.rounding.size_bytes(module.parameters) for module in structure.modules)
+        group_size, bits = self.rounding.group_size, self.rounding.bits
+        return sum(m.parameters * bits // 8 + 4 * -(-m.parameters // group_size) for m in structure.modules)
+
+    def check_fits(self, structure: ModelStructure) -> None:
+        """Raise InputError naming the first matrix that the groups do not divide."""
+        size = self.rounding.group_size
+        for module in structure.modules:
+            if module.parameters % size:
+                raise InputError(
+                    f"{self.label} does not fit {module.id}, {module.parameters:,} weights that groups of {size} do "
+                    f"not divide; choose another group size (nf4: {', '.join(map(str, NF4_GROUP_SIZES))})"
+                )
+
+    def preparation(self, structure: ModelStructure) -> Callable[[nn.Module, int], None]:
+        """Rounds the matrices of a block in place of its weights; for `lmq.evaluation.windows.last_states`."""
+
+        def put_in(block: nn.Module, layer: int) -> None:
+            for module in structure.in_layer(layer):
+                self._round(block.get_submodule(module.id.kind), str(module.id))
+
+        return put_in
+
+    def round_model(self, model: Any, structure: ModelStructure) -> None:
+        """Round the matrices of a whole model that the caller owns."""
+        for module in structure.modules:
+            self._round(model.get_submodule(structure.path(module.id)), str(module.id))
+
+    @torch.no_grad()
+    def _round(self, linear: nn.Module, name: str) -> None:
+        weight = linear.get_parameter("weight")
+        linear.weight = nn.Parameter(self.round_trip(weight, name).to(weight), requires_grad=False)

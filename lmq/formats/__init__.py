@@ -1,0 +1,1 @@
+"""How a weight matrix is stored: configurations, groups with their grids, packing, and products with packed weights."""

@@ -1,0 +1,1 @@
+"""Whole layers: how much a model needs them, and models without some of them."""

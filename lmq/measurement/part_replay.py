@@ -1,0 +1,150 @@
+"""A block run once, and its parts again with other weights: the replays of activation sensitivity.
+
+In float32 a part is run with its quantized weights as they are. The rounding of bfloat16 would drown small changes,
+so there a part is replayed on changes alone: with an error E of its weight a module gives y + E x, and one behind it
+y + W (x' - x), of which only the products are taken in bfloat16. Its rounding is then relative to the change.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lmq.model.streaming import BlockInputs
+from lmq.numerics import OneDnnProducts, linear
+
+JUDGED_ALONE = ("attn_out", "mlp_down")
+"""Parts judged by the output of their one module."""
+
+
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """What a replay kept when the block ran on one sequence: of modules by kind, of judged submodules by part."""
+
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    modules: dict[str, Tensor] = field(default_factory=dict)
+    calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+
+
+class PartReplay:
+    """Runs a block, and its parts again with quantized weights, in the block's own dtype."""
+
+    def __init__(self, block: nn.Module, block_inputs: BlockInputs, parts: Mapping[str, Sequence[str]]):
+        self.paths = {part: _judged_by(part, kinds) for part, kinds in parts.items()}
+        self._block = block
+        self._block_inputs = block_inputs
+        self._modules = {kind: block.get_submodule(kind) for kinds in parts.values() for kind in kinds}
+
+    def weight(self, kind: str) -> Tensor:
+        """Unquantized weight of a module [out_features, in_features]."""
+        return self._modules[kind].get_parameter("weight")
+
+    def substitute(self, kind: str, quantized: Tensor) -> Tensor:
+        """What `squared_change` takes for a quantized weight."""
+        return quantized.to(self.weight(kind).dtype)
+
+    def record(self, hidden: Tensor) -> Pass:
+        """Run the block on one sequence `hidden` [1, sequence_length, hidden]."""
+        seen = Pass()
+
+        def keep(part: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            seen.calls[part], seen.outputs[part] = (args, kwargs), _tensor(output)
+
+        handles = [
+            self._block.get_submodule(path).register_forward_hook(
+                lambda _, *call, part=part: keep(part, *call), with_kwargs=True
+            )
+            for part, path in self.paths.items()
+        ]
+        try:
+            with self._forwards(self._modules, functools.partial(self._run_and_keep, seen)):
+                self._block_inputs.run(self._block, hidden)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return seen
+
+    def squared_change(self, part: str, substitutes: Mapping[str, Tensor], seen: Pass) -> float:
+        """Summed squared change of the output that a part is judged by, when its modules have other weights."""
+        path = self.paths[part]
+        inside = [kind for kind in self._modules if not path or path == kind or kind.startswith(f"{path}.")]
+        args, kwargs = seen.calls[part]
+        with self._forwards(inside, functools.partial(self._run_changed, seen, substitutes)), OneDnnProducts():
+            output = _tensor(self._block.get_submodule(path)(*args, **kwargs))
+        return (output - seen.outputs[part]).square_().sum(dtype=torch.float64).item()
+
+    def _run_and_keep(self, seen: Pass, kind: str, states: Tensor) -> Tensor:
+        return linear(states, self.weight(kind), self._bias(kind))
+
+    def _run_changed(self, seen: Pass, substitutes: Mapping[str, Tensor], kind: str, states: Tensor) -> Tensor:
+        return linear(states, substitutes.get(kind, self.weight(kind)), self._bias(kind))
+
+    def _bias(self, kind: str) -> Tensor | None:
+        return getattr(self._modules[kind], "bias", None)
+
+    @contextmanager
+    def _forwards(self, kinds: Iterable[str], run: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
+        """Within, `run(kind, states)` takes the place of the modules' own forward."""
+        for kind in kinds:
+            self._modules[kind].forward = functools.partial(run, kind)
+        try:
+            yield
+        finally:
+            for kind in kinds:
+                del self._modules[kind].forward
+
+
+class ChangeReplay(PartReplay):
+    """Replays changes alone, with products in `dtype`; keeps what enters and leaves every module."""
+
+    def __init__(
+        self, block: nn.Module, block_inputs: BlockInputs, parts: Mapping[str, Sequence[str]], dtype: torch.dtype
+    ):
+        super().__init__(block, block_inputs, parts)
+        self._weights = {kind: self.weight(kind).to(dtype) for kind in self._modules}
+
+    def substitute(self, kind: str, quantized: Tensor) -> Tensor:
+        """E = W' - W of a module."""
+        return (quantized - self.weight(kind)).to(self._weights[kind].dtype)
+
+    def squared_change(self, part: str, substitutes: Mapping[str, Tensor], seen: Pass) -> float:
+        """As in `PartReplay`."""
+        path = self.paths[part]
+        if path not in substitutes:
+            return super().squared_change(part, substitutes, seen)
+        return _product(seen.inputs[path], substitutes[path]).square_().sum(dtype=torch.float64).item()
+
+    def _run_and_keep(self, seen: Pass, kind: str, states: Tensor) -> Tensor:
+        output, bias = _product(states, self._weights[kind]), self._bias(kind)
+        seen.inputs[kind], seen.modules[kind] = states, output if bias is None else output + bias
+        return seen.modules[kind]
+
+    def _run_changed(self, seen: Pass, substitutes: Mapping[str, Tensor], kind: str, states: Tensor) -> Tensor:
+        output, before = seen.modules[kind], seen.inputs[kind]
+        if states is not before:
+            output = output + _product(states - before, self._weights[kind])
+        return output + _product(states, substitutes[kind]) if kind in substitutes else output
+
+
+def _judged_by(part: str, kinds: Sequence[str]) -> str:
+    """Path of the submodule whose output is compared: the module itself, or the sub-block it feeds ("": the block)."""
+    if part in JUDGED_ALONE:
+        return kinds[0]
+    sub_blocks = {kind.rpartition(".")[0].partition(".")[0] for kind in kinds}
+    return sub_blocks.pop() if len(sub_blocks) == 1 else ""
+
+
+def _product(states: Tensor, weight: Tensor) -> Tensor:
+    """States times a weight [out_features, in_features] in the weight's dtype; the result in that of the states."""
+    return nn.functional.linear(states.to(weight.dtype), weight).to(states.dtype)
+
+
+def _tensor(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output

@@ -1,0 +1,290 @@
+"""A model quantized one way and another, without writing checkpoints: how far its predictions move, and why.
+
+The model is streamed block by block. Each block's weights are rounded to the grids of a choice as it is loaded,
+so that trying a choice costs one pass over the model; the gradient of the divergence costs one more, backwards.
+The full-precision model's predictions are kept as the states that leave its last block.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lmq.finite import require_finite
+from lmq.formats.groups import Grid
+from lmq.formats.spec import QuantSpec
+from lmq.measurement.divergence import divergence
+from lmq.measurement.token_fisher import fast_products
+from lmq.model.streaming import BlockInputs, StreamedModel
+from lmq.model.structure import ModuleId
+
+Choice = Mapping[ModuleId, QuantSpec]
+"""Configuration of every module."""
+
+GridsOfLayer = Callable[[int], Mapping[ModuleId, Mapping[QuantSpec, Grid]]]
+"""Grids of a layer's modules under every configuration of the menu."""
+
+ModuleProducts = Callable[[Tensor, Tensor, Mapping[QuantSpec, Grid], QuantSpec], list[float]]
+"""Inner products of a weight's gradient with changes, from the gradient, W, its grids and the chosen configuration."""
+
+_STATES_AT_ONCE = 1 << 28
+"""Values of entering states held at a time on the way back: 1 GiB in float32, whatever the model."""
+
+
+class QuantizedPoint:
+    """Runs a model with the weights of a choice, over token ids [sequences, sequence_length].
+
+    Products are taken in `matmul_dtype`: unless given, bfloat16 where the processor is fast at it. Compare only
+    what was run with the same.
+    """
+
+    def __init__(self, model: StreamedModel, grids: GridsOfLayer, *, matmul_dtype: torch.dtype | None = None):
+        self._model = model
+        self._grids = grids
+        self._matmul_dtype = matmul_dtype
+
+    @torch.no_grad()
+    def last_states(self, token_ids: Tensor, choice: Choice | None = None) -> Tensor:
+        """States that leave the last block, float32 [sequences, sequence_length, hidden]; None: full precision.
+
+        Raises NotFiniteError naming the layer.
+        """
+        return self._entering_states(token_ids, choice, keep_all=False)[-1]
+
+    def divergences(self, token_ids: Tensor, reference_states: Tensor, choice: Choice) -> Tensor:
+        """Mean KL(p ‖ p_choice) per token of each sequence in nats, float64 [sequences].
+
+        The last position of a sequence predicts nothing.
+        """
+        return self._divergences([self.last_states(token_ids, choice)], reference_states)[0]
+
+    @torch.no_grad()
+    def losses(self, token_ids: Tensor, choice: Choice | None = None) -> Tensor:
+        """Mean next-token loss of each sequence in nats, float64 [sequences]; None: full precision."""
+        step = self._model.tokens_at_once
+        states = self.last_states(token_ids, choice)[:, :-1].flatten(0, 1).split(step)
+        targets = token_ids[:, 1:].flatten().to(self._model.device).long().split(step)
+        found = [
+            -self._log_probabilities(piece).gather(1, target[:, None])[:, 0].double()
+            for piece, target in zip(states, targets, strict=True)
+        ]
+        return torch.cat(found).view(len(token_ids), -1).mean(dim=1).cpu()
+
+    @torch.no_grad()
+    def divergences_alone(
+        self, layer: int, entering: Tensor, reference_states: Tensor, pairs: Sequence[tuple[ModuleId, QuantSpec]]
+    ) -> Tensor:
+        """KL of the model with one module of a layer quantized, all others at full precision, exactly.
+
+        `entering` [sequences, sequence_length, hidden] are the full-precision states that enter the layer,
+        `reference_states` those that leave the last block. Float64 [pairs, sequences], mean nats per token of each
+        sequence. Every block from the layer on is loaded once and run for all pairs. Raises NotFiniteError.
+        """
+        inputs = self._model.block_inputs(entering.shape[1])
+        states: list[Tensor] = []
+        with self._block(layer, None) as (block, _), self._autocast():
+            grids = self._grids(layer)
+            for module, spec in pairs:
+                linear = block.get_submodule(module.kind)
+                weight = linear.get_parameter("weight")
+                linear.weight = nn.Parameter(grids[module][spec].to(self._model.device).round_trip(weight.detach()))
+                states.append(self._run(block, inputs[layer], entering.clone(), layer))
+                linear.weight = weight
+        for later in range(layer + 1, self._model.structure.layers):
+            with self._block(later, None) as (block, _), self._autocast():
+                for changed in states:
+                    self._run(block, inputs[later], changed, later)
+        return self._divergences(states, reference_states)
+
+    def slopes(
+        self, token_ids: Tensor, reference_states: Tensor, choice: Choice, menu: Sequence[QuantSpec]
+    ) -> np.ndarray:
+        """⟨∇_W KL(p ‖ p_choice), Ŵ_c − Ŵ_choice⟩: float64 [modules, configurations], nats per token, model order.
+
+        What replacing one module's configuration does to the divergence, to first order. Raises NotFiniteError
+        naming the layer.
+        """
+        at_once = self._sequences_at_once(token_ids)
+        pairs = zip(token_ids.split(at_once), reference_states.split(at_once), strict=True)
+        sums = [
+            self._gradient_products(
+                token_ids,
+                choice,
+                functools.partial(self._divergence_gradient, reference_states=reference),
+                functools.partial(_slopes, menu=menu),
+            )
+            for token_ids, reference in pairs
+        ]
+        return np.sum(sums, axis=0) / _predicted(token_ids)
+
+    def delta_losses(self, token_ids: Tensor, choice: Choice) -> np.ndarray:
+        """|⟨∇_Ŵ L, W − Ŵ⟩| of the next-token loss L, gradient at the quantized point.
+
+        Float64 [modules] in model order, nats per token: to first order what putting one module back to full precision
+        does to the loss, as Intel AutoRound's choice of schemes takes it. Raises NotFiniteError naming the layer.
+        """
+        pieces = token_ids.split(self._sequences_at_once(token_ids))
+        sums = [
+            self._gradient_products(piece, choice, functools.partial(self._loss_gradient, token_ids=piece), _way_back)
+            for piece in pieces
+        ]
+        return np.abs(np.sum(sums, axis=0))[:, 0] / _predicted(token_ids)
+
+    def _sequences_at_once(self, token_ids: Tensor) -> int:
+        structure = self._model.structure
+        return max(1, _STATES_AT_ONCE // (structure.layers * token_ids.shape[1] * structure.hidden_size))
+
+    def _gradient_products(
+        self,
+        token_ids: Tensor,
+        choice: Choice,
+        last_gradient: Callable[[Tensor], Tensor],
+        products: ModuleProducts,
+    ) -> np.ndarray:
+        """`products` of every module at the quantized point, [modules, products], in model order.
+
+        `last_gradient` makes the gradient at the states that leave the last block from these.
+        """
+        inputs = self._model.block_inputs(token_ids.shape[1])
+        entering = self._entering_states(token_ids, choice, keep_all=True)
+        gradient = last_gradient(entering.pop())
+        by_layer: list[list[list[float]]] = []
+        for layer in reversed(range(self._model.structure.layers)):
+            with self._block(layer, choice) as (block, weights):
+                gradient, weight_gradients = self._backward(block, weights, inputs[layer], entering.pop(), gradient)
+                require_finite(gradient, f"the gradient at the states that enter layer {layer}")
+                grids = self._grids(layer)
+                by_layer.append(
+                    [
+                        products(weight_gradients[module.id], weights[module.id], grids[module.id], choice[module.id])
+                        for module in self._model.structure.in_layer(layer)
+                    ]
+                )
+        return np.array([row for layer_rows in reversed(by_layer) for row in layer_rows])
+
+    def _entering_states(self, token_ids: Tensor, choice: Choice | None, *, keep_all: bool) -> list[Tensor]:
+        """States that enter every block, then those that leave the last; or these alone."""
+        inputs = self._model.block_inputs(token_ids.shape[1])
+        states = [self._model.embed(token_ids)]
+        for layer in range(self._model.structure.layers):
+            leaving = states[-1].clone() if keep_all else states.pop()
+            with self._block(layer, choice) as (block, _), torch.no_grad(), self._autocast():
+                states.append(self._run(block, inputs[layer], leaving, layer))
+        return states
+
+    @staticmethod
+    def _run(block: nn.Module, inputs: BlockInputs, hidden: Tensor, layer: int) -> Tensor:
+        """Put the states that leave a block in the place of those that enter it."""
+        for sequence in range(len(hidden)):
+            piece = slice(sequence, sequence + 1)
+            hidden[piece] = inputs.run(block, hidden[piece])
+        require_finite(hidden, f"the states that leave layer {layer}")
+        return hidden
+
+    @torch.no_grad()
+    def _divergences(self, states: Sequence[Tensor], reference_states: Tensor) -> Tensor:
+        """Mean KL per token of each sequence, float64 [states, sequences]; the last position predicts nothing."""
+        step = self._model.tokens_at_once
+        by_piece = zip(*(part[:, :-1].flatten(0, 1).split(step) for part in (reference_states, *states)), strict=True)
+        found = []
+        for reference, *pieces in by_piece:
+            expected = self._log_probabilities(reference)
+            found.append(torch.stack([divergence(expected, self._log_probabilities(piece)) for piece in pieces]))
+        return torch.cat(found, dim=1).view(len(states), len(reference_states), -1).mean(dim=2).cpu()
+
+    @contextmanager
+    def _block(self, layer: int, choice: Choice | None) -> Iterator[tuple[nn.Module, dict[ModuleId, Tensor]]]:
+        """A block with the weights of a choice, and the weights it had."""
+        with self._model.block(layer) as block:
+            weights: dict[ModuleId, Tensor] = {}
+            if choice is not None:
+                for module, by_spec in self._grids(layer).items():
+                    linear = block.get_submodule(module.kind)
+                    weights[module] = linear.get_parameter("weight").detach()
+                    grid = by_spec[choice[module]].to(self._model.device)
+                    linear.weight = nn.Parameter(grid.round_trip(weights[module]))
+            yield block, weights
+
+    def _loss_gradient(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
+        """Gradient of the summed next-token loss at the states that leave the last block."""
+        return self._model.loss_gradient(hidden, token_ids).gradient
+
+    def _divergence_gradient(self, hidden: Tensor, reference_states: Tensor) -> Tensor:
+        """Gradient of the summed KL(p ‖ p_hidden) at the states that leave the last block, float32, same shape.
+
+        It is 0 at the last position of every sequence, which predicts nothing.
+        """
+        gradient = torch.zeros_like(hidden, dtype=torch.float32)
+        step = self._model.tokens_at_once
+        states, reference = (part[:, :-1].flatten(0, 1).split(step) for part in (hidden, reference_states))
+        pieces = []
+        for piece, reference_piece in zip(states, reference, strict=True):
+            leaving = piece.detach().to(self._model.device, self._model.dtype).requires_grad_(True)
+            with torch.no_grad():
+                expected = self._log_probabilities(reference_piece)
+            with torch.enable_grad():
+                total = divergence(expected, self._log_probabilities(leaving)).sum()
+                pieces.append(torch.autograd.grad(total, leaving)[0].float())
+        gradient[:, :-1] = torch.cat(pieces).to(gradient.device).view_as(gradient[:, :-1])
+        return gradient
+
+    def _backward(
+        self,
+        block: nn.Module,
+        modules: Mapping[ModuleId, Tensor],
+        inputs: BlockInputs,
+        hidden: Tensor,
+        gradient: Tensor,
+    ) -> tuple[Tensor, dict[ModuleId, Tensor]]:
+        """Gradients at the states that enter a block and of its modules' weights, summed over the sequences."""
+        parameters = {module: block.get_submodule(module.kind).get_parameter("weight") for module in modules}
+        entering_gradient = torch.empty_like(hidden, dtype=torch.float32)
+        sums = {module: torch.zeros_like(parameter, dtype=torch.float32) for module, parameter in parameters.items()}
+        for sequence in range(len(hidden)):
+            piece = slice(sequence, sequence + 1)
+            entering = hidden[piece].detach().requires_grad_(True)
+            with torch.enable_grad(), self._autocast():
+                leaving = inputs.run(block, entering)
+            found = torch.autograd.grad(leaving, [entering, *parameters.values()], gradient[piece].to(leaving))
+            entering_gradient[piece] = found[0]
+            for total, weight_gradient in zip(sums.values(), found[1:], strict=True):
+                total += weight_gradient
+        return entering_gradient, sums
+
+    def _log_probabilities(self, states: Tensor) -> Tensor:
+        """Float32 [tokens, vocabulary] for states that leave the last block [tokens, hidden]."""
+        with self._autocast():
+            logits = self._model.head_logits(states)
+        return logits.float().log_softmax(-1)
+
+    def _autocast(self) -> torch.autocast:
+        return fast_products(self._model.device, self._matmul_dtype)
+
+
+def _slopes(
+    gradient: Tensor, weight: Tensor, grids: Mapping[QuantSpec, Grid], chosen: QuantSpec, menu: Sequence[QuantSpec]
+) -> list[float]:
+    """⟨gradient, Ŵ_c − Ŵ_chosen⟩ for every configuration of the menu."""
+    current = grids[chosen].to(weight.device).round_trip(weight)
+    return [
+        0.0
+        if spec == chosen
+        else float((gradient * (grids[spec].to(weight.device).round_trip(weight) - current)).sum(dtype=torch.float64))
+        for spec in menu
+    ]
+
+
+def _way_back(gradient: Tensor, weight: Tensor, grids: Mapping[QuantSpec, Grid], chosen: QuantSpec) -> list[float]:
+    """⟨gradient, W − Ŵ_chosen⟩."""
+    change = weight - grids[chosen].to(weight.device).round_trip(weight)
+    return [float((gradient * change).sum(dtype=torch.float64))]
+
+
+def _predicted(token_ids: Tensor) -> int:
+    sequences, sequence_length = token_ids.shape
+    return sequences * (sequence_length - 1)

@@ -1,0 +1,213 @@
+"""Second moments of a module's inputs: what an error of its weights does to its outputs, without another forward.
+
+With H = XᵀX / tokens [in_features, in_features], a weight error E = Ŵ − W changes output o by (E H Eᵀ)_oo in the mean
+square. One H serves every configuration and quantizer, and all modules that share an input. From it come
+
+- e = tr(E H Eᵀ) / out_features, the mean squared output error (activation sensitivity of a single module), and
+- S ≈ tokens · Σ_o G_oo (E H Eᵀ)_oo with G_oo the mean of g_o², a cheap form of the Fisher sum Σ_t (g_t · E x_t)².
+
+That form takes gradients and inputs as independent over tokens, and fails where a few tokens (the attention sink) have
+huge inputs and no gradient. With H̃ = Σ_t ‖g_t‖² x_t x_tᵀ / Σ_t ‖g_t‖² for H only the direction of the gradient is
+taken as independent; the formula stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+import torch
+from torch import Tensor, nn
+
+from lmq.errors import InputError
+from lmq.model.streaming import BlockInputs
+from lmq.tables import MODULE_FIELDS, SPEC_FIELDS, TableSchema
+
+MODULE_ERRORS_SCHEMA = TableSchema(
+    "module-errors",
+    1,
+    pa.schema(
+        [
+            *MODULE_FIELDS,
+            *SPEC_FIELDS,
+            pa.field("parameters", pa.int64(), nullable=False),
+            pa.field("size_bytes", pa.int64(), nullable=False),
+            pa.field("tokens", pa.int64(), nullable=False),
+            pa.field("in_features", pa.int32(), nullable=False),
+            pa.field("input_error", pa.float64()),
+            pa.field("fisher_diagonal", pa.float64()),
+            pa.field("fisher_weighted", pa.float64()),
+            pa.field("delta_loss", pa.float64()),
+        ]
+    ),
+)
+"""One row per module and configuration: e(m, c), S from H, S from H̃, and the delta loss."""
+
+_TOKENS_AT_ONCE = 2048
+_ROWS_AT_ONCE = 4096
+_GRADIENT_ROWS_AT_ONCE = 1024
+_COLUMNS_AT_ONCE = 256
+
+
+@dataclass(frozen=True, eq=False)
+class SecondMoments:
+    """H float32 [in_features, in_features], symmetric, from `tokens` inputs."""
+
+    matrix: Tensor
+    tokens: int
+
+    @property
+    def in_features(self) -> int:
+        """Inputs of the module."""
+        return len(self.matrix)
+
+    @property
+    def rank_deficient(self) -> bool:
+        """Fewer tokens than inputs: H is singular, and blind to errors in the directions that no token has."""
+        return self.tokens < self.in_features
+
+
+def second_moments(inputs: Tensor, token_weights: Tensor | None = None) -> SecondMoments:
+    """H of `inputs` [tokens, in_features]; with `token_weights` [tokens] the mean is weighted by them.
+
+    Accumulated in float32. Raises InputError for weights that are negative or all 0, or that are not one per token.
+    """
+    matrix = torch.zeros(inputs.shape[1], inputs.shape[1], device=inputs.device)
+    roots = None if token_weights is None else _root_weights(token_weights, len(inputs))
+    for start in range(0, len(inputs), _TOKENS_AT_ONCE):
+        piece = inputs[start : start + _TOKENS_AT_ONCE].detach().float()
+        if roots is not None:
+            piece = piece * roots[start : start + _TOKENS_AT_ONCE, None]
+        _add_upper_products(matrix, piece)
+    return SecondMoments(_mirrored(matrix).div_(len(inputs)), len(inputs))
+
+
+@torch.no_grad()
+def capture_second_moments(
+    block: nn.Module, block_inputs: BlockInputs, hidden: Tensor, kinds: Sequence[str]
+) -> dict[str, SecondMoments]:
+    """Replay one block on `hidden` [sequences, sequence_length, hidden] and take H of every module's inputs.
+
+    No inputs are kept: memory is one H per distinct input, shared by the modules that have it (q, k and v; gate and
+    up). The block is left as it was.
+    """
+    sums: dict[str, Tensor] = {}
+    first_with: dict[Tensor, str] = {}
+
+    def keep(kind: str, inputs: Tensor) -> None:
+        first = first_with.setdefault(inputs, kind)
+        if first != kind:
+            sums[kind] = sums[first]
+            return
+        states = inputs.flatten(0, -2).float()
+        if kind not in sums:
+            sums[kind] = torch.zeros(states.shape[1], states.shape[1], device=states.device)
+        _add_upper_products(sums[kind], states)
+
+    handles = [
+        block.get_submodule(kind).register_forward_pre_hook(lambda _, args, kind=kind: keep(kind, args[0]))
+        for kind in kinds
+    ]
+    try:
+        for sequence in range(len(hidden)):
+            block_inputs.run(block, hidden[sequence : sequence + 1])
+            first_with.clear()
+    finally:
+        for handle in handles:
+            handle.remove()
+    tokens = hidden.shape[0] * hidden.shape[1]
+    moments = {total: SecondMoments(_mirrored(total) / tokens, tokens) for total in set(sums.values())}
+    return {kind: moments[sums[kind]] for kind in kinds}
+
+
+@torch.no_grad()
+def row_errors(moments: SecondMoments, error: Tensor) -> Tensor:
+    """(E H Eᵀ)_oo for E = `error` [out_features, in_features]: mean squared error of each output, float64.
+
+    H being symmetric, only the blocks on and right of its diagonal are multiplied, in float32. Raises InputError for
+    an error of another width than H.
+    """
+    if error.shape[1] != moments.in_features:
+        raise InputError(
+            f"an error {list(error.shape)} does not fit second moments of {moments.in_features} inputs; "
+            "pass those of the same module"
+        )
+    total = torch.zeros(len(error), dtype=torch.float64, device=error.device)
+    for top in range(0, len(error), _ROWS_AT_ONCE):
+        rows = slice(top, top + _ROWS_AT_ONCE)
+        piece = error[rows].to(moments.matrix.dtype)
+        for left in range(0, moments.in_features, _COLUMNS_AT_ONCE):
+            columns = slice(left, left + _COLUMNS_AT_ONCE)
+            products = piece[:, columns] @ moments.matrix[columns, columns]
+            if left:
+                products.add_(piece[:, :left] @ moments.matrix[:left, columns], alpha=2)
+            total[rows] += torch.linalg.vecdot(products, piece[:, columns]).double()
+    return total.clamp_(min=0)  # negative by rounding alone
+
+
+def module_errors(moments: SecondMoments, errors: Iterable[Tensor]) -> list[float]:
+    """e = ‖E X‖² / (tokens · out_features) = tr(E H Eᵀ) / out_features of each weight error E.
+
+    Each error is [out_features, in_features]. Errors are taken one after the other and so may be made on the fly.
+    """
+    return [row_errors(moments, error).mean().item() for error in errors]
+
+
+def fisher_estimate(moments: SecondMoments, error_by_row: Tensor, squared_gradient: Tensor) -> float:
+    """S ≈ tokens · Σ_o G_oo (E H Eᵀ)_oo, from `row_errors` of H or of H̃ and `mean_squared_gradient`.
+
+    It estimates `lmq.measurement.token_fisher.token_fisher`.
+    """
+    return moments.tokens * float(squared_gradient.double() @ error_by_row)
+
+
+def mean_squared_gradient(gradients: Tensor) -> Tensor:
+    """G_oo: mean over tokens of `gradients` [tokens, out_features] squared; float64 [out_features]."""
+    pieces = gradients.detach().split(_TOKENS_AT_ONCE)
+    return torch.stack([piece.double().square().sum(0) for piece in pieces]).sum(0) / len(gradients)
+
+
+def gradient_token_weights(gradients: Tensor) -> Tensor:
+    """‖g_t‖² of `gradients` [tokens, out_features]: the weights of H̃, float64 [tokens]."""
+    return torch.cat([piece.double().square().sum(1) for piece in gradients.detach().split(_TOKENS_AT_ONCE)])
+
+
+def delta_loss(weight_gradient: Tensor, error: Tensor) -> float:
+    """|Σ ∂L/∂Ŵ ⊙ E|, the gradient taken at the quantized point (Intel AutoRound); summed in float64.
+
+    `weight_gradient` and `error` are [out_features, in_features]. Raises InputError where they differ in shape.
+    """
+    if weight_gradient.shape != error.shape:
+        raise InputError(
+            f"a gradient {list(weight_gradient.shape)} does not fit an error {list(error.shape)}; "
+            "pass both of the same module"
+        )
+    pieces = (tensor.detach().split(_GRADIENT_ROWS_AT_ONCE) for tensor in (weight_gradient, error))
+    return abs(sum((gradient.double() * piece.double()).sum().item() for gradient, piece in zip(*pieces, strict=True)))
+
+
+def _add_upper_products(matrix: Tensor, inputs: Tensor) -> None:
+    """Add `inputs`ᵀ · `inputs` [in_features, in_features]: only the blocks on and right of the diagonal."""
+    for left in range(0, len(matrix), _COLUMNS_AT_ONCE):
+        columns = slice(left, left + _COLUMNS_AT_ONCE)
+        matrix[: columns.stop, columns].addmm_(inputs[:, : columns.stop].t(), inputs[:, columns])
+
+
+def _mirrored(matrix: Tensor) -> Tensor:
+    """The matrix itself, with what is right of its diagonal copied to the left."""
+    for left in range(0, len(matrix), _COLUMNS_AT_ONCE):
+        rows = slice(left, left + _COLUMNS_AT_ONCE)
+        matrix[rows, :left] = matrix[:left, rows].t()
+    return matrix
+
+
+def _root_weights(token_weights: Tensor, tokens: int) -> Tensor:
+    """Square roots of the weights scaled to a mean of 1, float32 [tokens]."""
+    weights = token_weights.detach().double()
+    if weights.shape != (tokens,) or bool((weights < 0).any()) or not float(weights.sum()) > 0:
+        raise InputError(
+            f"token weights {list(weights.shape)} with sum {float(weights.sum()):g} do not fit {tokens} tokens; "
+            "give one weight per token, none negative and not all 0"
+        )
+    return (weights / weights.mean()).sqrt_().float()

@@ -1,0 +1,304 @@
+"""A model read block by block: what peaks in memory is one decoder block, not the model.
+
+The model is built without its blocks' weights, and each block is replaced by a stub. Everything around the
+blocks (embedding, masks, positions, final norm, head, scaling, soft-capping) is then run by the model's own
+forward: the stubs note what the blocks are called with, and put given states in the place of theirs.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+from transformers import PreTrainedModel
+
+from lmq.errors import InputError, UnsupportedModel
+from lmq.finite import require_finite
+from lmq.model.discovery import build_skeleton, embedding_shape, match_tensors
+from lmq.model.structure import ModelStructure
+from lmq.model.stubs import BlockStub, StopForward, StubHandler, StubSwitch
+from lmq.model.tensors import StoredTensor, find_tensor, read_headers, read_tensors
+from lmq.numerics import OneDnnProducts
+
+_LOGITS_AT_ONCE = 1 << 24
+"""Logits held at a time (64 MB in float32), whatever the vocabulary."""
+
+
+def tokens_at_once(vocabulary_size: int) -> int:
+    """Tokens whose logits are held at a time."""
+    return max(1, _LOGITS_AT_ONCE // vocabulary_size)
+
+
+@dataclass(frozen=True, eq=False)
+class BlockInputs:
+    """What one decoder block is called with beside the hidden states: mask, positions and the like.
+
+    Valid for one sequence length; recorded with one sequence, which blocks of all but a few older architectures
+    (BLOOM, XGLM) extend to several. Holds no cache of keys and values.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    device: torch.device
+    dtype: torch.dtype
+
+    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """States that leave the block [sequences, sequence_length, hidden] for those that enter it."""
+        with OneDnnProducts():
+            output = block(hidden.to(self.device, self.dtype), *self.args, **self.kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+
+class LossGradient(NamedTuple):
+    """Gradient of the summed next-token cross-entropy (nats), the sum itself, and how many tokens it is over."""
+
+    gradient: Tensor
+    loss_sum: float
+    tokens: int
+
+
+class StreamedModel:
+    """A model of which only what lies around the decoder blocks is in memory; blocks are loaded one at a time.
+
+    The two large tables, embedding and head, are read when they are first needed. An object is for one thread;
+    different objects can work in different threads.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        structure: ModelStructure,
+        stored: dict[str, StoredTensor],
+        device: torch.device,
+        dtype: torch.dtype,
+    ):
+        self.structure = structure
+        self.device = device
+        self.dtype = dtype
+        self._model = model
+        self._stored = stored
+        self._blocks = list(model.get_submodule(structure.layers_path).children())
+        self._extra_outputs: tuple[Any, ...] | None = None
+        self._switch = StubSwitch()
+        parent, _, name = structure.layers_path.rpartition(".")
+        stubs = [BlockStub(block, layer, self._switch) for layer, block in enumerate(self._blocks)]
+        setattr(model.get_submodule(parent), name, nn.ModuleList(stubs))
+        self._load_around_blocks()
+        self._extra_outputs = self._find_extra_outputs()
+
+    @classmethod
+    def open(
+        cls,
+        model_dir: Path,
+        structure: ModelStructure,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> StreamedModel:
+        """Open a safetensors checkpoint. Raises as `discover` does, and NotFiniteError for what is read."""
+        model = build_skeleton(model_dir)
+        return cls(model, structure, match_tensors(model, read_headers(model_dir)), torch.device(device), dtype)
+
+    @property
+    def tokens_at_once(self) -> int:
+        """Tokens whose logits are held at a time."""
+        return tokens_at_once(self.structure.vocabulary_size)
+
+    @contextmanager
+    def block(self, layer: int) -> Iterator[nn.Module]:
+        """A decoder block with its weights in `dtype`; they are released on leaving, whoever still holds it.
+
+        The block is the caller's own: its weights and modules may be replaced. Weights need no gradient.
+        Raises NotFiniteError naming layer and tensor.
+        """
+        block = copy.deepcopy(self._blocks[layer])
+        block.load_state_dict(self._read(block.state_dict(), f"{self.structure.layers_path}.{layer}."), assign=True)
+        block.to(self.device)
+        try:
+            yield block
+        finally:
+            block.to("meta")
+
+    @torch.no_grad()
+    def block_inputs(self, sequence_length: int) -> list[BlockInputs]:
+        """What each block is called with for sequences of this length, by layer.
+
+        Raises UnsupportedModel when that depends on the tokens and so cannot be kept for all of them.
+        """
+        recordings = [self._record_inputs(sequence_length, len(self._blocks), seed) for seed in (0, 1)]
+        for layer, (first, second) in enumerate(zip(*recordings, strict=True)):
+            for name, value in {**dict(enumerate(first.args)), **first.kwargs}.items():
+                other = second.kwargs[name] if isinstance(name, str) else second.args[name]
+                if not _same_tensors(value, other):
+                    raise UnsupportedModel(
+                        f"block {layer} of {self.structure.architecture} takes an input ({name}) that depends on the "
+                        "tokens besides the hidden states; such blocks cannot be replayed one by one"
+                    )
+        return recordings[0]
+
+    @torch.no_grad()
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """States that enter block 0 [sequences, sequence_length, hidden] for token ids [sequences, sequence_length].
+
+        Raises InputError for a token outside the vocabulary.
+        """
+        largest = int(token_ids.max())
+        if largest >= self.structure.vocabulary_size or int(token_ids.min()) < 0:
+            raise InputError(
+                f"token {largest} is outside the model's vocabulary of {self.structure.vocabulary_size}; "
+                "is the tokenizer the model's own?"
+            )
+        self._load_tables()
+
+        def stop(_: int, entering: Tensor, *__: Any) -> Any:
+            raise StopForward(entering)
+
+        rows = token_ids.to(self.device).long().split(1)
+        return torch.cat([self._run_until_stopped(stop, input_ids=row) for row in rows])
+
+    def head_logits(self, hidden: Tensor) -> Tensor:
+        """Logits [..., vocabulary] of states that leave the last block [..., hidden], token by token."""
+        self._load_tables()
+        states = hidden.reshape(-1, 1, hidden.shape[-1]).to(self.device, self.dtype)
+        last = len(self._blocks) - 1
+
+        def replace_last(layer: int, entering: Tensor, *_: Any) -> Any:
+            return self._as_output(states if layer == last else entering)
+
+        with self._switch.to(replace_last), OneDnnProducts():
+            logits = self._model(inputs_embeds=self._dummy(len(states), 1), use_cache=False).logits
+        return logits.reshape(*hidden.shape[:-1], logits.shape[-1])
+
+    def loss_gradient(self, hidden: Tensor, token_ids: Tensor) -> LossGradient:
+        """Gradient of the summed next-token loss with respect to the states that leave the last block.
+
+        `hidden` [sequences, sequence_length, hidden]; token t + 1 is predicted from position t, so that the
+        gradient of each last position is 0 here. Same shape and device as `hidden`, float32. Only some logits
+        are held at a time: norm and head work token by token.
+        """
+        gradient = torch.zeros_like(hidden, dtype=torch.float32)
+        states, targets = hidden[:, :-1].flatten(0, 1), token_ids[:, 1:].flatten().to(self.device).long()
+        pieces, loss_sum = [], 0.0
+        step = self.tokens_at_once
+        for start in range(0, len(states), step):
+            piece = states[start : start + step].detach().to(self.device, self.dtype).requires_grad_(True)
+            with torch.enable_grad():
+                logits = self.head_logits(piece).float()
+                loss = nn.functional.cross_entropy(logits, targets[start : start + step], reduction="sum")
+                (piece_gradient,) = torch.autograd.grad(loss, piece)
+            pieces.append(piece_gradient.float())
+            loss_sum += loss.item()
+        gradient[:, :-1] = torch.cat(pieces).view_as(gradient[:, :-1])
+        return LossGradient(gradient, loss_sum, len(states))
+
+    def _load_around_blocks(self) -> None:
+        """Read what lies around the blocks, but for the tables, and put what is computed on the device."""
+        for module in self._model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                if not buffer.is_meta:
+                    setattr(module, name, buffer.to(self.device))
+        self._assign(name for name in self._model.state_dict() if name not in self._table_names())
+
+    def _load_tables(self) -> None:
+        """Read embedding and head, unless that is done."""
+        self._assign(name for name, tensor in self._model.state_dict().items() if tensor.is_meta)
+
+    def _table_names(self) -> set[str]:
+        tables = (self._model.get_input_embeddings(), self._model.get_output_embeddings())
+        names = {id(module): path for path, module in self._model.named_modules()}
+        return {f"{names[id(table)]}.weight" for table in tables if table is not None}
+
+    def _assign(self, names: Iterable[str]) -> None:
+        self._model.load_state_dict(self._read(names), strict=False, assign=True)
+
+    def _read(self, names: Iterable[str], prefix: str = "") -> dict[str, Tensor]:
+        """Tensors in `dtype` on the device; tied ones are one tensor. Raises NotFiniteError naming the tensor."""
+        wanted = {name: self._stored[prefix + name] for name in names}
+        tensors: dict[StoredTensor, Tensor] = {}
+        values = read_tensors(set(wanted.values()))
+        for name, stored in wanted.items():
+            if stored not in tensors:
+                value = values.pop(stored.name)
+                require_finite(value, prefix + name)
+                tensors[stored] = value.to(self.device, self.dtype) if value.is_floating_point() else value
+        return {name: tensors[stored] for name, stored in wanted.items()}
+
+    def _dummy(self, sequences: int, sequence_length: int, seed: int = 0) -> Tensor:
+        """Arbitrary embeddings, where the model wants some and the stubs put others in their place."""
+        width = embedding_shape(self._model)[1]
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(sequences, sequence_length, width, generator=generator).to(self.device, self.dtype)
+
+    def _record_inputs(self, sequence_length: int, layers: int, seed: int) -> list[BlockInputs]:
+        """What the first `layers` blocks are called with for arbitrary embeddings."""
+        recorded: list[BlockInputs] = []
+        expected = (1, sequence_length, self.structure.hidden_size)
+
+        def record(_: int, entering: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if entering.shape != expected:
+                raise UnsupportedModel(
+                    f"the blocks of {self.structure.architecture} take states of shape {list(entering.shape)}, "
+                    f"not {list(expected)}"
+                )
+            recorded.append(BlockInputs(args, kwargs, self.device, self.dtype))
+            if len(recorded) == layers:
+                raise StopForward(entering)
+            return self._as_output(entering)
+
+        self._run_until_stopped(record, inputs_embeds=self._dummy(1, sequence_length, seed))
+        return recorded
+
+    def _run_until_stopped(self, handler: StubHandler, **inputs: Tensor) -> Tensor:
+        """Run the model's forward until a stub stops it; the states that entered that stub."""
+        try:
+            with self._switch.to(handler):
+                self._model(**inputs, use_cache=False)
+        except StopForward as stop:
+            return stop.entering
+        raise UnsupportedModel(f"{self.structure.architecture} does not call its {len(self._blocks)} blocks one by one")
+
+    @torch.no_grad()
+    def _find_extra_outputs(self) -> tuple[Any, ...] | None:
+        """What a block returns after its states, or None when it returns the states alone; found without memory."""
+        inputs = self._record_inputs(sequence_length=2, layers=1, seed=0)[0]
+        block = copy.deepcopy(self._blocks[0]).to("meta")
+        args, kwargs = tree_map(
+            lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, (inputs.args, inputs.kwargs)
+        )
+        hidden = torch.empty(1, 2, self.structure.hidden_size, device="meta", dtype=self.dtype)
+        output = block(hidden, *args, **kwargs)
+        return output[1:] if isinstance(output, tuple) else None
+
+    def _as_output(self, hidden: Tensor) -> Any:
+        """States in the form in which a block returns them."""
+        return hidden if self._extra_outputs is None else (hidden, *self._extra_outputs)
+
+
+def load_layer_weights(model_dir: Path, structure: ModelStructure, layer: int) -> dict[str, Tensor]:
+    """Weights of one layer's modules, kind -> float32 [out_features, in_features], without building the model.
+
+    Raises NotFiniteError naming layer and module, InputError for a tensor that is not in the checkpoint.
+    """
+    headers = read_headers(model_dir)
+    stored: dict[str, StoredTensor] = {}
+    for info in structure.in_layer(layer):
+        tensor = find_tensor(headers, f"{structure.path(info.id)}.weight")
+        if tensor is None:
+            raise InputError(f"{model_dir} has no weight of {info.id}; is it the model of this structure?")
+        stored[info.id.kind] = tensor
+    values = read_tensors(stored.values())
+    for kind, tensor in stored.items():
+        require_finite(values[tensor.name], f"the weight of layer {layer} {kind}")
+    return {kind: values[tensor.name].float() for kind, tensor in stored.items()}
+
+
+def _same_tensors(first: Any, second: Any) -> bool:
+    pairs = zip(tree_leaves(first), tree_leaves(second), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs if isinstance(a, Tensor) and a is not b)

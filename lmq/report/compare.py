@@ -1,0 +1,152 @@
+"""Several runs side by side: which results may be compared, who wins how often, and what nothing else beats."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import permutations
+
+from lmq.errors import InputError
+from lmq.report.results import FULL_PRECISION, VariantResult, full_precision_of
+
+_DECIMALS = 2
+"""Perplexities are compared as the SensiBoost paper prints them."""
+
+Runs = Mapping[str, Sequence[VariantResult]]
+"""Results by the name of their run."""
+
+
+@dataclass(frozen=True, kw_only=True, order=True)
+class Yardstick:
+    """What a model was judged on. Perplexities with different yardsticks say nothing about each other.
+
+    Runs do not record their evaluation text in their results; the full-precision model's perplexity on it tells two
+    texts apart.
+    """
+
+    model: str
+    protocol: str
+    tokens: int
+    full_precision: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tally:
+    """How often `strategy` had a lower, the same or a higher perplexity than `against` at one budget."""
+
+    strategy: str
+    against: str
+    wins: int = 0
+    ties: int = 0
+    losses: int = 0
+
+
+def by_yardstick(runs: Runs) -> dict[Yardstick, list[tuple[str, VariantResult]]]:
+    """Measured variants that may be compared with each other, each with the name of its run.
+
+    Raises InputError when there is no run.
+    """
+    if not runs:
+        raise InputError("there is no run to compare; name one or more run directories")
+    found: dict[Yardstick, list[tuple[str, VariantResult]]] = defaultdict(list)
+    for run, results in runs.items():
+        for result in results:
+            if result.perplexity is None:
+                continue
+            full = full_precision_of(result.model, results)
+            reference = "not measured" if full is None or full.perplexity is None else f"{full.perplexity:.4f}"
+            yardstick = Yardstick(
+                model=result.model,
+                protocol=result.protocol or "unknown protocol",
+                tokens=result.tokens or 0,
+                full_precision=reference,
+            )
+            found[yardstick].append((run, result))
+    return dict(sorted(found.items()))
+
+
+def pareto_front(results: Sequence[VariantResult]) -> list[VariantResult]:
+    """Quantized variants that no other one of `results` beats in size without being worse in perplexity, by size.
+
+    All must have one yardstick. Of variants with equal size and perplexity the first stands.
+    """
+    sized = [r for r in results if r.strategy != FULL_PRECISION and r.size_bytes is not None]
+    front: list[VariantResult] = []
+    for result in sorted(sized, key=lambda r: (r.size_bytes or 0, r.perplexity or 0.0)):
+        if not front or (result.perplexity or 0.0) < (front[-1].perplexity or 0.0):
+            front.append(result)
+    return front
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draws:
+    """Perplexities of one strategy at one budget under several seeds: how much of a difference is luck."""
+
+    model: str
+    strategy: str
+    budget: str
+    count: int
+    mean: float
+    deviation: float
+
+
+def seeded_draws(results: Sequence[VariantResult]) -> list[Draws]:
+    """Mean and standard deviation over the seeds of every strategy that was drawn more than once (`random-boost`).
+
+    `strategy` is its label without the seed; other options keep their draws apart. All of one model must have one
+    yardstick.
+    """
+    found: dict[tuple[str, str, str], list[float]] = defaultdict(list)
+    for result in results:
+        seedless = re.sub(r" seed=\d+\b", "", result.strategy)
+        if result.budget is not None and result.perplexity is not None:
+            found[result.model, seedless, result.budget].append(result.perplexity)
+    return [
+        Draws(
+            model=model,
+            strategy=strategy,
+            budget=budget,
+            count=len(values),
+            mean=statistics.fmean(values),
+            deviation=statistics.stdev(values),
+        )
+        for (model, strategy, budget), values in found.items()
+        if len(values) > 1
+    ]
+
+
+def tallies(groups: Mapping[Yardstick, Sequence[tuple[str, VariantResult]]]) -> list[Tally]:
+    """Wins, ties and losses of every two strategies, best first; perplexities are rounded to two decimals.
+
+    A cell is a yardstick and a budget where both strategies were measured; a strategy that stands there several times
+    (other options, another run) counts with its best.
+    """
+    counts: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0, 0])
+    for cell in _cells(groups):
+        for first, second in permutations(cell, 2):
+            place = 1 if cell[first] == cell[second] else 0 if cell[first] < cell[second] else 2
+            counts[first, second][place] += 1
+    found = [
+        Tally(strategy=first, against=second, wins=wins, ties=ties, losses=losses)
+        for (first, second), (wins, ties, losses) in counts.items()
+    ]
+    won: dict[str, int] = defaultdict(int)
+    for tally in found:
+        won[tally.strategy] += tally.wins - tally.losses
+    return sorted(found, key=lambda t: (-won[t.strategy], t.strategy, -won[t.against], t.against))
+
+
+def _cells(groups: Mapping[Yardstick, Sequence[tuple[str, VariantResult]]]) -> Iterator[dict[str, float]]:
+    """Strategy → rounded perplexity, for every yardstick and budget."""
+    for members in groups.values():
+        cells: dict[str, dict[str, float]] = defaultdict(dict)
+        for _, result in members:
+            if result.budget is None or result.perplexity is None:
+                continue
+            perplexity = round(result.perplexity, _DECIMALS)
+            cell = cells[result.budget]
+            cell[result.strategy] = min(perplexity, cell.get(result.strategy, perplexity))
+        yield from cells.values()

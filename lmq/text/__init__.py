@@ -1,0 +1,1 @@
+"""Text to measure and to judge models on."""

@@ -1,0 +1,250 @@
+"""Text to measure and to judge models on: read as documents, split, and packed into blocks of tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pydoc_data.topics
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from lmq.errors import InputError, unknown_name
+from lmq.model.source import nearest_sibling
+from lmq.tables import TableSchema, read_table, write_table
+from lmq.text.known_texts import KNOWN_TEXTS, read_known_text
+
+TOKENS_SCHEMA = TableSchema(
+    "tokens",
+    1,
+    pa.schema(
+        [
+            pa.field("sequence", pa.int32(), nullable=False),
+            pa.field("position", pa.int32(), nullable=False),
+            pa.field("token_id", pa.int32(), nullable=False),
+        ]
+    ),
+)
+
+PYDOC_TOPICS = "pydoc-topics"
+DOCUMENT_SEPARATOR = "\n\n"
+_PARTS = ("all", "first", "second")
+_PLAIN_SUFFIXES = ("", ".txt", ".text", ".raw", ".tokens", ".md", ".rst")
+_DATASET = re.compile(r"dataset:(?P<name>[\w.-]+(/[\w.-]+)?)(/(?P<config>[\w.-]+))?(:(?P<split>[\w\[\]:%+-]+))?")
+_INSTEAD = f"pass a .txt, .jsonl or .parquet file, {', '.join(KNOWN_TEXTS)} or {PYDOC_TOPICS} instead"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSource:
+    """Where text comes from, and which of its documents are taken.
+
+    `source` is `pydoc-topics` (technical English that comes with Python), one of `lmq.text.known_texts` (wikitext2, c4,
+    ptb), a file, or `dataset:ORG/NAME[/CONFIG][:SPLIT]` of the hub (split `train` unless given). `column` is the field
+    that holds the text of jsonl, parquet and data sets. `part` "first" and "second" are two halves of its distinct
+    documents, drawn by `seed`. A plain file (.txt, .raw, .md, ...) is one document, or, when a part is asked for, its
+    paragraphs are.
+    """
+
+    source: str = PYDOC_TOPICS
+    column: str = "text"
+    part: str = "all"
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        if self.part not in _PARTS:
+            raise unknown_name("part of a text", self.part, _PARTS)
+
+
+def is_file_text(source: str) -> bool:
+    """Whether a text is given as a file, and not by one of the names that mean the same on every machine."""
+    return source != PYDOC_TOPICS and source not in KNOWN_TEXTS and not source.startswith("dataset:")
+
+
+def documents(source: TextSource) -> list[str]:
+    """The documents of a source, in its order, of the part that is asked for.
+
+    Raises InputError for a missing file or column, an empty text, a data set that cannot be fetched, and for a
+    part of a single document.
+    """
+    found = _read(source)
+    if not any(text.strip() for text in found):
+        raise InputError(f"{source.source} holds no text; {_INSTEAD}")
+    if source.part == "all":
+        return found
+    distinct = list(dict.fromkeys(found))
+    if len(distinct) < 2:
+        raise InputError(f"{source.source} is one document, of which no part can be taken; pass more, or part 'all'")
+    order = _seeded_order(len(distinct), source.seed)
+    half = len(distinct) // 2
+    return [distinct[index] for index in sorted(order[:half] if source.part == "first" else order[half:])]
+
+
+def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model directory. Raises InputError when there is none that can be read."""
+    try:
+        return AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, LookupError) as error:
+        raise InputError(
+            f"{model_dir} has no tokenizer that can be read ({error}); save it beside the model"
+        ) from error
+
+
+def bos_prefix(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that the tokenizer puts in front of every text, or None when it puts none there."""
+    bos = tokenizer.bos_token_id
+    encoded = tokenizer("a", verbose=False).input_ids
+    return bos if bos is not None and encoded[:1] == [bos] else None
+
+
+def pack_tokens(
+    texts: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    sequence_length: int,
+    sequences: int,
+    seed: int = 42,
+) -> Tensor:
+    """Blocks of tokens int32 [sequences, sequence_length] from documents shuffled by `seed` and joined.
+
+    Every block begins with BOS for a tokenizer that adds it: some models (Gemma) are useless without.
+    Raises InputError with the number of tokens there are and are needed.
+    """
+    shuffled = [texts[index] for index in _seeded_order(len(texts), seed)]
+    prefix = bos_prefix(tokenizer)
+    text_length = sequence_length if prefix is None else sequence_length - 1
+    needed = sequences * text_length
+    tokens = _encode(DOCUMENT_SEPARATOR.join(shuffled), tokenizer, needed)
+    if len(tokens) < needed:
+        raise InputError(
+            f"the calibration text has {len(tokens):,} tokens where {sequences} sequences of {text_length} need "
+            f"{needed:,}; give a longer text, or fewer or shorter sequences"
+        )
+    blocks = tokens.view(sequences, text_length)
+    if prefix is None:
+        return blocks
+    return torch.cat([torch.full((sequences, 1), prefix, dtype=torch.int32), blocks], dim=1)
+
+
+def token_stream(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_tokens: int | None = None) -> Tensor:
+    """The first `max_tokens` tokens (None: all), int32 [tokens], of documents joined by an empty line, without BOS."""
+    return _encode(DOCUMENT_SEPARATOR.join(texts), tokenizer, max_tokens)
+
+
+def write_tokens(path: Path, tokens: Tensor) -> None:
+    """Write tokens [sequences, sequence_length] as one row per token."""
+    sequences, length = tokens.shape
+    columns = {
+        "sequence": np.repeat(np.arange(sequences, dtype=np.int32), length),
+        "position": np.tile(np.arange(length, dtype=np.int32), sequences),
+        "token_id": tokens.flatten().to(torch.int32).numpy(),
+    }
+    write_table(path, TOKENS_SCHEMA, pa.table(columns))
+
+
+def read_tokens(path: Path) -> Tensor:
+    """Inverse of `write_tokens`: int32 [sequences, sequence_length]. Raises DamagedFile."""
+    table = read_table(path, TOKENS_SCHEMA)
+    sequences = table.column("sequence")[-1].as_py() + 1
+    return torch.from_numpy(table.column("token_id").to_numpy().copy()).view(sequences, -1)
+
+
+def tokens_fingerprint(tokens: Tensor) -> str:
+    """Sha256 of the tokens and their shape."""
+    values = tokens.to(torch.int32).contiguous().numpy().astype("<i4")
+    return hashlib.sha256(json.dumps(list(tokens.shape)).encode() + values.tobytes()).hexdigest()
+
+
+def _encode(text: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None) -> Tensor:
+    """At most `max_tokens` tokens of a text, without encoding much more of it than that takes."""
+    characters = len(text) if max_tokens is None else min(len(text), 8 * max_tokens)
+    while True:
+        token_ids = tokenizer(text[:characters], add_special_tokens=False, verbose=False).input_ids
+        # the cut can change the tokens next to it, so they must lie behind those that are kept
+        if characters == len(text) or (max_tokens is not None and len(token_ids) >= max_tokens + 64):
+            return torch.tensor(token_ids[:max_tokens], dtype=torch.int32)
+        characters = min(len(text), 2 * characters)
+
+
+def _seeded_order(count: int, seed: int) -> list[int]:
+    """A permutation that depends on the seed alone, not on the version of a random generator."""
+    return sorted(range(count), key=lambda index: hashlib.sha256(f"{seed}/{index}".encode()).digest())
+
+
+def _read(source: TextSource) -> list[str]:
+    if source.source == PYDOC_TOPICS:
+        return [pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics)]
+    if source.source in KNOWN_TEXTS:
+        return read_known_text(source.source)
+    if source.source.startswith("dataset:"):
+        return _read_dataset(source)
+    path = Path(source.source).expanduser()
+    if not path.is_file():
+        if not path.suffix and path.parent == Path():
+            raise unknown_name("text", source.source, (PYDOC_TOPICS, *KNOWN_TEXTS, "dataset:ORG/NAME", "FILE.txt"))
+        raise InputError(f"there is no file {path}{nearest_sibling(path)}")
+    if path.suffix not in (*_PLAIN_SUFFIXES, ".jsonl", ".parquet"):
+        raise InputError(f"{source.source!r} is no text that lmq reads; {_INSTEAD}, or dataset:ORG/NAME")
+    if path.suffix == ".parquet":
+        return _read_parquet(path, source.column)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text: {error}; convert it, or pass a .jsonl or .parquet file") from error
+    if path.suffix == ".jsonl":
+        return list(_jsonl_texts(path, text, source.column))
+    return [text] if source.part == "all" else [part for part in re.split(r"\n\s*\n", text) if part.strip()]
+
+
+def _jsonl_texts(path: Path, text: str, column: str) -> Iterator[str]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise InputError(f"{path} line {number} is not JSON: {error}") from error
+        if not isinstance(record, dict) or not isinstance(record.get(column), str):
+            there = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+            raise InputError(f"{path} line {number} has no text in column {column!r} (it has: {there}); set `column`")
+        yield record[column]
+
+
+def _read_parquet(path: Path, column: str) -> list[str]:
+    try:
+        file = pq.ParquetFile(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputError(f"{path} is not a readable Parquet file: {error}") from error
+    with file:
+        fields = {field.name: field.type for field in file.schema_arrow}
+        if column not in fields:
+            raise InputError(f"{path} has no column {column!r} (it has: {', '.join(fields)}); set `column`")
+        if not (pa.types.is_string(fields[column]) or pa.types.is_large_string(fields[column])):
+            raise InputError(f"column {column!r} of {path} holds {fields[column]}, not text; set `column`")
+        return [text for text in file.read(columns=[column]).column(column).to_pylist() if text is not None]
+
+
+def _read_dataset(source: TextSource) -> list[str]:
+    # datasets takes seconds to import, which only this function needs
+    import datasets
+
+    match = _DATASET.fullmatch(source.source)
+    if match is None:
+        raise InputError(f"{source.source!r} does not name a data set; write dataset:ORG/NAME[/CONFIG][:SPLIT]")
+    try:
+        rows = datasets.load_dataset(match["name"], match["config"], split=match["split"] or "train")
+    except (OSError, ValueError, httpx.HTTPError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(f"{source.source} could not be fetched from the hub ({reason}); {_INSTEAD}") from error
+    if source.column not in rows.column_names:
+        there = ", ".join(rows.column_names)
+        raise InputError(f"{source.source} has no column {source.column!r} (it has: {there}); set `column`")
+    return list(rows[source.column])

@@ -1,0 +1,68 @@
+import io
+import itertools
+import uuid
+
+import pytest
+from rich.console import Console
+
+from lmq_flows.graph.node import Graph
+from lmq_flows.graph.node import progress as progress_module
+from lmq_flows.graph.progress import ArtifactReporter, RunProgress, StageProgress, TerminalReporter
+from lmq_flows.graph.walk import Outcome
+from lmq_tasks.stage import Site, Stage
+
+
+@pytest.fixture
+def graph():
+    graph = Graph()
+    for layer in range(4):
+        graph.add(Stage("forward", 1, "t/1", lambda job: None), f"layer {layer}", Site(store_url="s"))
+    return graph
+
+
+def test_time_left_follows_the_pace_of_what_ran(graph, monkeypatch):
+    clock = itertools.count(0.0, 10.0)
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: next(clock))
+    progress = RunProgress([])
+    progress.expect(graph)
+    nodes = list(graph)
+    progress.watch(nodes[0], None)
+    assert progress.stages["forward"].remaining_s is None
+    progress.watch(nodes[0], Outcome("ran"))
+    stage = progress.stages["forward"]
+    assert (stage.done, stage.ran, stage.total) == (1, 1, 4)
+    assert stage.remaining_s == pytest.approx(3 * 10.0)
+
+
+def test_lines_say_stage_count_and_what_was_cached(graph):
+    stream = io.StringIO()
+    with TerminalReporter(Console(file=stream, width=100)) as terminal:
+        progress = RunProgress([terminal])
+        progress.expect(graph)
+        for node, state in zip(graph, ["cached", "ran", "failed", "not run"], strict=True):
+            progress.watch(node, None)
+            progress.watch(node, Outcome(state))
+    text = stream.getvalue()
+    assert "forward" in text
+    assert "4/4" in text
+    assert "1 cached, 2 failed" in text
+
+
+def test_the_bar_in_the_ui_moves_with_every_layer(graph, monkeypatch):
+    made, moved = [], []
+    identifier = uuid.uuid4()
+    monkeypatch.setattr(progress_module, "create_progress_artifact", lambda **said: made.append(said) or identifier)
+    monkeypatch.setattr(progress_module, "update_progress_artifact", lambda *said, **more: moved.append((*said, more)))
+    progress = RunProgress([ArtifactReporter(at_most_every_s=0)])
+    progress.expect(graph)
+    for node in graph:
+        progress.watch(node, None)
+        progress.watch(node, Outcome("ran"))
+    assert made == [{"progress": 0, "description": "forward: 0 of 4, now layer 0"}]
+    assert [percent for _, percent, _ in moved if percent] == [25, 25, 50, 50, 75, 75, 100]
+    assert moved[-2][2] == {"description": "forward: 3 of 4, now layer 3"}
+    assert moved[-1] == (identifier, 100, {"description": "forward: 4 of 4"})
+
+
+def test_stage_that_never_started_took_no_time():
+    assert StageProgress(3).elapsed_s == 0.0

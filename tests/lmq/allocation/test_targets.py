@@ -1,0 +1,72 @@
+import pytest
+
+from lmq.allocation.constraints import ALIKE_PRESETS
+from lmq.allocation.targets import TARGETS, left_out, restrict_menu, target_named
+from lmq.errors import InputError
+from lmq.formats.spec import ALLOWED_BITS, ALLOWED_GROUP_SIZES, STOPS, QuantSpec
+from lmq.model.structure import ModuleId, ModuleInfo
+
+VLLM = TARGETS["vllm"]
+
+
+def _modules(*shapes: tuple[int, int]) -> list[ModuleInfo]:
+    return [ModuleInfo(ModuleId(0, f"m{index}"), *shape, part="attn_in") for index, shape in enumerate(shapes)]
+
+
+def _specs(*names: str) -> tuple[QuantSpec, ...]:
+    return tuple(map(QuantSpec.parse, names))
+
+
+def test_every_target_names_what_lmq_has() -> None:
+    for name, target in TARGETS.items():
+        assert target.name == name
+        assert target_named(name) is target
+        assert set(target.bits) <= set(ALLOWED_BITS)
+        assert set(target.group_sizes) <= set(ALLOWED_GROUP_SIZES)
+        assert set(target.alike) <= set(ALIKE_PRESETS)
+
+
+def test_an_unknown_target_is_refused_with_the_nearest() -> None:
+    with pytest.raises(InputError, match="unknown target 'vlm'; did you mean 'vllm'"):
+        target_named("vlm")
+
+
+def test_the_menu_keeps_its_order_and_what_every_module_can_have() -> None:
+    assert restrict_menu(STOPS, VLLM, _modules((64, 256))) == _specs(
+        "b4g128", "b4g64", "b4g32", "b8g128", "b8g64", "b8g32"
+    )
+    # rows of 576 weights hold no whole groups of 128
+    assert restrict_menu(STOPS, VLLM, _modules((64, 256), (256, 576))) == _specs("b4g64", "b4g32", "b8g64", "b8g32")
+
+
+@pytest.mark.parametrize(
+    ("spec", "shape", "reason"),
+    [
+        ("b3g64", (64, 128), "3-bit codes, where vllm takes 4 or 8 bits"),
+        ("b4g16", (64, 128), "groups of 16, where vllm takes groups of 32 or 64 or 128"),
+        ("b4g128", (64, 192), "groups of 128 that straddle rows of 192 weights"),
+        ("b4g64", (12, 128), "12 rows, not a multiple of 8"),
+        ("b8g64", (64, 128), None),
+    ],
+)
+def test_what_does_not_fit_is_said(spec: str, shape: tuple[int, int], reason: str | None) -> None:
+    assert VLLM.misfit(QuantSpec.parse(spec), *shape) == reason
+
+
+def test_what_is_left_out_of_a_menu_is_said_with_the_modules() -> None:
+    modules = _modules((64, 256), (256, 576))
+    assert left_out(_specs("b2g64", "b3g64", "b3g128", "b4g128", "b4g64"), VLLM, modules) == [
+        "the target vllm leaves b2g64 out of the menu: 2-bit codes, where vllm takes 4 or 8 bits, in every module",
+        "the target vllm leaves b3g64, b3g128 out of the menu: 3-bit codes, where vllm takes 4 or 8 bits, "
+        "in every module",
+        "the target vllm leaves b4g128 out of the menu: groups of 128 that straddle rows of 576 weights, "
+        "in 1 module (layer 0: m1)",
+    ]
+    assert left_out(_specs("b4g64"), VLLM, modules) == []
+
+
+def test_a_menu_of_which_nothing_is_left_is_refused_with_what_may_be_on_it() -> None:
+    with pytest.raises(InputError, match=r"none of the menu \(b3g64, b4g128\).*: b4g64, b4g32, b8g64, b8g32$"):
+        restrict_menu(_specs("b3g64", "b4g128"), VLLM, _modules((64, 576)))
+    with pytest.raises(InputError, match=r"holds no configuration .*: layer 0 m1 has groups of 32 that straddle rows"):
+        restrict_menu(STOPS, VLLM, _modules((64, 64), (64, 40)))
