@@ -275,5 +275,5 @@ def preset_names() -> list[str]:
 
 
 def _presets_dir() -> Path:
-    checkout = Path(__file__).parent.parent / "deployments" / "presets"
-    return checkout if checkout.is_dir() else Path(__file__).parent / "presets"
+    checkout = Path(__file__).parents[2] / "deployments" / "presets"
+    return checkout if checkout.is_dir() else Path(__file__).parents[1] / "presets"

@@ -31,8 +31,8 @@ def prefect_command(*arguments: str) -> list[str]:
 
 def deployments_dir() -> Path:
     """Folder with prefect.yaml and the templates of work pools: of the checkout, or as installed."""
-    checkout = Path(__file__).parent.parent / "deployments"
-    return checkout if checkout.is_dir() else Path(__file__).parent / "deployments"
+    checkout = Path(__file__).parents[2] / "deployments"
+    return checkout if checkout.is_dir() else Path(__file__).parents[1] / "deployments"
 
 
 def environment_of(api_url: str, store: str, runs_dir: str) -> dict[str, str]:

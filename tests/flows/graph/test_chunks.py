@@ -11,8 +11,9 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 import lmq_tasks
 from lmq.errors import InputError, LmqError
+from lmq_flows.graph import chunks
 from lmq_flows.graph.chunks import ChunkedWalk
-from lmq_flows.graph.node import Graph, chunks
+from lmq_flows.graph.node import Graph
 from lmq_flows.graph.walk import DamagedInput, Outcome, execute
 from lmq_storage import ArtifactStore, DamagedArtifact
 from lmq_tasks.chunk import run_chunk

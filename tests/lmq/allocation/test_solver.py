@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lmq.allocation import knapsack
+from lmq.allocation import solver as solver_module
 from lmq.allocation.program import Limit, ProgramConstraints
-from lmq.allocation.solver import ALLOCATION_SCHEMA, Allocation, Assignment, knapsack, solve
-from lmq.allocation.solver import solver as allocation_module
+from lmq.allocation.solver import ALLOCATION_SCHEMA, Allocation, Assignment, solve
 from lmq.errors import InfeasibleBudget, InputError
 from lmq.formats.spec import STOPS, QuantSpec
 from lmq.model.structure import ModuleId
@@ -172,7 +173,7 @@ def test_without_proof_the_gap_is_honest(monkeypatch):
     exact = solve(costs, sizes, budget_bytes)
     monkeypatch.setattr(knapsack, "MAX_STATES", 0)
     monkeypatch.setattr(
-        allocation_module, "solve_milp", lambda program, capacity, start, **_: (program.smallest, -math.inf)
+        solver_module, "solve_milp", lambda program, capacity, start, **_: (program.smallest, -math.inf)
     )
     stopped = solve(costs, sizes, budget_bytes)
     assert stopped.lower_bound <= exact.objective <= stopped.objective

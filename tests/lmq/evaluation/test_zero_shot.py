@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lmq.errors import InputError
-from lmq.evaluation.windows import zero_shot
+from lmq.evaluation import zero_shot
 from lmq.evaluation.zero_shot import DataNotAtHand, load_task, local_task_files, measure_task, task_name
 from tests.lmq.export.small_checkpoints import write_small
 
