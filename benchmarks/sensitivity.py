@@ -19,9 +19,8 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from lmq.measurement.kurtosis import kurtosis
 from lmq.measurement.second_moments import module_errors, second_moments
-from lmq.measurement.weights import magnitude_percentiles
+from lmq.measurement.weights import kurtosis, magnitude_percentiles
 from lmq_tasks.freed_memory import keep_freed_memory
 
 CONFIGURATIONS = 12

@@ -8,8 +8,8 @@ from dataclasses import asdict
 import torch
 
 from lmq.formats.spec import QuantSpec
+from lmq.measurement.divergence import MODULE_DIVERGENCE_SCHEMA, standard_error
 from lmq.measurement.frobenius import load_grids
-from lmq.measurement.module_divergence import MODULE_DIVERGENCE_SCHEMA, standard_error
 from lmq.measurement.quantized_model import QuantizedPoint
 from lmq.measurement.replay import read_hidden_states
 from lmq.model.structure import ModuleInfo

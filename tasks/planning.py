@@ -14,8 +14,8 @@ from lmq.allocation.strategies import Measurements, strategy
 from lmq.formats.spec import QuantSpec
 from lmq.layers.importance.layers import LAYER_ACTIVITY_SCHEMA, layer_scores
 from lmq.measurement.activation import SENSITIVITY_SCHEMA
+from lmq.measurement.divergence import MODULE_DIVERGENCE_SCHEMA
 from lmq.measurement.frobenius import FROBENIUS_SCHEMA
-from lmq.measurement.module_divergence import MODULE_DIVERGENCE_SCHEMA
 from lmq.measurement.sequence_fisher import SEQUENCE_FISHER_SCHEMA
 from lmq.measurement.token_fisher import FISHER_SCHEMA
 from lmq.measurement.weights import WEIGHT_STATISTICS_SCHEMA

@@ -11,9 +11,13 @@ from torch import Tensor, nn
 
 from lmq.formats.spec import QuantSpec
 from lmq.measurement.frobenius import load_grids
-from lmq.measurement.module_errors import ModuleStatistics, traced_statistics
 from lmq.measurement.replay import read_gradients, read_hidden_states
-from lmq.measurement.second_moments import MODULE_ERRORS_SCHEMA, capture_second_moments
+from lmq.measurement.second_moments import (
+    MODULE_ERRORS_SCHEMA,
+    ModuleStatistics,
+    capture_second_moments,
+    traced_statistics,
+)
 from lmq.measurement.token_fisher import trace_modules
 from lmq.model.streaming import BlockInputs
 from lmq.model.structure import ModuleInfo

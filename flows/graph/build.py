@@ -10,7 +10,7 @@ from lmq.allocation.solver import check_feasible_program
 from lmq.allocation.strategies import strategy
 from lmq.errors import InputError
 from lmq.formats.spec import QuantSpec
-from lmq.measurement.module_divergence import default_specs
+from lmq.measurement.divergence import default_specs
 from lmq_flows.config.run import RunConfig
 from lmq_flows.config.sections import BaselineConfig, StrategyConfig
 from lmq_flows.graph.judging import PERFORMANCE_TOKENS, Subject, baseline_subject, evaluation_tasks

@@ -14,8 +14,8 @@ from lmq.formats.nf4 import NormalFloat4
 from lmq.formats.spec import QuantSpec
 from lmq.measurement.activation import SENSITIVITY_SCHEMA
 from lmq.measurement.delta_loss import DELTA_LOSS_SCHEMA
+from lmq.measurement.divergence import MODULE_DIVERGENCE_SCHEMA
 from lmq.measurement.frobenius import FROBENIUS_SCHEMA
-from lmq.measurement.module_divergence import MODULE_DIVERGENCE_SCHEMA
 from lmq.measurement.second_moments import MODULE_ERRORS_SCHEMA
 from lmq.measurement.sequence_fisher import SEQUENCE_FISHER_SCHEMA
 from lmq.measurement.token_fisher import FISHER_SCHEMA

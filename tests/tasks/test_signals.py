@@ -8,7 +8,7 @@ import pytest
 
 from lmq.formats.nf4 import NormalFloat4
 from lmq.measurement.activation import SENSITIVITY_SCHEMA, part_sensitivities
-from lmq.measurement.module_divergence import MODULE_DIVERGENCE_SCHEMA
+from lmq.measurement.divergence import MODULE_DIVERGENCE_SCHEMA
 from lmq.measurement.replay import read_hidden_states
 from lmq.model.discovery import discover
 from lmq.model.streaming import StreamedModel

@@ -11,7 +11,7 @@ from lmq.allocation.solver import Allocation
 from lmq.allocation.strategies.base import Choices, Measurements, solve_program, table_costs
 from lmq.allocation.strategies.loss_aware import non_increasing
 from lmq.errors import InputError
-from lmq.measurement.module_divergence import carried_costs
+from lmq.measurement.divergence import carried_costs
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from lmq.measurement.module_divergence import MODULE_DIVERGENCE_SCHEMA
+from lmq.measurement.divergence import MODULE_DIVERGENCE_SCHEMA
 from lmq.report.results import read_results
 from lmq.tables import read_rows
 from lmq_storage import ArtifactStore

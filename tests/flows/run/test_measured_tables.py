@@ -9,8 +9,8 @@ import pytest
 
 from lmq.measurement.activation import SENSITIVITY_SCHEMA
 from lmq.measurement.delta_loss import DELTA_LOSS_SCHEMA
+from lmq.measurement.divergence import MODULE_DIVERGENCE_SCHEMA
 from lmq.measurement.frobenius import FROBENIUS_SCHEMA
-from lmq.measurement.module_divergence import MODULE_DIVERGENCE_SCHEMA
 from lmq.measurement.second_moments import MODULE_ERRORS_SCHEMA
 from lmq.measurement.sequence_fisher import SEQUENCE_FISHER_SCHEMA
 from lmq.measurement.super_weights import SUPER_WEIGHTS_SCHEMA
