@@ -13,6 +13,7 @@ import torch
 from gguf import GGMLQuantizationType
 from transformers import PreTrainedConfig
 
+from lmq.allocation.module_list import list_modules
 from lmq.export.gguf_blocks import GRID_BLOCKS, Bytes, Floats, decode, encode
 from lmq.export.gguf_model import ROPE_FACTORS, gguf_name, head_rows, norm_offset, rope_factors
 from lmq.export.report import ModuleStep
@@ -60,6 +61,9 @@ def tensor_problems(checkpoint: QuantizedCheckpoint, config: PreTrainedConfig) -
     for name, stored in checkpoint.unquantized.items():
         if stored.dtype not in STORED_TYPES:
             yield f"the tensor {name} is {stored.dtype}; {', '.join(STORED_TYPES)} are exported"
+    for bits in sorted({spec.bits for spec in checkpoint.specs.values()} - {*K_TYPES, 8}):
+        paths = [path for path, spec in checkpoint.specs.items() if spec.bits == bits]
+        yield f"{bits}-bit codes; {', '.join(map(str, K_TYPES))} and 8 bits are exported: {list_modules(paths)}"
 
 
 def plan_tensors(checkpoint: QuantizedCheckpoint, config: PreTrainedConfig, fidelity: Fidelity) -> list[GgufTensor]:

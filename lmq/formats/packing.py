@@ -7,8 +7,9 @@ counted n, are cut into 8 / width equal runs; byte i holds element i of every ru
     width 2, n / 4 bytes: byte i = c[i] | c[i + n/4] << 2 | c[i + 2n/4] << 4 | c[i + 3n/4] << 6
     width 1, n / 8 bytes: byte i = c[i] | c[i + n/8] << 1 | ... | c[i + 7n/8] << 7
 
-Codes of 8, 4 and 2 bits are one plane (8 bits: the codes themselves). Codes of 3 bits are two planes, one after the
-other: the low two bits of every code (n / 4 bytes), then the high bit (n / 8 bytes).
+Codes of 8, 4 and 2 bits are one plane (8 bits: the codes themselves). Other widths are two planes, one after the
+other: 3 bits are the low two bits of every code (n / 4 bytes), then the high bit (n / 8 bytes); 5 and 6 bits are the
+low four (n / 2 bytes), then the high bit or two (n / 8 or n / 4 bytes).
 
 Consecutive codes lie in consecutive bytes, so any range of codes unpacks by itself, with vector instructions.
 """
@@ -21,7 +22,7 @@ import torch
 
 from lmq.errors import InputError
 
-_PLANE_WIDTHS = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
+_PLANE_WIDTHS = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
 """Widths of the planes of each code width, lowest bits first."""
 
 _BLOCK_BYTES = 1 << 18
@@ -31,8 +32,8 @@ _BLOCK_BYTES = 1 << 18
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Pack uint8 codes of any shape into uint8 [elements · bits / 8].
 
-    Raises InputError for a width other than 2, 3, 4, 8, for codes that are not uint8 or exceed 2^bits - 1, and for
-    a number of codes that is not a multiple of 8.
+    Raises InputError for a width other than 2, 3, 4, 5, 6, 8, for codes that are not uint8 or exceed 2^bits - 1, and
+    for a number of codes that is not a multiple of 8.
     """
     widths = _plane_widths(bits)
     if codes.dtype != torch.uint8 or codes.numel() % 8:
@@ -54,7 +55,7 @@ def unpack(
     """Inverse of `pack`: uint8 [stop - start], in the flattened order of the packed codes; all of them by default.
 
     They are written to the first elements of `out` where it is given, which saves the time to allocate.
-    Raises InputError for a width other than 2, 3, 4, 8, and where `packed` or the range does not fit it.
+    Raises InputError for a width other than 2, 3, 4, 5, 6, 8, and where `packed` or the range does not fit it.
     """
     widths = _plane_widths(bits)
     if packed.dtype != torch.uint8 or packed.dim() != 1 or packed.numel() % bits:

@@ -13,7 +13,7 @@ from fractions import Fraction
 
 from lmq.errors import InputError
 
-ALLOWED_BITS = (2, 3, 4, 8)
+ALLOWED_BITS = (2, 3, 4, 5, 6, 8)
 ALLOWED_GROUP_SIZES = (16, 32, 64, 128, 256)
 MATRIX_HEADER_BYTES = 12
 """float32 unit of the scale ranges, float32 low and high of the zeros: one triple per matrix."""

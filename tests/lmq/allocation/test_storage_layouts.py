@@ -32,8 +32,9 @@ def stored_by_hqq(shape: tuple[int, int], spec: QuantSpec, axis: int) -> int:
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_sizes_are_those_of_the_hqq_library(shape: tuple[int, int], axis: int) -> None:
-    sizes = {spec.name: hqq_size_bytes(shape[0] * shape[1], spec, axis=axis) for spec in STOPS}
-    assert sizes == {spec.name: stored_by_hqq(shape, spec, axis) for spec in STOPS}
+    specs = [*STOPS, QuantSpec(5, 64), QuantSpec(6, 64)]
+    sizes = {spec.name: hqq_size_bytes(shape[0] * shape[1], spec, axis=axis) for spec in specs}
+    assert sizes == {spec.name: stored_by_hqq(shape, spec, axis) for spec in specs}
 
 
 @pytest.mark.parametrize(("groups", "bits"), [(3, 4), (7, 4), (5, 2), (6, 2), (9, 2)])

@@ -47,7 +47,7 @@ def written(tiny_qwen: Path, tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-@pytest.mark.parametrize("spec", STOPS, ids=str)
+@pytest.mark.parametrize("spec", [*STOPS, QuantSpec(5, 64), QuantSpec(6, 64)], ids=str)
 def test_quantized_bytes_are_those_of_the_configurations(spec: QuantSpec, tiny_qwen: Path, tmp_path: Path) -> None:
     structure = discover(tiny_qwen)
     choice = dict.fromkeys((info.id for info in structure.modules), spec)

@@ -193,6 +193,13 @@ def test_what_gguf_cannot_hold_is_said_before_work(tiny_gemma: Path, tmp_path: P
     assert not list(tmp_path.glob("*.gguf")) + list(tmp_path.glob(".*"))
 
 
+def test_widths_that_gguf_has_no_type_for_are_refused_by_name(tiny_llama: Path, tmp_path: Path) -> None:
+    checkpoint = write_small(tiny_llama, tmp_path / "q", "b4g64", "b5g64")
+    refused = r"GGUF: 5-bit codes; 2, 3, 4 and 8 bits are exported: \d+ modules \(.*layers? .*_proj"
+    with pytest.raises(InputError, match=refused):
+        export(checkpoint, tmp_path / "m.gguf")
+
+
 def test_what_is_there_stays_and_what_fails_leaves_nothing(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,6 +15,7 @@ from lmq.allocation.storage_layouts import hqq_size_bytes
 from lmq.errors import InputError
 from lmq.export.hqq import export, problems
 from lmq.export.source import QuantizedCheckpoint
+from lmq.formats.spec import STOPS, QuantSpec
 from tests.lmq.export.small_checkpoints import logits, write_small
 
 FLOAT16_ROUNDING = 2**-11
@@ -31,7 +32,8 @@ def _states(path: Path) -> dict[str, dict[str, object]]:
 
 @pytest.mark.parametrize("axis", [0, 1])
 def test_hqq_opens_the_same_model(tiny_model: Path, tmp_path: Path, axis: int) -> None:
-    checkpoint = write_small(tiny_model, tmp_path / "q", axis=axis)
+    specs = [spec.name for spec in (*STOPS, QuantSpec(5, 64), QuantSpec(6, 64))]
+    checkpoint = write_small(tiny_model, tmp_path / "q", *specs, axis=axis)
     assert problems(checkpoint) == []
     report = export(checkpoint, tmp_path / "out", dtype="float32")
     model, expected = _open(tmp_path / "out"), logits(lmq.load(tmp_path / "q", dense=True))

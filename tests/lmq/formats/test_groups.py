@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from lmq.errors import InputError
 from lmq.formats.groups import Grid, encode, from_groups, nearest_codes, to_groups
-from lmq.formats.spec import STOPS, QuantSpec
+from lmq.formats.spec import ALLOWED_BITS, ALLOWED_GROUP_SIZES, STOPS, QuantSpec
 from lmq.quantizers import quantizer
 
 
@@ -55,7 +55,9 @@ def test_the_round_trip_is_what_its_codes_stand_for(dtype: torch.dtype, axis: in
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-@pytest.mark.parametrize("spec", [*STOPS, QuantSpec(4, 16, meta_group_size=7)], ids=str)
+@pytest.mark.parametrize(
+    "spec", [*STOPS, QuantSpec(4, 16, meta_group_size=7), QuantSpec(5, 64), QuantSpec(6, 256)], ids=str
+)
 def test_stored_tensors_take_the_bytes_of_the_configuration(spec: QuantSpec, axis: int) -> None:
     weight = _normal(96, 192)
     grid = _grid(weight, spec, axis)
@@ -121,7 +123,7 @@ def test_rows_eight_orders_of_magnitude_apart_keep_their_relative_error() -> Non
     assert relative.max() < 0.15
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", ALLOWED_BITS)
 def test_constant_groups(bits: int) -> None:
     weight = _normal(64, 128)
     weight[3], weight[7], weight[9], weight[11] = 0, 0.5, -0.5, 1e-6
@@ -150,7 +152,7 @@ def test_rows_far_from_zero_are_kept_within_a_step_of_their_size() -> None:
 
 @given(
     rows=st.integers(1, 9),
-    spec=st.sampled_from(STOPS),
+    spec=st.builds(QuantSpec, st.sampled_from(ALLOWED_BITS), st.sampled_from(ALLOWED_GROUP_SIZES)),
     axis=st.sampled_from([0, 1]),
     size=st.floats(1e-6, 1e6),
     seed=st.integers(0, 2**31),

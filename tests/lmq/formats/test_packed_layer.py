@@ -9,6 +9,8 @@ from lmq.formats.spec import STOPS, QuantSpec
 from lmq.measurement.frobenius import fit_grids
 from lmq.quantizers import quantizer
 
+BETWEEN_STOPS = (QuantSpec(5, 64), QuantSpec(6, 128), QuantSpec(5, 16), QuantSpec(6, 256))
+
 
 def _dense(bias: bool) -> nn.Linear:
     torch.manual_seed(3)
@@ -23,7 +25,7 @@ def _grid(linear: nn.Linear, spec: QuantSpec, axis: int = 1) -> Grid:
 
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("spec", STOPS, ids=str)
+@pytest.mark.parametrize("spec", [*STOPS, *BETWEEN_STOPS], ids=str)
 def test_outputs_are_those_of_the_round_tripped_weight(spec: QuantSpec, bias: bool, axis: int) -> None:
     linear = _dense(bias)
     grid = _grid(linear, spec, axis)

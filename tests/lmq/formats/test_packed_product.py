@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lmq.formats.packed_product
 from lmq.formats.packed_layer import QuantizedLinear
 from lmq.formats.packed_product import FEW_TOKENS
-from lmq.formats.spec import QuantSpec
+from lmq.formats.spec import ALLOWED_BITS, QuantSpec
 from lmq.measurement.frobenius import fit_grids
 from lmq.quantizers import quantizer
 
@@ -36,7 +36,7 @@ def _exact(layer: QuantizedLinear, inputs: torch.Tensor) -> torch.Tensor:
 def _code(planes: list[int], index: int, bits: int, elements: int) -> int:
     """Code `index` by the documented layout, one bit field after the other."""
     code = first_byte = shift = 0
-    for width in (2, 1) if bits == 3 else (bits,):
+    for width in {3: (2, 1), 5: (4, 1), 6: (4, 2)}.get(bits, (bits,)):
         run, byte = divmod(index, elements * width // 8)
         code |= (planes[first_byte + byte] >> (width * run) & (2**width - 1)) << shift
         first_byte += elements * width // 8
@@ -49,7 +49,7 @@ SHAPES = [(96, 64), (24, 96), (40, 72), (8, 20), (64, 192)]
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", ALLOWED_BITS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_products_of_few_and_of_many_tokens_are_exact_to_rounding(shape: tuple[int, int], bits: int, axis: int) -> None:
     spec = QuantSpec(bits, 32 if shape == (8, 20) else 64)

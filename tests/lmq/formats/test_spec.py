@@ -69,7 +69,7 @@ def test_other_names_are_refused(text: str) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"bits": 5, "group_size": 64}, r"bits = 5 is not a weight width; allowed: \(2, 3, 4, 8\)"),
+        ({"bits": 7, "group_size": 64}, r"bits = 7 is not a weight width; allowed: \(2, 3, 4, 5, 6, 8\)"),
         ({"bits": 4, "group_size": 48}, r"group_size = 48 is not allowed; allowed: \(16, 32"),
         ({"bits": 4, "group_size": 64, "meta_bits": 4}, "meta_bits = 4 is not allowed"),
         ({"bits": 4, "group_size": 64, "meta_group_size": 0}, "meta_group_size = 0 is not allowed"),
