@@ -23,7 +23,7 @@ def measure_kurtosis(job: Job) -> None:
     write_rows(job.output / "kurtosis.parquet", WEIGHT_STATISTICS_SCHEMA, rows)
 
 
-@stage("frobenius", version=1, schema=FROBENIUS_SCHEMA.label)
+@stage("frobenius", version=2, schema=FROBENIUS_SCHEMA.label)
 def measure_frobenius(job: Job) -> None:
     """Quantization grids of one layer for every configuration of the menu, and their Frobenius errors."""
     structure = read_structure(job)

@@ -184,7 +184,7 @@ def encode(
     """Store the fitted scale and zero of every group (float32 [groups]) in 8 bits: the grid of `weight`.
 
     Groups whose fitted grid is out of reach of the shared 8-bit ranges, or much wider than their weights
-    (constant groups, spreads below what hqq resolves), get the min-max grid instead. The zero is then refitted
+    (constant groups), get the min-max grid instead. The zero is then refitted
     to the stored scale so that the middle of the grid stays where it was.
 
     With `integer_zeros` the zeros are whole numbers from 0 to 255 and are stored as they are, on grids that suit.

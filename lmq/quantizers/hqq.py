@@ -1,5 +1,7 @@
 """Half-quadratic quantization (Badri & Shaji 2023), fast: the same numbers as hqq 0.2.8 in float32.
 
+But for weights so small that hqq's limits on scales act (`lmq.quantizers.rtn.min_max_grid`), which has none here.
+
 hqq runs 20 iterations over the whole matrix and stops when the mean absolute error of the whole matrix no longer
 falls. Here each block of groups goes through all iterations while it is in the processor's cache; the zeros of
 every iteration are kept, and the stop is found afterwards from the summed errors. Most groups reach a zero that an

@@ -11,8 +11,8 @@ from lmq.formats.groups import require_axis, to_groups
 from lmq.formats.spec import QuantSpec
 from lmq.quantizers.integer_zeros import whole_zeros
 
-_SMALLEST_SPREAD = 1e-4
-_LARGEST_INVERSE_SCALE = 2e4
+_SMALLEST_SPREAD = 1e-30
+"""Far below any weight, and far above where the inverse of a scale leaves float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,10 +44,10 @@ class RoundToNearest:
 def min_max_grid(groups: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Inverse scale and zero float32 [groups] of the grid from the minimum to the maximum of each row.
 
-    As hqq 0.2.8: a group that spreads less than 1e-4 gets scale 1, and no inverse scale exceeds 2e4.
+    A group whose weights are all equal gets scale 1. hqq 0.2.8 does that below a spread of 1e-4, and lets no inverse
+    scale exceed 2e4: both cost small weights (a standard deviation of 5e-5 at 3 bits) up to half again their error.
     """
     low, high = groups.amin(1).to(torch.float32), groups.amax(1).to(torch.float32)
     spread = high - low
     inverse_scale = torch.where(spread <= _SMALLEST_SPREAD, 1.0, (2**bits - 1) / spread)
-    inverse_scale = inverse_scale.clamp(max=_LARGEST_INVERSE_SCALE)
     return inverse_scale, -low * inverse_scale

@@ -7,7 +7,7 @@ import torch
 from hqq.core.quantize import Quantizer as PackageQuantizer
 
 from lmq.errors import InputError
-from lmq.formats.groups import nearest_codes, to_groups
+from lmq.formats.groups import encode, nearest_codes, to_groups
 from lmq.formats.spec import STOPS, QuantSpec
 from lmq.quantizers import QUANTIZERS, Quantizer, quantizer
 from lmq.quantizers.rtn import min_max_grid
@@ -35,7 +35,7 @@ WEIGHTS = {
     "square": _normal((576, 576), 0.05),
     "narrow heavy tails": _student((192, 576), 2.5, 0.03),
     "large outliers, where the shrink step acts": _student((256, 640), 2.1, 0.3),
-    "small spread, below what hqq resolves": _normal((64, 128), 1e-3),
+    "small, where the limits of hqq just do not act": _normal((64, 128), 8e-3),
     "bfloat16": _normal((128, 256), 0.02).to(torch.bfloat16),
 }
 
@@ -62,6 +62,35 @@ def test_hqq_has_the_errors_of_the_package(name: str, axis: int) -> None:
     for spec in STOPS:
         ours = _error(weight, quantizer("hqq", axis=axis).fit(weight, spec), spec, axis)
         assert ours == pytest.approx(_package_error(weight, spec, axis), rel=1e-5), spec
+
+
+@pytest.mark.parametrize("name", ["hqq", "rtn"])
+@pytest.mark.parametrize("power", [-8, -14, -22, -60])
+def test_small_weights_lose_no_more_than_large_ones(name: str, power: int) -> None:
+    """hqq's limits on scales act below a spread of 1e-4, and of 0.013 at 8 bits; halving is exact in float32."""
+    weight = _normal((64, 128), 0.02)
+    for spec in STOPS:
+        large = _error(weight, quantizer(name).fit(weight, spec), spec, 1)
+        small_weight = weight * 2.0**power
+        small = _error(small_weight, quantizer(name).fit(small_weight, spec), spec, 1)
+        assert small * 2.0**-power == pytest.approx(large, rel=1e-5), spec
+
+
+@pytest.mark.parametrize("deviation", [7e-5, 5e-5, 2e-5, 1e-5])
+def test_small_weights_beat_the_package_where_its_limits_act(deviation: float) -> None:
+    weight, spec = _normal((64, 128), deviation), QuantSpec(3, 64)
+    assert _error(weight, quantizer("hqq").fit(weight, spec), spec, 1) < 0.95 * _package_error(weight, spec, 1)
+
+
+@pytest.mark.parametrize("value", [0.0, -3e-3, 7.0])
+def test_a_constant_group_costs_its_neighbours_nothing(value: float) -> None:
+    """As stored: the grid of the matrix with a constant group against that without."""
+    weight, spec = _normal((64, 128), 0.02), QuantSpec(3, 64)
+    with_constant = torch.cat([weight, torch.full((1, 128), value)])
+    grids = [encode(w, *quantizer("hqq").fit(w, spec), spec, 1) for w in (weight, with_constant)]
+    alone, beside = (grid.round_trip(w) for grid, w in zip(grids, (weight, with_constant), strict=True))
+    assert beside[-1] == pytest.approx(torch.full((128,), value), rel=0.02)
+    assert (beside[:-1] - weight).norm() < 1.02 * (alone - weight).norm()
 
 
 @pytest.mark.parametrize("axis", [0, 1])
