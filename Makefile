@@ -11,8 +11,8 @@ demo: $(READY)  ## the main job on a real model: quantize SmolLM2-135M under a b
 serve: $(READY)  ## Prefect server, worker and deployments on this machine; prints the UI's address, Ctrl-C ends all
 	$(BIN)/lmq serve
 
-test: $(READY)  ## all tests
-	$(BIN)/pytest
+test: $(READY)  ## all tests, three at a time: half of their time they wait for servers and processes
+	$(BIN)/pytest -n 3 --dist worksteal
 
 lint: $(READY)  ## format, lint, types, import rules
 	$(BIN)/ruff format --check .
