@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import lmq
-from lmq.checkpoint.quantized_blocks import QuantizedBlocks
+from lmq.checkpoint.open import QuantizedBlocks
 from lmq.evaluation.perplexity import Window, full_windows
 from lmq.evaluation.windows import last_states, score_windows, window_tokens
 from lmq.model.discovery import discover

@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lmq.checkpoint.open import open_model_directory
-from lmq.checkpoint.quantized_blocks import QuantizedBlocks
+from lmq.checkpoint.open import QuantizedBlocks, open_model_directory
 from lmq.evaluation.baselines import RoundedBaseline
 from lmq.evaluation.perplexity import Window, full_windows
 from lmq.evaluation.whole_model import reference_logits, require_same_model, score_whole_model, stored_bytes

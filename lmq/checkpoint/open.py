@@ -1,20 +1,34 @@
-"""Opening of a whole model directory as it is served: plain, of lmq, or quantized by another program."""
+"""Opening of a model directory as it is served: plain, of lmq, or quantized by another program.
+
+`open_model_directory` opens the whole model. `QuantizedBlocks` opens a checkpoint of lmq one block at a time.
+`open_dense` has the compressed-tensors package decompress its checkpoints: transformers 5.23 with compressed-tensors
+0.20 cannot open 4-bit checkpoints with zeros as they are. It prepares its modules on the meta device, where that
+version does not pack zeros, and then refuses the packed ones. It can with
+`quantization_config=CompressedTensorsConfig(dequantize=True)`, but takes the first group's configuration for all.
+"""
 
 from __future__ import annotations
 
 import json
+from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from lmq import load
 from lmq.checkpoint.hf import QUANT_METHOD
+from lmq.checkpoint.write import read_quantization_config, verify_checkpoint
 from lmq.errors import DamagedFile, InputError, LmqError
+from lmq.formats.packed_layer import QUANTIZED_TENSORS, QuantizedLinear
 from lmq.model.source import nearest_sibling
+from lmq.model.structure import ModelStructure
+from lmq.model.tensors import StoredTensor, read_headers, read_tensors
 
 _METHODS = sorted({name.removesuffix("_4bit").removesuffix("_8bit") for name in AUTO_QUANTIZER_MAPPING})
 _DOES_NOT_OPEN = (
@@ -69,6 +83,59 @@ def quantization_method(path: Path) -> str | None:
     return None if fields is None else str(fields.get("quant_method", "an unnamed method"))
 
 
+def open_dense(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The model with dense weights in `dtype`, all of it in memory.
+
+    Raises InputError for another directory and without the package, LmqError where tensors are missing.
+    """
+    config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    fields = getattr(config, "quantization_config", None)
+    if not isinstance(fields, dict) or fields.get("quant_method") != "compressed-tensors":
+        raise InputError(
+            f"{path} is not a checkpoint of compressed-tensors: see quantization_config in its config.json"
+        )
+    del config.quantization_config
+    with torch.device("meta"):
+        architecture = type(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
+    model, found = architecture.from_pretrained(
+        None, config=config, state_dict=_dense_state(path, fields), dtype=dtype, output_loading_info=True
+    )
+    if amiss := {what: sorted(map(str, names)) for what, names in found.items() if names}:
+        raise LmqError(f"{path} does not hold the tensors of its model: {amiss}; write it again")
+    return model.eval()
+
+
+class QuantizedBlocks:
+    """Reads the quantized modules of a checkpoint layer by layer, so that it is evaluated without being loaded.
+
+    Raises DamagedFile or InputError, as `verify_checkpoint` does, when it is opened.
+    """
+
+    def __init__(self, path: Path, structure: ModelStructure):
+        verify_checkpoint(path)
+        self._structure = structure
+        config = read_quantization_config(path)
+        self._specs, self._axis = config.specs, config.axis
+        self._headers = read_headers(path)
+
+    def put_in(self, block: nn.Module, layer: int) -> None:
+        """Replace the weights of a source block by the checkpoint's, dequantized to the block's dtype.
+
+        Modules that the checkpoint keeps unquantized stay as they are.
+        """
+        for module in self._structure.in_layer(layer):
+            path = self._structure.path(module.id)
+            spec = self._specs.get(path)
+            if spec is None:
+                continue
+            stored = read_tensors(self._headers[f"{path}.{name}"] for name in QUANTIZED_TENSORS)
+            quantized = QuantizedLinear(module.in_features, module.out_features, spec, axis=self._axis)
+            quantized.load_state_dict({name: stored[f"{path}.{name}"] for name in QUANTIZED_TENSORS})
+            linear = block.get_submodule(module.id.kind)
+            weight = quantized.dequantize().to(linear.get_parameter("weight"))
+            linear.weight = nn.Parameter(weight, requires_grad=False)
+
+
 def _open_completely(path: Path, dtype: torch.dtype | None, device: torch.device | str) -> PreTrainedModel:
     """A model whose tensors all come from the files: transformers makes up what is missing."""
     opened: Any = AutoModelForCausalLM.from_pretrained(
@@ -87,8 +154,6 @@ def _open_completely(path: Path, dtype: torch.dtype | None, device: torch.device
 
 def _open_compressed_tensors(path: Path, dtype: torch.dtype | None, device: torch.device | str) -> PreTrainedModel:
     """What transformers refuses of compressed-tensors (packed zeros), decompressed before it is opened."""
-    from lmq.checkpoint.compressed_tensors_reader import open_dense
-
     try:
         model: Any = open_dense(path, dtype or torch.float32)
     except _DOES_NOT_OPEN as error:
@@ -98,3 +163,31 @@ def _open_compressed_tensors(path: Path, dtype: torch.dtype | None, device: torc
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
+
+
+def _dense_state(path: Path, fields: dict[str, Any]) -> dict[str, Tensor]:
+    """Every tensor by name, with dense weights in the place of compressed ones."""
+    try:
+        from compressed_tensors.compressors import BaseCompressor
+        from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
+    except ImportError as error:
+        raise InputError("the package compressed-tensors is not installed; pip install 'lmq[vllm]'") from error
+    groups = QuantizationConfig.model_validate(fields).config_groups.values()
+    schemes = [group for group in groups if isinstance(group, QuantizationScheme)]
+    scheme_of = {target: scheme for scheme in schemes for target in scheme.targets}
+    state: dict[str, Tensor] = {}
+    for module_path, stored in _by_module(read_headers(path)).items():
+        tensors = {name.rpartition(".")[2]: tensor for name, tensor in read_tensors(stored).items()}
+        if scheme := scheme_of.get(module_path):
+            tensors["weight_scale"] = tensors["weight_scale"].float()
+            decompressed = BaseCompressor.get_value_from_registry(scheme.format).decompress(tensors, scheme)
+            tensors = {name: tensor for name, tensor in decompressed.items() if name in ("weight", "bias")}
+        state |= {f"{module_path}.{name}": tensor for name, tensor in tensors.items()}
+    return state
+
+
+def _by_module(headers: Mapping[str, StoredTensor]) -> dict[str, list[StoredTensor]]:
+    modules: dict[str, list[StoredTensor]] = defaultdict(list)
+    for name, tensor in headers.items():
+        modules[name.rpartition(".")[0]].append(tensor)
+    return modules

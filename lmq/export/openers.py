@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from lmq.checkpoint.compressed_tensors_reader import open_dense
+from lmq.checkpoint.open import open_dense
 from lmq.errors import InputError, LmqError
 from lmq.export.report import ExportReport
 

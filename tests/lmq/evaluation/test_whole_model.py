@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import lmq
-from lmq.checkpoint.quantized_blocks import QuantizedBlocks
+from lmq.checkpoint.open import QuantizedBlocks
 from lmq.checkpoint.write import quantized_bytes, write_checkpoint
 from lmq.errors import InputError, LmqError, NotFiniteError
 from lmq.evaluation.perplexity import full_windows

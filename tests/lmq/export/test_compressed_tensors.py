@@ -10,7 +10,7 @@ from compressed_tensors.quantization import QuantizationConfig
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, PreTrainedModel
 
 import lmq
-from lmq.checkpoint.compressed_tensors_reader import open_dense
+from lmq.checkpoint.open import open_dense
 from lmq.checkpoint.write import write_checkpoint
 from lmq.errors import InputError
 from lmq.export.compressed_tensors import export, pack_rows, problems
@@ -130,7 +130,7 @@ def test_a_mixed_export_gives_the_logits_of_its_weights(tiny_model: Path, tmp_pa
 def test_transformers_opens_an_export(
     spec: str, options: CompressedTensorsConfig | None, tiny_llama: Path, tmp_path: Path
 ) -> None:
-    """8 bits as they are; zeros of 4 bits only with `dequantize`, see `lmq.checkpoint.compressed_tensors_reader`."""
+    """8 bits as they are; zeros of 4 bits only with `dequantize`, see `lmq.checkpoint.open`."""
     export(_checkpoint(tiny_llama, tmp_path / "lmq", spec), tmp_path / "out")
     opened = {} if options is None else {"quantization_config": options}
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, **opened)

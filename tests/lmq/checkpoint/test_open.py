@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import lmq
-from lmq.checkpoint.quantized_blocks import QuantizedBlocks
+from lmq.checkpoint.open import QuantizedBlocks
 from lmq.checkpoint.write import write_checkpoint
 from lmq.errors import DamagedFile, InputError
 from lmq.formats.spec import STOPS, QuantSpec
