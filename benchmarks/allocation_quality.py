@@ -28,7 +28,7 @@ from lmq.allocation.strategies import STRATEGIES
 from lmq.evaluation.perplexity import full_windows
 from lmq.evaluation.windows import window_tokens
 from lmq.formats.spec import STOPS
-from lmq.measurement.frobenius import load_grids
+from lmq.measurement.grids import load_grids
 from lmq.measurement.quantized_model import Choice, QuantizedPoint
 from lmq.model.streaming import StreamedModel
 from lmq.text.calibration import read_tokens

@@ -20,7 +20,8 @@ from hqq.core.quantize import Quantizer as PackageQuantizer
 from benchmarks.llama_files import heavy_tailed
 from lmq.formats.groups import nearest_codes, to_groups
 from lmq.formats.spec import STOPS, QuantSpec
-from lmq.measurement.frobenius import fit_grids, frobenius_errors
+from lmq.measurement.frobenius import frobenius_errors
+from lmq.measurement.grids import fit_grids
 from lmq.quantizers import quantizer
 
 Result = TypeVar("Result")

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lmq.formats.packed_layer import QuantizedLinear, quantize_weight
 from lmq.formats.packing import pack, unpack
 from lmq.formats.spec import QuantSpec
-from lmq.measurement.frobenius import fit_grids
+from lmq.measurement.grids import fit_grids
 from lmq.quantizers import quantizer
 
 SHAPES = ((576, 576), (1536, 576), (576, 1536), (4096, 4096))

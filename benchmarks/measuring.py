@@ -38,12 +38,15 @@ from benchmarks.llama_files import LLAMA_2_7B, SMOLLM2_135M, write_llama
 from benchmarks.memory import peak_bytes
 from lmq.formats.spec import STOPS, QuantSpec
 from lmq.measurement.activation import part_sensitivity_table
-from lmq.measurement.frobenius import fit_grids, frobenius_errors
+from lmq.measurement.frobenius import frobenius_errors
+from lmq.measurement.grids import fit_grids
 from lmq.measurement.replay import backward_block, forward_block
-from lmq.measurement.token_fisher import fast_matmul_dtype, token_fisher, trace_modules
+from lmq.measurement.token_fisher import token_fisher
+from lmq.measurement.traces import trace_modules
 from lmq.measurement.weights import weight_statistics
 from lmq.model.discovery import discover
 from lmq.model.streaming import BlockInputs, StreamedModel, load_layer_weights
+from lmq.numerics import fast_matmul_dtype
 from lmq.quantizers import quantizer
 from lmq_tasks.freed_memory import keep_freed_memory
 

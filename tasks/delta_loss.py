@@ -7,7 +7,7 @@ from functools import lru_cache
 
 from lmq.formats.spec import QuantSpec
 from lmq.measurement.delta_loss import DELTA_LOSS_SCHEMA
-from lmq.measurement.frobenius import load_grids
+from lmq.measurement.grids import load_grids
 from lmq.measurement.quantized_model import QuantizedPoint
 from lmq.tables import write_rows
 from lmq.text.calibration import read_tokens

@@ -13,7 +13,7 @@ from lmq.layers.importance.layers import LAYER_ACTIVITY_SCHEMA, layer_activity, 
 from lmq.layers.importance.removal import RemovalValue
 from lmq.layers.importance.tables import ANGULAR_DISTANCE_SCHEMA, LAYER_IMPORTANCE_SCHEMA, SUBLAYER_IMPORTANCE_SCHEMA
 from lmq.measurement.replay import read_hidden_states
-from lmq.measurement.token_fisher import fast_matmul_dtype
+from lmq.numerics import fast_matmul_dtype
 from lmq.tables import read_rows, write_rows
 from lmq.text.calibration import read_tokens
 from lmq_tasks.capture import HIDDEN_STATES_FILE

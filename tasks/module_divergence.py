@@ -9,7 +9,7 @@ import torch
 
 from lmq.formats.spec import QuantSpec
 from lmq.measurement.divergence import MODULE_DIVERGENCE_SCHEMA, standard_error
-from lmq.measurement.frobenius import load_grids
+from lmq.measurement.grids import load_grids
 from lmq.measurement.quantized_model import QuantizedPoint
 from lmq.measurement.replay import read_hidden_states
 from lmq.model.structure import ModuleInfo

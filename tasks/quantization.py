@@ -6,7 +6,7 @@ import shutil
 
 from lmq.checkpoint.write import assemble_checkpoint, quantize_layer, quantized_bytes, save_layer
 from lmq.errors import LmqError
-from lmq.measurement.frobenius import load_grids
+from lmq.measurement.grids import load_grids
 from lmq.quantizers import quantizer
 from lmq_tasks.opened import layer_weights, model_dir, read_structure
 from lmq_tasks.planning import read_choice

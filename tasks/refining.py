@@ -11,7 +11,7 @@ from lmq.allocation.refine import Refinement
 from lmq.allocation.solver import ALLOCATION_SCHEMA
 from lmq.allocation.strategies import Auto, strategy
 from lmq.allocation.trials import LossChanges, ModelTrials, Slice
-from lmq.measurement.frobenius import load_grids
+from lmq.measurement.grids import load_grids
 from lmq.measurement.quantized_model import QuantizedPoint
 from lmq.measurement.replay import read_hidden_states
 from lmq.measurement.sequence_fisher import SEQUENCE_FISHER_SCHEMA

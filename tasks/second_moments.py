@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lmq.formats.spec import QuantSpec
-from lmq.measurement.frobenius import load_grids
+from lmq.measurement.grids import load_grids
 from lmq.measurement.replay import read_gradients, read_hidden_states
 from lmq.measurement.second_moments import (
     MODULE_ERRORS_SCHEMA,
@@ -18,7 +18,7 @@ from lmq.measurement.second_moments import (
     capture_second_moments,
     traced_statistics,
 )
-from lmq.measurement.token_fisher import trace_modules
+from lmq.measurement.traces import trace_modules
 from lmq.model.streaming import BlockInputs
 from lmq.model.structure import ModuleInfo
 from lmq.tables import write_rows

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lmq.formats.spec import QuantSpec
-from lmq.measurement.frobenius import load_grids
+from lmq.measurement.grids import load_grids
 from lmq.measurement.replay import backward_block, read_gradients, read_hidden_states, write_gradients
 from lmq.measurement.sequence_fisher import (
     SEQUENCE_FISHER_SCHEMA,
@@ -20,8 +20,9 @@ from lmq.measurement.sequence_fisher import (
     sequence_fisher,
     sequence_loss_changes,
 )
-from lmq.measurement.token_fisher import fast_matmul_dtype, fast_products, trace_modules
+from lmq.measurement.traces import trace_modules
 from lmq.model.structure import ModuleInfo
+from lmq.numerics import fast_matmul_dtype, fast_products
 from lmq.tables import write_rows
 from lmq_tasks.capture import GRADIENTS_FILE, HIDDEN_STATES_FILE
 from lmq_tasks.opened import open_model

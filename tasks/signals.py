@@ -10,11 +10,13 @@ from lmq.formats.groups import Grid
 from lmq.formats.nf4 import NormalFloat4
 from lmq.formats.spec import QuantSpec
 from lmq.measurement.activation import SENSITIVITY_SCHEMA, part_sensitivities
-from lmq.measurement.frobenius import load_grids
+from lmq.measurement.grids import load_grids
 from lmq.measurement.replay import read_gradients, read_hidden_states
-from lmq.measurement.token_fisher import FISHER_SCHEMA, fast_matmul_dtype, token_fisher, trace_modules
+from lmq.measurement.token_fisher import FISHER_SCHEMA, token_fisher
+from lmq.measurement.traces import trace_modules
 from lmq.measurement.weights import WEIGHT_STATISTICS_SCHEMA
 from lmq.model.structure import ModuleId
+from lmq.numerics import fast_matmul_dtype
 from lmq.outliers import OUTLIERS_SCHEMA, outlier_rows
 from lmq.tables import TableSchema, read_rows, write_rows
 from lmq_tasks.capture import GRADIENTS_FILE, HIDDEN_STATES_FILE

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from lmq.formats.spec import QuantSpec
-from lmq.measurement.frobenius import FROBENIUS_SCHEMA, fit_grids, frobenius_errors, frobenius_norm, save_grids
+from lmq.measurement.frobenius import FROBENIUS_SCHEMA, frobenius_errors, frobenius_norm
+from lmq.measurement.grids import fit_grids, save_grids
 from lmq.measurement.weights import WEIGHT_STATISTICS_SCHEMA, weight_statistics
 from lmq.model.structure import ModuleId
 from lmq.quantizers import quantizer

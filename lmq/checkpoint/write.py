@@ -36,7 +36,7 @@ from lmq.checkpoint.verify import (
 from lmq.errors import DamagedFile, InputError
 from lmq.formats.packed_layer import quantize_weight, quantized_tensor_shapes
 from lmq.formats.spec import QuantSpec
-from lmq.measurement.frobenius import LayerGrids, fit_grids
+from lmq.measurement.grids import LayerGrids, fit_grids
 from lmq.model.directory import complete_directory, copy_companions, write_json, write_shards
 from lmq.model.structure import ModelStructure, ModuleId
 from lmq.model.tensors import StoredTensor, find_tensor, read_headers, read_tensors

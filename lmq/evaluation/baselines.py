@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lmq.errors import InputError
 from lmq.formats.nf4 import NF4_GROUP_SIZES, NormalFloat4
 from lmq.formats.spec import QuantSpec
-from lmq.measurement.frobenius import fit_grids
+from lmq.measurement.grids import fit_grids
 from lmq.model.structure import ModelStructure
 from lmq.quantizers import quantizer
 

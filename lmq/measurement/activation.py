@@ -83,7 +83,7 @@ def part_sensitivity_table(
     """Mean squared output error of every part of one block under every configuration.
 
     As `part_sensitivities`, with the block run once for all configurations. Products are taken in `dtype`; bfloat16
-    changes the scores by up to 1e-3 (`lmq.measurement.token_fisher.fast_matmul_dtype` says where it is fast).
+    changes the scores by up to 1e-3 (`lmq.numerics.fast_matmul_dtype` says where it is fast).
     """
     parts: dict[str, list[ModuleInfo]] = {}
     for module in modules:

@@ -19,9 +19,9 @@ from lmq.finite import require_finite
 from lmq.formats.groups import Grid
 from lmq.formats.spec import QuantSpec
 from lmq.measurement.divergence import divergence
-from lmq.measurement.token_fisher import fast_products
 from lmq.model.streaming import BlockInputs, StreamedModel
 from lmq.model.structure import ModuleId
+from lmq.numerics import fast_products
 
 Choice = Mapping[ModuleId, QuantSpec]
 """Configuration of every module."""

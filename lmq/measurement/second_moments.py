@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lmq.errors import InputError
-from lmq.measurement.token_fisher import ModuleTrace
+from lmq.measurement.traces import ModuleTrace
 from lmq.model.streaming import BlockInputs
 from lmq.tables import MODULE_FIELDS, SPEC_FIELDS, TableSchema
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lmq.errors import InputError
 from lmq.formats.spec import QuantSpec
-from lmq.measurement.token_fisher import ModuleTrace
+from lmq.measurement.traces import ModuleTrace
 from lmq.model.streaming import StreamedModel
 from lmq.tables import MODULE_FIELDS, SPEC_FIELDS, TableSchema
 

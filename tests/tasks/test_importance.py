@@ -20,9 +20,9 @@ from lmq.layers.importance.shapley import permutation_shapley, window_shapley
 from lmq.layers.importance.tables import ANGULAR_DISTANCE_SCHEMA, LAYER_IMPORTANCE_SCHEMA, SUBLAYER_IMPORTANCE_SCHEMA
 from lmq.layers.prune import write_pruned
 from lmq.measurement.replay import read_hidden_states
-from lmq.measurement.token_fisher import fast_matmul_dtype
 from lmq.model.discovery import discover
 from lmq.model.streaming import StreamedModel
+from lmq.numerics import fast_matmul_dtype
 from lmq.tables import read_rows
 from lmq.text.calibration import write_tokens
 from lmq_storage import ArtifactRef

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from lmq.formats.spec import QuantSpec
-from lmq.measurement.frobenius import load_grids
+from lmq.measurement.grids import load_grids
 from lmq.measurement.replay import read_gradients, read_hidden_states
 from lmq.measurement.second_moments import MODULE_ERRORS_SCHEMA
-from lmq.measurement.token_fisher import ModuleTrace, trace_modules
+from lmq.measurement.traces import ModuleTrace, trace_modules
 from lmq.model.discovery import discover
 from lmq.model.streaming import StreamedModel
 from lmq.model.structure import ModuleId

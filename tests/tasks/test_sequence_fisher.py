@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from lmq.formats.spec import QuantSpec
-from lmq.measurement.frobenius import load_grids
+from lmq.measurement.grids import load_grids
 from lmq.measurement.replay import read_gradients, read_hidden_states
 from lmq.measurement.sequence_fisher import SEQUENCE_FISHER_SCHEMA, sequence_fisher, sequence_loss_changes
-from lmq.measurement.token_fisher import trace_modules
+from lmq.measurement.traces import trace_modules
 from lmq.model.discovery import discover
 from lmq.model.streaming import StreamedModel
 from lmq.tables import read_rows
@@ -52,10 +52,7 @@ def runner(tmp_path: Path, tiny_qwen: Path) -> Runner:
 def test_costs_of_a_layer_come_from_the_gradients_of_every_draw(
     runner: Runner, tmp_path: Path, tiny_qwen: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for place in (
-        "lmq.measurement.token_fisher",
-        "lmq_tasks.sequence_fisher",
-    ):  # exact products, whatever the processor is fast at
+    for place in ("lmq.numerics", "lmq_tasks.sequence_fisher"):  # exact products, whatever the processor is fast at
         monkeypatch.setattr(f"{place}.fast_matmul_dtype", lambda _: torch.float32)
     monkeypatch.setattr("lmq_tasks.sequence_fisher._ERROR_BYTES_AT_ONCE", 3 * 64 * 64)  # of one configuration
     structure = runner.run(discover_structure, {"weights_sha256": "0"})

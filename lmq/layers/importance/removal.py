@@ -17,8 +17,8 @@ from lmq.errors import InputError
 from lmq.layers.importance.sublayers import check_residual, find_sublayers, without_sublayers
 from lmq.measurement.divergence import score_tokens
 from lmq.measurement.replay import forward_block
-from lmq.measurement.token_fisher import fast_products
 from lmq.model.streaming import StreamedModel
+from lmq.numerics import fast_products
 
 COALITIONS_AT_ONCE = 16
 

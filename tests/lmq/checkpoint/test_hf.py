@@ -15,7 +15,7 @@ from lmq.checkpoint.write import write_checkpoint
 from lmq.errors import DamagedFile, InputError
 from lmq.formats.packed_layer import QuantizedLinear
 from lmq.formats.spec import STOPS
-from lmq.measurement.frobenius import fit_grids
+from lmq.measurement.grids import fit_grids
 from lmq.model.discovery import discover
 from lmq.quantizers import quantizer
 

@@ -19,7 +19,7 @@ from lmq.checkpoint.write import (
 from lmq.errors import DamagedFile, InputError
 from lmq.formats.packing import unpack
 from lmq.formats.spec import STOPS, QuantSpec
-from lmq.measurement.frobenius import fit_grids
+from lmq.measurement.grids import fit_grids
 from lmq.model.discovery import discover
 from lmq.model.structure import ModelStructure, ModuleId
 from lmq.model.tensors import read_headers, read_tensors

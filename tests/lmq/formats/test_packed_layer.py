@@ -6,7 +6,7 @@ from lmq.errors import InputError
 from lmq.formats.groups import Grid
 from lmq.formats.packed_layer import QUANTIZED_TENSORS, QuantizedLinear, quantized_tensor_shapes
 from lmq.formats.spec import STOPS, QuantSpec
-from lmq.measurement.frobenius import fit_grids
+from lmq.measurement.grids import fit_grids
 from lmq.quantizers import quantizer
 
 BETWEEN_STOPS = (QuantSpec(5, 64), QuantSpec(6, 128), QuantSpec(5, 16), QuantSpec(6, 256))

@@ -7,7 +7,7 @@ import lmq.formats.packed_product
 from lmq.formats.packed_layer import QuantizedLinear
 from lmq.formats.packed_product import FEW_TOKENS
 from lmq.formats.spec import ALLOWED_BITS, QuantSpec
-from lmq.measurement.frobenius import fit_grids
+from lmq.measurement.grids import fit_grids
 from lmq.quantizers import quantizer
 
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from lmq.errors import NotFiniteError
 from lmq.formats.spec import QuantSpec
 from lmq.measurement.activation import part_sensitivities, part_sensitivity_table
-from lmq.measurement.frobenius import fit_grids
+from lmq.measurement.grids import fit_grids
 from lmq.model.discovery import discover
 from lmq.model.streaming import BlockInputs, StreamedModel
 from lmq.model.structure import PARTS, ModuleId, ModuleInfo

@@ -6,7 +6,7 @@ from gguf import GGMLQuantizationType as GgmlType
 
 from lmq.formats.spec import STOPS, QuantSpec
 from lmq.measurement.coarse_grid import CoarseGrid, coarse_grid_warnings, find_coarse_grid, unfair_configurations
-from lmq.measurement.frobenius import fit_grids
+from lmq.measurement.grids import fit_grids
 from lmq.model.structure import ModuleId
 from lmq.quantizers import quantizer
 

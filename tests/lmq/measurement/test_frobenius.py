@@ -7,14 +7,8 @@ import torch
 from lmq.errors import DamagedFile, InputError, NotFiniteError
 from lmq.formats.nf4 import NormalFloat4
 from lmq.formats.spec import STOPS, QuantSpec
-from lmq.measurement.frobenius import (
-    FROBENIUS_SCHEMA,
-    fit_grids,
-    frobenius_errors,
-    frobenius_norm,
-    load_grids,
-    save_grids,
-)
+from lmq.measurement.frobenius import FROBENIUS_SCHEMA, frobenius_errors, frobenius_norm
+from lmq.measurement.grids import fit_grids, load_grids, save_grids
 from lmq.model.structure import ModuleId
 from lmq.quantizers import quantizer
 from lmq.tables import read_rows, write_rows

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from lmq.errors import NotFiniteError
 from lmq.formats.groups import Grid
 from lmq.formats.spec import QuantSpec
-from lmq.measurement.frobenius import fit_grids
+from lmq.measurement.grids import fit_grids
 from lmq.measurement.quantized_model import Choice, QuantizedPoint
 from lmq.model.discovery import discover
 from lmq.model.streaming import StreamedModel, load_layer_weights

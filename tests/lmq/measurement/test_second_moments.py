@@ -12,7 +12,7 @@ from lmq.errors import InputError
 from lmq.formats.nf4 import NormalFloat4
 from lmq.formats.spec import STOPS, QuantSpec
 from lmq.measurement.activation import part_sensitivities
-from lmq.measurement.frobenius import fit_grids
+from lmq.measurement.grids import fit_grids
 from lmq.measurement.second_moments import (
     MODULE_ERRORS_SCHEMA,
     ModuleStatistics,
@@ -27,7 +27,8 @@ from lmq.measurement.second_moments import (
     second_moments,
     traced_statistics,
 )
-from lmq.measurement.token_fisher import ModuleTrace, token_fisher, trace_modules
+from lmq.measurement.token_fisher import token_fisher
+from lmq.measurement.traces import ModuleTrace, trace_modules
 from lmq.model.discovery import discover
 from lmq.model.streaming import StreamedModel
 from lmq.quantizers import quantizer

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from lmq.errors import InputError
 from lmq.formats.spec import QuantSpec
 from lmq.measurement.sequence_fisher import sampled_loss_gradient, sequence_fisher, sequence_loss_changes
-from lmq.measurement.token_fisher import ModuleTrace, trace_modules
+from lmq.measurement.traces import ModuleTrace, trace_modules
 from lmq.model.discovery import discover
 from lmq.model.streaming import StreamedModel
 

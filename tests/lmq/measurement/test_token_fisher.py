@@ -6,9 +6,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from lmq.measurement.token_fisher import ModuleTrace, fast_matmul_dtype, token_fisher, trace_modules
+from lmq.measurement.token_fisher import token_fisher
+from lmq.measurement.traces import ModuleTrace, trace_modules
 from lmq.model.discovery import discover
 from lmq.model.streaming import StreamedModel
+from lmq.numerics import fast_matmul_dtype
 
 SEQUENCES, LENGTH, LAYER = 3, 24, 1
 

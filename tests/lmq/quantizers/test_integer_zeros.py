@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from lmq.errors import InputError
 from lmq.formats.groups import nearest_codes, to_groups
 from lmq.formats.spec import STOPS, QuantSpec
-from lmq.measurement.frobenius import fit_grids, frobenius_errors
+from lmq.measurement.frobenius import frobenius_errors
+from lmq.measurement.grids import fit_grids
 from lmq.quantizers import quantizer
 from lmq.quantizers.integer_zeros import refit_scale, whole_zeros
 

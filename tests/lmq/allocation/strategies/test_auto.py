@@ -13,7 +13,8 @@ from lmq.allocation.strategies import Auto, Measurements
 from lmq.allocation.trials import ModelTrials, Slice
 from lmq.errors import InputError, NotFiniteError
 from lmq.formats.spec import QuantSpec
-from lmq.measurement.frobenius import fit_grids, frobenius_errors
+from lmq.measurement.frobenius import frobenius_errors
+from lmq.measurement.grids import fit_grids
 from lmq.measurement.quantized_model import Choice, QuantizedPoint
 from lmq.model.discovery import discover
 from lmq.model.streaming import StreamedModel, load_layer_weights
