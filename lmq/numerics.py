@@ -65,8 +65,17 @@ def _by_onednn(inputs: Tensor, weight: Tensor) -> bool:
 
 def _onednn(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     bias = None if bias is None else bias.contiguous()  # its strides would be ignored
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(inputs.contiguous(), weight.contiguous(), bias, "none", [], "")
-    return product
+    product = torch.ops.mkldnn._linear_pointwise(inputs.contiguous(), weight.contiguous(), bias, "none", [], "")
+    return without_base(product)
+
+
+def without_base(product: Tensor) -> Tensor:
+    """The same values as a tensor of its own, no view of another: what a model may change in place.
+
+    autograd refuses in-place operations on views that a custom function returns.
+    """
+    owned: Tensor = torch.ops.aten._unsafe_view(product, product.shape) if product._is_view() else product
+    return owned
 
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")

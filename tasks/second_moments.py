@@ -29,7 +29,7 @@ from lmq_tasks.stage import Job, stage
 _log = logging.getLogger(__name__)
 
 
-@stage("module-errors", version=2, schema=MODULE_ERRORS_SCHEMA.label)
+@stage("module-errors", version=3, schema=MODULE_ERRORS_SCHEMA.label)
 def measure_module_errors(job: Job) -> None:
     """Mean squared output error of every module of one layer under every configuration of the menu.
 

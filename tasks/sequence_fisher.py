@@ -54,7 +54,7 @@ def sampled_backward(job: Job) -> None:
     write_gradients(job.output / GRADIENTS_FILE, entering)
 
 
-@stage("sequence-fisher", version=3, schema=SEQUENCE_FISHER_SCHEMA.label)
+@stage("sequence-fisher", version=4, schema=SEQUENCE_FISHER_SCHEMA.label)
 def measure_sequence_fisher(job: Job) -> None:
     """Sequence-wise Fisher cost of every module of one layer under every configuration of the menu."""
     model = open_model(job)

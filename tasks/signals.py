@@ -24,7 +24,7 @@ from lmq_tasks.opened import open_model
 from lmq_tasks.stage import Job, stage
 
 
-@stage("sensitivity", version=3, schema=SENSITIVITY_SCHEMA.label)
+@stage("sensitivity", version=4, schema=SENSITIVITY_SCHEMA.label)
 def measure_sensitivity(job: Job) -> None:
     """Activation sensitivity of one layer's parts at one configuration.
 
@@ -60,7 +60,7 @@ def measure_sensitivity(job: Job) -> None:
     write_rows(job.output / "sensitivity.parquet", SENSITIVITY_SCHEMA, rows)
 
 
-@stage("fisher", version=1, schema=FISHER_SCHEMA.label)
+@stage("fisher", version=2, schema=FISHER_SCHEMA.label)
 def measure_fisher(job: Job) -> None:
     """Token-wise Fisher cost of every module of one layer under every configuration of the menu."""
     model = open_model(job)

@@ -10,7 +10,7 @@ from lmq_tasks.opened import open_model
 from lmq_tasks.stage import Job, stage
 
 
-@stage("super-weights", version=1, schema=SUPER_WEIGHTS_SCHEMA.label)
+@stage("super-weights", version=2, schema=SUPER_WEIGHTS_SCHEMA.label)
 def find_super_weights(job: Job) -> None:
     """Largest input and output of every down projection of one layer."""
     model = open_model(job)

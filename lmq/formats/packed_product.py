@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from lmq.formats.groups import decode_grid, from_groups
 from lmq.formats.packing import unpack
 from lmq.formats.spec import QuantSpec
-from lmq.numerics import linear
+from lmq.numerics import linear, without_base
 
 FEW_TOKENS = 8
 """Up to so many tokens, codes are multiplied as they are."""
@@ -174,7 +174,7 @@ class _PackedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
         ctx.weight = weight
-        return _multiply(inputs, weight, bias)
+        return without_base(_multiply(inputs, weight, bias))
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lmq.model.streaming import BlockInputs
+from lmq.measurement.copies import Copies
+from lmq.model.streaming import BlockInputs, copied
 from lmq.numerics import OneDnnProducts, linear
 
 JUDGED_ALONE = ("attn_out", "mlp_down")
@@ -25,7 +26,10 @@ JUDGED_ALONE = ("attn_out", "mlp_down")
 
 @dataclass(frozen=True, eq=False)
 class Pass:
-    """What a replay kept when the block ran on one sequence: of modules by kind, of judged submodules by part."""
+    """What a replay kept when the block ran on one sequence: of modules by kind, of judged submodules by part.
+
+    All are copies: a block may change what it gave and took in place (Falcon adds attention to the MLP's output).
+    """
 
     inputs: dict[str, Tensor] = field(default_factory=dict)
     modules: dict[str, Tensor] = field(default_factory=dict)
@@ -52,35 +56,36 @@ class PartReplay:
 
     def record(self, hidden: Tensor) -> Pass:
         """Run the block on one sequence `hidden` [1, sequence_length, hidden]."""
-        seen = Pass()
+        seen, copies = Pass(), Copies()
 
-        def keep(part: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            seen.calls[part], seen.outputs[part] = (args, kwargs), _tensor(output)
+        def keep_call(part: str, *call: Any) -> None:
+            seen.calls[part] = copied(call, copies)
 
-        handles = [
-            self._block.get_submodule(path).register_forward_hook(
-                lambda _, *call, part=part: keep(part, *call), with_kwargs=True
-            )
-            for part, path in self.paths.items()
-        ]
-        try:
-            with self._forwards(self._modules, functools.partial(self._run_and_keep, seen)):
-                self._block_inputs.run(self._block, hidden)
-        finally:
-            for handle in handles:
-                handle.remove()
+        def keep_output(part: str, output: Any) -> None:
+            seen.outputs[part] = _tensor(output).clone()
+
+        with ExitStack() as hooks, self._forwards(self._modules, functools.partial(self._run_and_keep, seen, copies)):
+            for part, path in self.paths.items():
+                judged = self._block.get_submodule(path)
+                before = judged.register_forward_pre_hook(
+                    lambda _, *call, part=part: keep_call(part, *call), with_kwargs=True
+                )
+                after = judged.register_forward_hook(lambda _, __, output, part=part: keep_output(part, output))
+                hooks.callback(before.remove)
+                hooks.callback(after.remove)
+            self._block_inputs.run(self._block, hidden)
         return seen
 
     def squared_change(self, part: str, substitutes: Mapping[str, Tensor], seen: Pass) -> float:
         """Summed squared change of the output that a part is judged by, when its modules have other weights."""
         path = self.paths[part]
         inside = [kind for kind in self._modules if not path or path == kind or kind.startswith(f"{path}.")]
-        args, kwargs = seen.calls[part]
+        args, kwargs = copied(seen.calls[part])
         with self._forwards(inside, functools.partial(self._run_changed, seen, substitutes)), OneDnnProducts():
             output = _tensor(self._block.get_submodule(path)(*args, **kwargs))
         return (output - seen.outputs[part]).square_().sum(dtype=torch.float64).item()
 
-    def _run_and_keep(self, seen: Pass, kind: str, states: Tensor) -> Tensor:
+    def _run_and_keep(self, seen: Pass, copies: Copies, kind: str, states: Tensor) -> Tensor:
         return linear(states, self.weight(kind), self._bias(kind))
 
     def _run_changed(self, seen: Pass, substitutes: Mapping[str, Tensor], kind: str, states: Tensor) -> Tensor:
@@ -121,16 +126,18 @@ class ChangeReplay(PartReplay):
             return super().squared_change(part, substitutes, seen)
         return _product(seen.inputs[path], substitutes[path]).square_().sum(dtype=torch.float64).item()
 
-    def _run_and_keep(self, seen: Pass, kind: str, states: Tensor) -> Tensor:
+    def _run_and_keep(self, seen: Pass, copies: Copies, kind: str, states: Tensor) -> Tensor:
         output, bias = _product(states, self._weights[kind]), self._bias(kind)
-        seen.inputs[kind], seen.modules[kind] = states, output if bias is None else output + bias
-        return seen.modules[kind]
+        seen.inputs[kind], seen.modules[kind] = copies(states), output if bias is None else output + bias
+        return seen.modules[kind].clone()
 
     def _run_changed(self, seen: Pass, substitutes: Mapping[str, Tensor], kind: str, states: Tensor) -> Tensor:
-        output, before = seen.modules[kind], seen.inputs[kind]
-        if states is not before:
-            output = output + _product(states - before, self._weights[kind])
-        return output + _product(states, substitutes[kind]) if kind in substitutes else output
+        output, before = seen.modules[kind].clone(), seen.inputs[kind]
+        if not torch.equal(states, before):
+            output += _product(states - before, self._weights[kind])
+        if kind in substitutes:
+            output += _product(states, substitutes[kind])
+        return output
 
 
 def _judged_by(part: str, kinds: Sequence[str]) -> str:

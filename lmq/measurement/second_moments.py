@@ -94,10 +94,11 @@ def capture_second_moments(
     up). The block is left as it was.
     """
     sums: dict[str, Tensor] = {}
-    first_with: dict[Tensor, str] = {}
+    first_with: dict[tuple[int, int], tuple[Tensor, str]] = {}
 
     def keep(kind: str, inputs: Tensor) -> None:
-        first = first_with.setdefault(inputs, kind)
+        # by identity and version: a tensor that the block changes in place is another input afterwards
+        _, first = first_with.setdefault((id(inputs), inputs._version), (inputs, kind))
         if first != kind:
             sums[kind] = sums[first]
             return

@@ -103,7 +103,7 @@ def capture_spikes(
     def watch(module: ModuleId) -> RemovableHandle:
         def keep(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             for kept, states in zip(seen[module], (args[0], output), strict=True):
-                kept.append(states.flatten(0, -2))
+                kept.append(states.flatten(0, -2).clone())  # the block may go on to change them in place
 
         return block.get_submodule(module.kind).register_forward_hook(keep)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lmq.measurement.copies import Copies
 from lmq.model.streaming import BlockInputs
 
 
@@ -40,16 +41,16 @@ def trace_modules(
     draws = range(0, len(gradient), len(hidden))
     inputs: dict[str, list[Tensor]] = {kind: [] for kind in kinds}
     gradients: dict[str, list[list[Tensor]]] = {kind: [[] for _ in draws] for kind in kinds}
-    converted: dict[Tensor, Tensor] = {}
 
     def by_token(states: Tensor) -> Tensor:
-        return states.detach().flatten(0, -2).to(dtype)
+        """A copy also where nothing is converted: the block may go on to change `states` in place."""
+        return states.detach().flatten(0, -2).to(dtype, copy=True)
+
+    copies = Copies(by_token)
 
     def watch(kind: str) -> RemovableHandle:
         def keep(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            if args[0] not in converted:
-                converted[args[0]] = by_token(args[0])
-            inputs[kind].append(converted[args[0]])
+            inputs[kind].append(copies(args[0]))
             output.register_hook(lambda output_gradient: found.__setitem__(kind, by_token(output_gradient)))
 
         return block.get_submodule(kind).register_forward_hook(keep)
@@ -66,7 +67,7 @@ def trace_modules(
                 torch.autograd.grad(leaving, entering, piece, retain_graph=draw != draws[-1])
                 for kind in kinds:
                     gradients[kind][number].append(found.pop(kind))
-            converted.clear()
+            copies.clear()
     finally:
         for handle in handles:
             handle.remove()

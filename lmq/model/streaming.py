@@ -8,7 +8,7 @@ forward: the stubs note what the blocks are called with, and put given states in
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,9 +50,13 @@ class BlockInputs:
     dtype: torch.dtype
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """States that leave the block [sequences, sequence_length, hidden] for those that enter it."""
+        """States that leave the block [sequences, sequence_length, hidden] for those that enter it.
+
+        The block works on copies, which it may change in place.
+        """
+        args, kwargs = copied((self.args, self.kwargs))
         with OneDnnProducts():
-            output = block(hidden.to(self.device, self.dtype), *self.args, **self.kwargs)
+            output = block(hidden.to(self.device, self.dtype, copy=True), *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
 
@@ -166,7 +170,7 @@ class StreamedModel:
     def head_logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., vocabulary] of states that leave the last block [..., hidden], token by token."""
         self._load_tables()
-        states = hidden.reshape(-1, 1, hidden.shape[-1]).to(self.device, self.dtype)
+        states = hidden.reshape(-1, 1, hidden.shape[-1]).to(self.device, self.dtype, copy=True)
         last = len(self._blocks) - 1
 
         def replace_last(layer: int, entering: Tensor, *_: Any) -> Any:
@@ -247,7 +251,7 @@ class StreamedModel:
                     f"the blocks of {self.structure.architecture} take states of shape {list(entering.shape)}, "
                     f"not {list(expected)}"
                 )
-            recorded.append(BlockInputs(args, kwargs, self.device, self.dtype))
+            recorded.append(BlockInputs(*copied((args, kwargs)), self.device, self.dtype))
             if len(recorded) == layers:
                 raise StopForward(entering)
             return self._as_output(entering)
@@ -297,6 +301,11 @@ def load_layer_weights(model_dir: Path, structure: ModelStructure, layer: int) -
     for kind, tensor in stored.items():
         require_finite(values[tensor.name], f"the weight of layer {layer} {kind}")
     return {kind: values[tensor.name].float() for kind, tensor in stored.items()}
+
+
+def copied(arguments: Any, copy: Callable[[Tensor], Tensor] = torch.clone) -> Any:
+    """Arguments of a call (nested tuples, lists and dicts) with their tensors copied: a block may change its own."""
+    return tree_map(lambda leaf: copy(leaf) if isinstance(leaf, Tensor) else leaf, arguments)
 
 
 def _same_tensors(first: Any, second: Any) -> bool:
