@@ -251,7 +251,7 @@ class StreamedModel:
                     f"the blocks of {self.structure.architecture} take states of shape {list(entering.shape)}, "
                     f"not {list(expected)}"
                 )
-            recorded.append(BlockInputs(*copied((args, kwargs)), self.device, self.dtype))
+            recorded.append(BlockInputs(copied(args), copied(kwargs), self.device, self.dtype))
             if len(recorded) == layers:
                 raise StopForward(entering)
             return self._as_output(entering)
