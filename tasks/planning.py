@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from lmq.allocation.constraints_text import parse_constraints
+from lmq.allocation.constraints import parse_constraints
 from lmq.allocation.error_table import ErrorTable
 from lmq.allocation.refine import Trials
 from lmq.allocation.solver import ALLOCATION_SCHEMA, Allocation

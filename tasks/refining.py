@@ -7,10 +7,9 @@ from functools import lru_cache
 import numpy as np
 import pyarrow as pa
 
-from lmq.allocation.refine import Refinement
+from lmq.allocation.refine import LossChanges, ModelTrials, Refinement, Slice
 from lmq.allocation.solver import ALLOCATION_SCHEMA
 from lmq.allocation.strategies import Auto, strategy
-from lmq.allocation.trials import LossChanges, ModelTrials, Slice
 from lmq.measurement.grids import load_grids
 from lmq.measurement.quantized_model import QuantizedPoint
 from lmq.measurement.replay import read_hidden_states

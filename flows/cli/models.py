@@ -6,8 +6,7 @@ import argparse
 
 from rich.table import Table
 
-from lmq.allocation.budget import Budget, module_sizes
-from lmq.allocation.storage_layouts import LAYOUTS, LayoutRange
+from lmq.allocation.budget import LAYOUTS, Budget, LayoutRange, module_sizes
 from lmq.errors import InputError
 from lmq.formats.spec import STOPS, QuantSpec
 from lmq.model.structure import ModelStructure

@@ -8,8 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from lmq.allocation.budget import Budget
-from lmq.allocation.constraints import Constraints
-from lmq.allocation.constraints_text import parse_constraints
+from lmq.allocation.constraints import Constraints, parse_constraints
 from lmq.allocation.strategies import strategy
 from lmq.allocation.targets import target_named
 from lmq.errors import InputError, unknown_name

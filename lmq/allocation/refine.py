@@ -8,7 +8,8 @@ The cross terms are not measured, and the second order, taken from full precisio
 quantized point. Solving the program for the two sums as they are changes most modules at once and makes the loss
 worse; so the second order is multiplied by a caution above 1, which keeps only changes whose first-order gain is
 well above their curvature. The caution is tried from bold to careful, and only the measured loss decides: a step is
-taken when its loss falls by more than the standard error of the fall over the sequences of the slice.
+taken when its loss falls by more than the standard error of the fall over the sequences of the slice. `ModelTrials`
+measures losses and local costs on the model.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+from torch import Tensor
 
 from lmq.allocation.program import ProgramConstraints
 from lmq.allocation.solver import solve
 from lmq.errors import InputError
 from lmq.formats.spec import QuantSpec
+from lmq.measurement.quantized_model import Choice, QuantizedPoint
 from lmq.model.structure import ModuleId
 
 logger = logging.getLogger(__name__)
@@ -33,6 +36,9 @@ UNIFORM = "uniform"
 
 MeasuredLosses = Callable[[np.ndarray], np.ndarray]
 """Loss of a choice [modules] on each sequence of the validation slice [sequences], in nats per token."""
+
+LossChanges = Mapping[tuple[ModuleId, QuantSpec], np.ndarray]
+"""⟨∇_W L, Ŵ − W⟩ of every module and configuration [draws · sequences], from `lmq.measurement.sequence_fisher`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +54,7 @@ class LocalCosts:
 
 
 class Trials(Protocol):
-    """Plans (module → configuration) tried on the model itself; `lmq.allocation.trials.ModelTrials` is one."""
+    """Plans (module → configuration) tried on the model itself; `lmq.allocation.refine.ModelTrials` is one."""
 
     def divergences(self, plan: Mapping[ModuleId, QuantSpec]) -> np.ndarray:
         """Loss on each sequence of the validation slice [sequences], nats per token."""
@@ -172,6 +178,50 @@ def refine(
         best = _least(measured)
         logger.info("%s changed %d modules: loss %.4f", best.origin, best.changed_modules, best.loss)
     return Refinement(best.choice, best.loss, float(losses_of(uniform).mean()), tuple(tried))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Slice:
+    """Token ids [sequences, sequence_length] and the states that leave the full-precision model's last block."""
+
+    token_ids: Tensor
+    reference_states: Tensor
+
+
+class ModelTrials:
+    """Divergence of plans on a validation slice, and local costs around a plan on the calibration slice.
+
+    The curvature comes from the loss changes of the calibration slice, the slope from a pass over it back through
+    the model as the plan quantizes it.
+    """
+
+    def __init__(self, point: QuantizedPoint, *, calibration: Slice, validation: Slice, loss_changes: LossChanges):
+        self._point = point
+        self._calibration = calibration
+        self._validation = validation
+        self._loss_changes = loss_changes
+
+    def divergences(self, plan: Choice) -> np.ndarray:
+        """Mean KL from full precision on each sequence of the validation slice, nats per token.
+
+        Float64 [sequences]. Raises NotFiniteError.
+        """
+        slice_ = self._validation
+        return self._point.divergences(slice_.token_ids, slice_.reference_states, plan).numpy()
+
+    def local_costs(self, plan: Choice, menu: Sequence[QuantSpec]) -> LocalCosts:
+        """Slopes and curvatures [modules of the plan, menu]; both are 0 at the plan itself. Raises NotFiniteError."""
+        slice_ = self._calibration
+        slopes = self._point.slopes(slice_.token_ids, slice_.reference_states, plan, menu)
+        predicted = slice_.token_ids.shape[1] - 1
+        curvatures = [
+            [
+                0.5 * float(np.square(self._loss_changes[module, spec] - self._loss_changes[module, now]).mean())
+                for spec in menu
+            ]
+            for module, now in plan.items()
+        ]
+        return LocalCosts(slopes, np.array(curvatures) / predicted)
 
 
 def _measured_once(measured_losses: MeasuredLosses) -> MeasuredLosses:

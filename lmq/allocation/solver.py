@@ -12,10 +12,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import ArrayLike
 
-from lmq.allocation.column_sets import smallest_choice, solve_column_sets
 from lmq.allocation.knapsack import total
 from lmq.allocation.milp import solve_milp
-from lmq.allocation.program import Program, ProgramConstraints
+from lmq.allocation.program import Program, ProgramConstraints, smallest_choice, solve_column_sets
 from lmq.errors import InfeasibleBudget, InputError, unknown_name
 from lmq.formats.spec import QuantSpec
 from lmq.model.structure import ModuleId

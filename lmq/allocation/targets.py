@@ -5,14 +5,16 @@ A new target is one entry of `TARGETS`.
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from lmq.allocation.module_list import list_modules
 from lmq.errors import InputError, unknown_name
 from lmq.formats.spec import QuantSpec
 from lmq.model.structure import ModuleInfo
+
+_IN_LAYER = re.compile(r"(?:.*\.)?(\d+)\.(.+)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +108,22 @@ def left_out(menu: Sequence[QuantSpec], target: Target, modules: Sequence[Module
     ]
 
 
+def list_modules(paths: Sequence[str]) -> str:
+    """`3 modules (layers 0-1: mlp.up_proj; layer 4: self_attn.q_proj)`; paths outside of layers as they are."""
+    layers_of: dict[str, list[int]] = defaultdict(list)
+    outside = []
+    for path in paths:
+        if match := _IN_LAYER.fullmatch(path):
+            layers_of[match[2]].append(int(match[1]))
+        else:
+            outside.append(path)
+    kinds_of: dict[tuple[int, ...], list[str]] = defaultdict(list)
+    for kind, layers in layers_of.items():
+        kinds_of[tuple(sorted(layers))].append(kind)
+    words = [f"{_layers(layers)}: {', '.join(sorted(kinds))}" for layers, kinds in sorted(kinds_of.items())]
+    return f"{len(paths)} module{'s' * (len(paths) != 1)} ({'; '.join(words + outside)})"
+
+
 def _holds_all(target: Target, spec: QuantSpec, modules: Sequence[ModuleInfo]) -> bool:
     return not _misfits(target, spec, modules)
 
@@ -117,3 +135,18 @@ def _misfits(target: Target, spec: QuantSpec, modules: Sequence[ModuleInfo]) -> 
 
 def _either(values: Sequence[int]) -> str:
     return " or ".join(map(str, values))
+
+
+def _layers(layers: Sequence[int]) -> str:
+    return f"layer{'s' * (len(layers) != 1)} {', '.join(_ranges(layers))}"
+
+
+def _ranges(numbers: Iterable[int]) -> list[str]:
+    """Ascending numbers as `0-2`, `5`."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return [str(first) if first == last else f"{first}-{last}" for first, last in spans]

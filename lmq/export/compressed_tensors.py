@@ -25,8 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lmq.allocation.constraints import ALIKE_PRESETS
-from lmq.allocation.module_list import list_modules
-from lmq.allocation.targets import TARGETS
+from lmq.allocation.targets import TARGETS, list_modules
 from lmq.checkpoint.write import DEFAULT_MAX_SHARD_BYTES
 from lmq.errors import InputError
 from lmq.export.report import ExportReport, ModuleStep, directory_bytes, relative_error

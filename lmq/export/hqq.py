@@ -7,7 +7,7 @@ written.
 
 Codes are those of the checkpoint, in hqq's own packing (3 bits: ten to an int32). Scales and zeros are decoded from
 their 8 bits and kept in 16, which is the error of the step and the reason why an hqq checkpoint is larger
-(`lmq.allocation.storage_layouts.hqq_size_bytes`). hqq dequantizes in the compute type that it is opened with. It also
+(`lmq.allocation.budget.hqq_size_bytes`). hqq dequantizes in the compute type that it is opened with. It also
 rounds the frequencies of rotary embeddings to that type, so `compute_dtype=torch.float32` gives the most faithful
 model.
 """
@@ -26,8 +26,8 @@ from hqq.models.hf.base import AutoHQQHFModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lmq.allocation.module_list import list_modules
-from lmq.allocation.storage_layouts import hqq_size_bytes
+from lmq.allocation.budget import hqq_size_bytes
+from lmq.allocation.targets import list_modules
 from lmq.errors import InputError
 from lmq.export.dtypes import cast, parse_dtype, with_dtype
 from lmq.export.report import ExportReport, ModuleStep, directory_bytes, relative_error

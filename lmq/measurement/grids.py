@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lmq.errors import DamagedFile, InputError
-from lmq.finite import require_finite
+from lmq.numerics import require_finite
 from lmq.formats.groups import GRID_TENSORS, Grid, encode
 from lmq.formats.spec import QuantSpec
 from lmq.model.structure import ModuleId

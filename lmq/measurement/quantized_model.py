@@ -15,13 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lmq.finite import require_finite
 from lmq.formats.groups import Grid
 from lmq.formats.spec import QuantSpec
 from lmq.measurement.divergence import divergence
 from lmq.model.streaming import BlockInputs, StreamedModel
 from lmq.model.structure import ModuleId
-from lmq.numerics import fast_products
+from lmq.numerics import fast_products, require_finite
 
 Choice = Mapping[ModuleId, QuantSpec]
 """Configuration of every module."""

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from lmq.errors import DamagedFile, NotFiniteError
-from lmq.finite import require_finite
 from lmq.model.streaming import BlockInputs
+from lmq.numerics import require_finite
 from lmq.tables import TableSchema, read_table
 
 

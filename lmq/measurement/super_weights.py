@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lmq.errors import InputError
-from lmq.finite import require_finite
 from lmq.model.streaming import BlockInputs
 from lmq.model.structure import ModuleId
+from lmq.numerics import require_finite
 from lmq.tables import MODULE_FIELDS, TableSchema
 
 SUPER_WEIGHTS_SCHEMA = TableSchema(

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from lmq.errors import InputError
-from lmq.finite import finite_sum, require_finite
 from lmq.measurement.coarse_grid import find_coarse_grid
 from lmq.model.structure import ModuleId
+from lmq.numerics import finite_sum, require_finite
 from lmq.tables import MODULE_FIELDS, TableSchema
 
 PERCENTILES: Mapping[str, float] = {

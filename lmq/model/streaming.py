@@ -20,12 +20,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 from transformers import PreTrainedModel
 
 from lmq.errors import InputError, UnsupportedModel
-from lmq.finite import require_finite
 from lmq.model.discovery import build_skeleton, embedding_shape, match_tensors
 from lmq.model.structure import ModelStructure
 from lmq.model.stubs import BlockStub, StopForward, StubHandler, StubSwitch
 from lmq.model.tensors import StoredTensor, find_tensor, read_headers, read_tensors
-from lmq.numerics import OneDnnProducts
+from lmq.numerics import OneDnnProducts, require_finite
 
 _LOGITS_AT_ONCE = 1 << 24
 """Logits held at a time (64 MB in float32), whatever the vocabulary."""

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lmq.errors import InputError
-from lmq.finite import require_finite
+from lmq.numerics import require_finite
 
 ABSOLUTE_EPSILON = 1e-5
 RELATIVE_EPSILON = 1e-2

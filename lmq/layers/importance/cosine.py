@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lmq.errors import InputError, NotFiniteError
-from lmq.finite import require_finite
+from lmq.numerics import require_finite
 
 
 @torch.no_grad()

@@ -6,9 +6,8 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-from lmq.report.compare import Tally, by_yardstick, pareto_front, tallies
+from lmq.report.compare import Tally, by_yardstick, equal_bytes, pareto_front, tallies
 from lmq.report.data import PairedDifference, ReportData
-from lmq.report.equal_bytes import equal_bytes
 from lmq.report.figures.perplexity import drawable
 from lmq.report.html import Column, csv_link, not_measured, number, table, text
 from lmq.report.results import (

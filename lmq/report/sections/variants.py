@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from html import escape
 
+from lmq.report.compare import Verdict, best_measured, verdicts
 from lmq.report.data import ReportData
 from lmq.report.figures.palette import SeriesStyle
 from lmq.report.figures.perplexity import drawable, perplexity_by_size, strategy_styles
@@ -24,7 +25,6 @@ from lmq.report.results import (
 )
 from lmq.report.sections.certainty import certainty_part
 from lmq.report.sections.performance import performance_part, tasks_part
-from lmq.report.sections.verdict import Verdict, best_measured, verdicts
 
 RESULT_COLUMNS = [item.name for item in fields(VariantResult) if item.name != "tasks"]
 """Columns of a CSV of variants; their tasks have a file of their own."""

@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lmq.allocation.budget import Budget, feasible_range
-from lmq.allocation.storage_layouts import hqq_size_bytes
+from lmq.allocation.budget import Budget, feasible_range, hqq_size_bytes
 from lmq.checkpoint.config import FORMAT_VERSION
 from lmq.formats.spec import STOPS
 from lmq.model.discovery import discover

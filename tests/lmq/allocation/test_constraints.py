@@ -7,8 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lmq.allocation.budget import module_sizes
-from lmq.allocation.constraints import Constraints, DeviceLimit, violations
-from lmq.allocation.constraints_text import parse_constraints
+from lmq.allocation.constraints import Constraints, DeviceLimit, parse_constraints, violations
 from lmq.allocation.error_table import ErrorTable
 from lmq.allocation.solver import Allocation, Assignment
 from lmq.allocation.strategies import STRATEGIES, Measurements, strategy

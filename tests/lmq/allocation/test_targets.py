@@ -1,7 +1,9 @@
+from __future__ import annotations
+
 import pytest
 
 from lmq.allocation.constraints import ALIKE_PRESETS
-from lmq.allocation.targets import TARGETS, left_out, restrict_menu, target_named
+from lmq.allocation.targets import TARGETS, left_out, list_modules, restrict_menu, target_named
 from lmq.errors import InputError
 from lmq.formats.spec import ALLOWED_BITS, ALLOWED_GROUP_SIZES, STOPS, QuantSpec
 from lmq.model.structure import ModuleId, ModuleInfo
@@ -70,3 +72,16 @@ def test_a_menu_of_which_nothing_is_left_is_refused_with_what_may_be_on_it() -> 
         restrict_menu(_specs("b3g64", "b4g128"), VLLM, _modules((64, 576)))
     with pytest.raises(InputError, match=r"holds no configuration .*: layer 0 m1 has groups of 32 that straddle rows"):
         restrict_menu(STOPS, VLLM, _modules((64, 64), (64, 40)))
+
+
+def test_layers_are_joined_and_every_kind_is_named() -> None:
+    down = [f"model.layers.{layer}.mlp.down_proj" for layer in (0, 10, 1, 2)]
+    rest = ["model.layers.7.self_attn.q_proj", "model.layers.7.mlp.up_proj"]
+    assert list_modules(down + rest) == (
+        "6 modules (layers 0-2, 10: mlp.down_proj; layer 7: mlp.up_proj, self_attn.q_proj)"
+    )
+
+
+def test_what_is_in_no_layer_keeps_its_name() -> None:
+    assert list_modules(["lm_head"]) == "1 module (lm_head)"
+    assert list_modules(["lm_head", "h.3.attn"]) == "2 modules (layer 3: attn; lm_head)"

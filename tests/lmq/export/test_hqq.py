@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import lmq
 import lmq.export.hqq as hqq_export
-from lmq.allocation.storage_layouts import hqq_size_bytes
+from lmq.allocation.budget import hqq_size_bytes
 from lmq.errors import InputError
 from lmq.export.hqq import export, problems
 from lmq.export.source import QuantizedCheckpoint

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from lmq.errors import InputError
-from lmq.report.compare import Tally, by_yardstick, pareto_front, seeded_draws, tallies
+from lmq.report.compare import Tally, by_yardstick, equal_bytes, pareto_front, seeded_draws, tallies
 from lmq.report.results import VariantResult
 from lmq.report.results_table import latex_table
 from lmq.report.sections.comparison import build_comparison
@@ -111,3 +111,29 @@ def test_a_latex_table_escapes_what_latex_would_read() -> None:
     assert "a\\_b & mxq & uniform b4g64 +2\\%" in table
     assert "35.00 $\\pm$ 0.41" in table
     assert table.count(r"\\") == 3
+
+
+def sized(strategy, size_bytes, perplexity):
+    return VariantResult(
+        model="m", strategy=strategy, budget=f"{size_bytes} B", size_bytes=size_bytes, perplexity=perplexity
+    )
+
+
+SIZED_UNIFORM = [sized("uniform", 300, 40.0), sized("uniform", 200, 90.0), sized("uniform", 400, 35.0)]
+
+
+@pytest.mark.parametrize("size", [200, 210, 300, 385, 400])
+def test_uniform_at_equal_bytes_is_interpolated_in_log_perplexity(size):
+    [found] = equal_bytes([*SIZED_UNIFORM, sized("mxq", size, 30.0)])
+    expected = float(np.exp(np.interp(size, [200, 300, 400], np.log([90.0, 40.0, 35.0]))))
+    assert found.uniform_perplexity == pytest.approx(expected)
+    assert found.relative == pytest.approx(30.0 / expected - 1)
+    assert found.smaller.size_bytes <= size <= found.larger.size_bytes
+
+
+def test_nothing_is_said_beyond_what_was_measured():
+    outside = [sized("sensi-boost", 401, 30.0), sized("mxq", 199, 95.0), sized("mxq", 250, None)]
+    full = VariantResult(model="m", strategy="full-precision", size_bytes=300, perplexity=20.0)
+    assert equal_bytes([*SIZED_UNIFORM, *outside, full]) == []
+    assert equal_bytes([SIZED_UNIFORM[0], sized("mxq", 350, 30.0)]) == []
+    assert len(equal_bytes([SIZED_UNIFORM[0], sized("mxq", 300, 30.0)])) == 1

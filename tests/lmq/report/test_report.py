@@ -11,10 +11,10 @@ import pytest
 
 from lmq.formats.spec import STOPS
 from lmq.report import ModelReport, PairedDifference, ReportData, StageTiming, build_report
+from lmq.report.compare import verdicts
 from lmq.report.sections.allocations import OPEN_MAPS
 from lmq.report.sections.costs import one_per_width
 from lmq.report.sections.stages import format_duration
-from lmq.report.sections.verdict import verdicts
 from tests.lmq.report.synthetic_report import FULL_PERPLEXITY, MODEL, model_report, report_data, results, structure
 
 VOID = {"meta", "br", "hr", "img", "link"}

@@ -9,8 +9,8 @@ import torch
 from lmq.allocation.budget import module_sizes
 from lmq.allocation.constraints import Constraints, violations
 from lmq.allocation.error_table import ErrorTable
+from lmq.allocation.refine import ModelTrials, Slice
 from lmq.allocation.strategies import Auto, Measurements
-from lmq.allocation.trials import ModelTrials, Slice
 from lmq.errors import InputError, NotFiniteError
 from lmq.formats.spec import QuantSpec
 from lmq.measurement.frobenius import frobenius_errors
