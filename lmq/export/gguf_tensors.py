@@ -13,7 +13,7 @@ import torch
 from gguf import GGMLQuantizationType
 from transformers import PreTrainedConfig
 
-from lmq.allocation.module_list import list_modules
+from lmq.allocation.targets import list_modules
 from lmq.export.gguf_blocks import GRID_BLOCKS, Bytes, Floats, decode, encode
 from lmq.export.gguf_model import ROPE_FACTORS, gguf_name, head_rows, norm_offset, rope_factors
 from lmq.export.report import ModuleStep
