@@ -13,10 +13,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lmq.errors import DamagedFile, InputError
-from lmq.numerics import require_finite
 from lmq.formats.groups import GRID_TENSORS, Grid, encode
 from lmq.formats.spec import QuantSpec
 from lmq.model.structure import ModuleId
+from lmq.numerics import require_finite
 from lmq.quantizers import Quantizer
 
 LayerGrids = Mapping[ModuleId, Mapping[QuantSpec, Grid]]
