@@ -75,21 +75,23 @@ def layer_z_scores(profile: Sequence[float] | np.ndarray, difference: str) -> np
     return scores
 
 
-def profiles_by_kind(values: Mapping[ModuleId, float]) -> dict[str, dict[int, float]]:
-    """Arrange one number per module as kind → layer → number, layers rising."""
-    profiles: dict[str, dict[int, float]] = {}
+def profiles_by_kind(values: Mapping[ModuleId, float | None]) -> dict[str, dict[int, float | None]]:
+    """Arrange one number per module as kind → layer → number, layers rising; None is a module that has none."""
+    profiles: dict[str, dict[int, float | None]] = {}
     for module in sorted(values):
         profiles.setdefault(module.kind, {})[module.layer] = values[module]
     return profiles
 
 
 def outlier_modules(
-    profiles: Mapping[str, Mapping[int, float]], *, difference: str, top_m: int = 0
+    profiles: Mapping[str, Mapping[int, float | None]], *, difference: str, top_m: int = 0
 ) -> dict[str, list[int]]:
     """Find the outlier layers of every module kind: kind → layers, by descending |z|.
 
-    `profiles` is kind → layer → number. Neighbours are the layers that have the kind. A kind in fewer than 4 layers
-    has no outliers. Raises InputError naming the kind whose profile cannot be used.
+    `profiles` is kind → layer → number. Neighbours are the layers that have a number: what has none (a constant matrix
+    has no kurtosis), or has 0 where numbers are divided (a matrix of zeros is exact in every configuration), is left
+    out and no outlier. A kind in fewer than 4 such layers has no outliers. Raises InputError naming the kind whose
+    profile cannot be used.
     """
     return {
         kind: [layers[index] for index in _above_threshold(scores, top_m)]
@@ -97,7 +99,7 @@ def outlier_modules(
     }
 
 
-def outlier_rows(values: Mapping[ModuleId, float], signal: str, *, difference: str) -> list[dict[str, Any]]:
+def outlier_rows(values: Mapping[ModuleId, float | None], signal: str, *, difference: str) -> list[dict[str, Any]]:
     """Rows of `OUTLIERS_SCHEMA`, one per module: |z| of its layer within its kind, None where there is none."""
     return [
         {
@@ -119,19 +121,23 @@ def check_top_m(top_m: int) -> None:
 
 
 def _scores_by_kind(
-    profiles: Mapping[str, Mapping[int, float]], difference: str
+    profiles: Mapping[str, Mapping[int, float | None]], difference: str
 ) -> dict[str, tuple[list[int], np.ndarray]]:
-    """Kind → its layers, rising, and |z| of each; NaN in a kind of too few layers."""
+    """Kind → its layers, rising, and |z| of each; NaN where a layer is left out, and in a kind of too few layers."""
     scores = {}
     for kind, profile in profiles.items():
         layers = sorted(profile)
-        if len(layers) < FEWEST_LAYERS_OF_KIND:
-            scores[kind] = (layers, np.full(len(layers), np.nan))
-            continue
-        try:
-            scores[kind] = (layers, layer_z_scores([profile[layer] for layer in layers], difference))
-        except InputError as error:
-            raise InputError(f"profile of {kind}: {error}") from error
+        values = np.array([profile[layer] for layer in layers], dtype=np.float64)  # None becomes NaN
+        taken = np.array([profile[layer] is not None for layer in layers], dtype=bool)
+        if difference == "divide":
+            taken &= values != 0
+        found = np.full(len(layers), np.nan)
+        if taken.sum() >= FEWEST_LAYERS_OF_KIND:
+            try:
+                found[taken] = layer_z_scores(values[taken], difference)
+            except InputError as error:
+                raise InputError(f"profile of {kind}: {error}") from error
+        scores[kind] = (layers, found)
     return scores
 
 

@@ -92,7 +92,7 @@ def measure_fisher(job: Job) -> None:
     write_rows(job.output / "fisher.parquet", FISHER_SCHEMA, rows)
 
 
-@stage("outliers", version=1, schema=OUTLIERS_SCHEMA.label)
+@stage("outliers", version=2, schema=OUTLIERS_SCHEMA.label)
 def find_outliers(job: Job) -> None:
     """Outlier layers of every module kind, by kurtosis and by sensitivity."""
     rows = [
@@ -102,8 +102,8 @@ def find_outliers(job: Job) -> None:
     write_rows(job.output / "outliers.parquet", OUTLIERS_SCHEMA, rows)
 
 
-def read_profile(job: Job, name: str, schema: TableSchema) -> dict[ModuleId, float]:
-    """One number per module from the tables of all layers; empty when it was not measured."""
+def read_profile(job: Job, name: str, schema: TableSchema) -> dict[ModuleId, float | None]:
+    """One number per module from the tables of all layers, None where it has none; empty when it was not measured."""
     if not job.has(name):
         return {}
     rows = [row for path in job.inputs(name, f"{name}.parquet") for row in read_rows(path, schema)]

@@ -15,7 +15,7 @@ from lmq_tasks.opened import layer_weights, read_structure
 from lmq_tasks.stage import Job, stage
 
 
-@stage("kurtosis", version=2, schema=WEIGHT_STATISTICS_SCHEMA.label)
+@stage("kurtosis", version=3, schema=WEIGHT_STATISTICS_SCHEMA.label)
 def measure_kurtosis(job: Job) -> None:
     """Kurtosis and percentiles of every weight matrix of one layer, and the coarse grid it already lies on."""
     layer = job.config["layer"]

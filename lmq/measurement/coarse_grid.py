@@ -84,7 +84,8 @@ def _grid_in_groups(weight: Tensor, group_size: int) -> CoarseGrid | None:
     # odd strides, so as not to look at the same columns of every row
     first, sample = (groups[:: len(groups) // wanted | 1] for wanted in (_FIRST_GROUPS, _SAMPLED_GROUPS))
     levels = _levels(sample) if _levels(first) is not None else None
-    return None if levels is None else CoarseGrid(max(1, math.ceil(math.log2(levels))), group_size)
+    # one level everywhere: a matrix of zeros lies on every grid, which tells nothing of where it comes from
+    return None if levels in (None, 1) else CoarseGrid(math.ceil(math.log2(levels)), group_size)
 
 
 def _levels(groups: Tensor) -> int | None:

@@ -233,14 +233,17 @@ def traced_statistics(traces: Mapping[str, ModuleTrace]) -> Iterator[tuple[str, 
     """Statistics of every module, kind by kind, from the traces of the text's own loss (one draw).
 
     Made one after the other, so that one module's gradients are held at a time; modules that share their inputs
-    share the second moments. Raises InputError for gradients that are all 0.
+    share the second moments. Where all gradients are 0 (behind a matrix of zeros) no token outweighs another, and every
+    cost by gradients is 0.
     """
     shared: dict[Tensor, SecondMoments] = {}
     for kind, trace in traces.items():
         if trace.inputs not in shared:
             shared = {trace.inputs: second_moments(trace.inputs)}
+        token_weights = gradient_token_weights(trace.gradients)
+        weighted = second_moments(trace.inputs, token_weights) if token_weights.any() else shared[trace.inputs]
         gradients = GradientStatistics(
-            weighted=second_moments(trace.inputs, gradient_token_weights(trace.gradients)),
+            weighted=weighted,
             mean_squared=mean_squared_gradient(trace.gradients),
             weight_gradient=trace.gradients.float().t() @ trace.inputs.float(),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ from lmq.model.structure import ModuleId
 from lmq.numerics import finite_sum, require_finite
 from lmq.tables import MODULE_FIELDS, TableSchema
 
+_log = logging.getLogger(__name__)
+
 PERCENTILES: Mapping[str, float] = {
     "percentile_0": 0.0,
     "percentile_99": 99.0,
@@ -26,19 +29,19 @@ PERCENTILES: Mapping[str, float] = {
 
 WEIGHT_STATISTICS_SCHEMA = TableSchema(
     "weight-statistics",
-    1,
+    2,
     pa.schema(
         [
             *MODULE_FIELDS,
             pa.field("parameters", pa.int64(), nullable=False),
-            pa.field("kurtosis", pa.float64(), nullable=False),
+            pa.field("kurtosis", pa.float64()),
             *(pa.field(column, pa.float64(), nullable=False) for column in PERCENTILES),
             pa.field("grid_bits", pa.int32()),
             pa.field("grid_group_size", pa.int32()),
         ]
     ),
 )
-"""`grid_bits` and `grid_group_size` are null where the weights lie on no coarse grid."""
+"""`kurtosis` is null where all weights are equal, `grid_bits` and `grid_group_size` where there is no coarse grid."""
 
 _CHUNK_ELEMENTS = 1 << 16
 _SAMPLE_ELEMENTS = 1 << 16
@@ -50,7 +53,7 @@ _CONSTANT_VARIANCE = 1e-26
 def weight_statistics(module: ModuleId, weight: Tensor) -> dict[str, Any]:
     """Row of `WEIGHT_STATISTICS_SCHEMA` for `weight` [out_features, in_features], of any float dtype.
 
-    Raises NotFiniteError for a weight with NaN or infinity, InputError where all weights are equal.
+    Raises NotFiniteError for a weight with NaN or infinity.
     """
     grid = find_coarse_grid(weight)
     return {
@@ -82,25 +85,29 @@ def magnitude_percentiles(weight: Tensor, name: str = "the weight") -> dict[str,
     }
 
 
-def scaled_profiles(profiles: Mapping[str, Mapping[int, float]]) -> dict[str, dict[int, float]]:
-    """Every profile (kind → layer → number) scaled to 0…1 over the layers of its kind; 0 where all are equal."""
-    scaled = {}
-    for kind, profile in profiles.items():
-        low, high = min(profile.values()), max(profile.values())
-        spread = high - low
-        scaled[kind] = {layer: (value - low) / spread if spread else 0.0 for layer, value in profile.items()}
-    return scaled
+def scaled_profiles(profiles: Mapping[str, Mapping[int, float | None]]) -> dict[str, dict[int, float]]:
+    """Every profile (kind → layer → number) scaled to 0…1 over the layers of its kind.
+
+    0 where all are equal, and where a layer has no number.
+    """
+    return {kind: _scaled(profile) for kind, profile in profiles.items()}
 
 
-def kurtosis(weight: torch.Tensor, name: str = "the weight") -> float:
+def _scaled(profile: Mapping[int, float | None]) -> dict[int, float]:
+    numbers = [value for value in profile.values() if value is not None]
+    low, high = min(numbers, default=0.0), max(numbers, default=0.0)
+    return {
+        layer: 0.0 if value is None or low == high else (value - low) / (high - low) for layer, value in profile.items()
+    }
+
+
+def kurtosis(weight: torch.Tensor, name: str = "the weight") -> float | None:
     """Pearson kurtosis m4 / m2² of all elements, population moments: 3 for a normal distribution.
 
     `weight` of any shape and float dtype; moments are accumulated in float64, chunk by chunk.
     Equals scipy.stats.kurtosis(fisher=False, bias=True). Zhang et al. 2025 (arXiv 2503.06518), equation 11.
-
-    Raises:
-        NotFiniteError: the weight holds NaN or infinity.
-        InputError: all elements are equal, so that no kurtosis exists.
+    None where all elements are equal, as in the zeros of a layer that was added to deepen a model: no kurtosis exists.
+    Raises NotFiniteError for a weight with NaN or infinity.
     """
     elements = max(weight.numel(), 1)
     mean = finite_sum(weight, name) / elements
@@ -113,10 +120,13 @@ def kurtosis(weight: torch.Tensor, name: str = "the weight") -> float:
         fourth_sum += float(squares.dot(squares))
     variance = second_sum / elements
     if variance <= _CONSTANT_VARIANCE * mean * mean:
-        raise InputError(
-            f"{name} has no kurtosis: its {weight.numel():,} elements all equal {mean:g}; "
-            "leave this matrix out of the kurtosis profile"
+        _log.warning(
+            "%s has no kurtosis: its %d elements all equal %g; it is left out of the kurtosis profile",
+            name,
+            weight.numel(),
+            mean,
         )
+        return None
     return fourth_sum / elements / variance**2
 
 

@@ -102,6 +102,24 @@ def test_modules_are_profiled_by_kind_over_the_layers_that_have_it():
     assert found == {"mlp.up_proj": [44, 46], "rare": []}
 
 
+@pytest.mark.parametrize(("difference", "nothing"), [("subtract", None), ("divide", None), ("divide", 0.0)])
+def test_layers_without_a_number_are_left_out(difference, nothing):
+    """The others get the scores that they have as neighbours."""
+    values = np.random.default_rng(1).uniform(1, 2, 30)
+    values[21] = 40.0
+    without = values.tolist()
+    for layer in (3, 9, 29):
+        without.insert(layer, nothing)
+    rows = outlier_rows({ModuleId(layer, "q"): v for layer, v in enumerate(without)}, "s", difference=difference)
+    assert [rows[layer]["z"] for layer in (3, 9, 29)] == [None] * 3
+    kept = [row["z"] for layer, row in enumerate(rows) if layer not in (3, 9, 29)]
+    assert kept[1:] == pytest.approx(layer_z_scores(values, difference)[1:])
+    assert kept[0] is None
+    assert not any(rows[layer]["outlier"] for layer in (3, 9, 29))
+    dead = {ModuleId(layer, "dead"): nothing for layer in range(6)}
+    assert outlier_modules(profiles_by_kind(dead), difference=difference) == {"dead": []}
+
+
 def test_a_bad_kind_is_named():
     values = {ModuleId(layer, "mlp.up_proj"): float("nan") for layer in range(5)}
     with pytest.raises(InputError, match=r"mlp\.up_proj: layer 0"):

@@ -22,7 +22,8 @@ from lmq.model.structure import ModuleId, ModuleInfo
 class Measurements:
     """The modules to allocate, the configurations to choose from, and what was measured; None is not measured.
 
-    `kurtosis` and `sensitivity` hold one number per module; `frobenius` (norm of the weight error), `fisher`
+    `kurtosis` and `sensitivity` hold one number per module, None where it has none (a constant matrix has no
+    kurtosis); `frobenius` (norm of the weight error), `fisher`
     (loss-aware, token-wise) and `sequence_fisher` (sequence-wise) are error tables, as is `divergence`
     (measured, of one module alone), which may hold fewer configurations; `layer_importance` holds one number per
     layer for each metric of `lmq.layers.importance.layers.layer_scores`; `trials` tries plans on the model.
@@ -31,8 +32,8 @@ class Measurements:
 
     modules: tuple[ModuleInfo, ...]
     menu: tuple[QuantSpec, ...]
-    kurtosis: Mapping[ModuleId, float] | None = None
-    sensitivity: Mapping[ModuleId, float] | None = None
+    kurtosis: Mapping[ModuleId, float | None] | None = None
+    sensitivity: Mapping[ModuleId, float | None] | None = None
     frobenius: ErrorTable | None = None
     fisher: ErrorTable | None = None
     sequence_fisher: ErrorTable | None = None
@@ -194,12 +195,12 @@ def table_costs(table: ErrorTable | None, name: str, choices: Choices) -> np.nda
 
 
 def module_signal(
-    signal: Mapping[ModuleId, float] | None, name: str, modules: Sequence[ModuleInfo]
-) -> dict[ModuleId, float]:
-    """One number for every module to allocate. Raises InputError naming modules that were not measured."""
+    signal: Mapping[ModuleId, float | None] | None, name: str, modules: Sequence[ModuleInfo]
+) -> dict[ModuleId, float | None]:
+    """One number for every module to allocate, None where it has none. Raises InputError naming those not measured."""
     if signal is None:
         raise _not_measured(name)
-    missing = [str(module.id) for module in modules if signal.get(module.id) is None]
+    missing = [str(module.id) for module in modules if module.id not in signal]
     if missing:
         raise InputError(f"no {name} for {_some(missing)}; measure them and try again")
     return {module.id: signal[module.id] for module in modules}

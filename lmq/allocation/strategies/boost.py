@@ -156,10 +156,13 @@ def boosted_column(specs: tuple[QuantSpec, ...], base: int, boost_stop: int) -> 
 
 
 def _pay(
-    choices: Choices, choice: np.ndarray, base: int, signal: Mapping[ModuleId, float], budget_bytes: int
+    choices: Choices, choice: np.ndarray, base: int, signal: Mapping[ModuleId, float | None], budget_bytes: int
 ) -> np.ndarray:
-    """Move modules down until the budget holds: the least sensitive first, the boosted ones last."""
-    by_signal = sorted(range(len(choice)), key=lambda row: signal[choices.modules[row].id])
+    """Move modules down until the budget holds: the least sensitive first, the boosted ones last.
+
+    A matrix without a number is constant, loses nothing, and so gives first.
+    """
+    by_signal = sorted(range(len(choice)), key=lambda row: signal[choices.modules[row].id] or 0.0)
     others = [row for row in by_signal if choice[row] <= base]
     boosted = [row for row in by_signal if choice[row] > base]
     return reduce_to_fit(choices, choice, [others, boosted], budget_bytes)

@@ -304,6 +304,9 @@ def test_without_gradients_what_needs_them_is_not_measured() -> None:
     assert found["fisher_diagonal"] is found["fisher_weighted"] is found["delta_loss"] is None
 
 
-def test_gradients_of_nothing_are_refused() -> None:
-    with pytest.raises(InputError, match="not all 0"):
-        list(traced_statistics({"q": ModuleTrace(INPUTS, torch.zeros(TRACED, 6))}))
+def test_where_no_gradient_comes_back_costs_by_gradients_are_0() -> None:
+    """As behind an output matrix of zeros; the output error is measured all the same."""
+    error = random_tensor(6, 12, seed=5)
+    found = dict(traced_statistics({"q": ModuleTrace(INPUTS, torch.zeros(TRACED, 6))}))["q"].costs(error)
+    alone = ModuleStatistics(second_moments(INPUTS)).costs(error)
+    assert found == {"input_error": alone["input_error"], "fisher_diagonal": 0, "fisher_weighted": 0, "delta_loss": 0}

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import scipy.stats
@@ -96,8 +98,6 @@ def test_rows_hold_statistics_of_a_weight_and_the_grid_it_lies_on(tmp_path) -> N
 
 
 def test_a_row_names_the_weight_it_cannot_be_made_for() -> None:
-    with pytest.raises(InputError, match=r"layer 3 mlp.up_proj has no kurtosis"):
-        weight_statistics(MODULE, torch.ones(32, 32))
     with pytest.raises(NotFiniteError, match=r"layer 3 mlp.up_proj holds 1,024 elements"):
         weight_statistics(MODULE, torch.full((32, 32), torch.nan))
 
@@ -123,9 +123,19 @@ def test_normal_weights_have_kurtosis_three() -> None:
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, -3e-20])
-def test_constant_weight_is_refused_by_name(value: float) -> None:
-    with pytest.raises(InputError, match=r"layer 3 mlp.up_proj has no kurtosis"):
-        kurtosis(torch.full((300, 500), value), "layer 3 mlp.up_proj")
+def test_a_constant_weight_has_no_kurtosis_and_no_grid_and_is_named(
+    value: float, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    row = weight_statistics(MODULE, torch.full((300, 512), value))
+    assert (row["kurtosis"], row["grid_bits"], row["percentile_100"]) == (None, None, pytest.approx(abs(value)))
+    assert "layer 3 mlp.up_proj has no kurtosis: its 153600 elements all equal" in caplog.text
+    write_rows(tmp_path / "w.parquet", WEIGHT_STATISTICS_SCHEMA, [row])
+    assert read_rows(tmp_path / "w.parquet", WEIGHT_STATISTICS_SCHEMA) == [row]
+
+
+def test_what_has_no_number_is_scaled_to_nothing() -> None:
+    found = scaled_profiles({"q": {0: 4.0, 1: None, 2: 3.0}, "dead": {0: None, 1: None}})
+    assert found == {"q": {0: 1.0, 1: 0.0, 2: 0.0}, "dead": {0: 0.0, 1: 0.0}}
 
 
 def test_not_finite_weight_is_refused_with_the_count() -> None:
