@@ -6,8 +6,8 @@ from dataclasses import asdict
 
 from torch import Tensor, nn
 
+from lmq.formats import FORMATS, Format, rounding_format
 from lmq.formats.groups import Grid
-from lmq.formats.nf4 import NormalFloat4
 from lmq.formats.spec import QuantSpec
 from lmq.measurement.activation import SENSITIVITY_SCHEMA, part_sensitivities
 from lmq.measurement.grids import load_grids
@@ -28,17 +28,17 @@ from lmq_tasks.stage import Job, stage
 def measure_sensitivity(job: Job) -> None:
     """Activation sensitivity of one layer's parts at one configuration.
 
-    Weights are rounded to the grids of `frobenius`, or to NF4 in groups of the configuration's size where
-    `quantizer` says so: NF4 has no such grids.
+    Weights are rounded to the grids of `frobenius`, or, where `quantizer` names a format of `lmq.formats`, to that
+    format in groups of the configuration's size.
     """
     model = open_model(job)
     layer = job.config["layer"]
     spec = QuantSpec.parse(job.config["spec"])
     hidden = read_hidden_states(job.input("hidden", HIDDEN_STATES_FILE))
     modules = model.structure.in_layer(layer)
-    rounded_to: dict[ModuleId, Grid | NormalFloat4]
-    if job.config.get("quantizer") == NormalFloat4.name:
-        rounded_to = {module.id: NormalFloat4(group_size=spec.group_size) for module in modules}
+    rounded_to: dict[ModuleId, Grid | Format]
+    if (name := job.config.get("quantizer")) in FORMATS:
+        rounded_to = {module.id: rounding_format(name, group_size=spec.group_size) for module in modules}
     else:
         grids = load_grids(job.input("frobenius", "grids.safetensors"))
         rounded_to = {module.id: grids[module.id][spec].to(job.device) for module in modules}

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from lmq.errors import InputError
-from lmq.formats.nf4 import NormalFloat4
+from lmq.formats import FORMATS, rounding_format
 from lmq.formats.spec import QuantSpec
 from lmq.measurement.activation import SENSITIVITY_SCHEMA
 from lmq.measurement.delta_loss import DELTA_LOSS_SCHEMA
@@ -36,8 +36,8 @@ from lmq_storage import ArtifactRef
 from lmq_tasks.planning import spec_of
 from lmq_tasks.stage import open_store
 
-STUDY_QUANTIZERS = (*QUANTIZERS, NormalFloat4.name)
-"""NF4 is measured only: no checkpoint holds it."""
+STUDY_QUANTIZERS = (*QUANTIZERS, *FORMATS)
+"""Formats such as NF4 are measured only: no checkpoint holds them."""
 
 Profiles = dict[Setting, dict[str, Profile]]
 """Sensitivity of every part over the layers, by setting."""
@@ -100,10 +100,10 @@ def text_names(sources: Sequence[str]) -> dict[str, str]:
 
 
 def stored_bits_per_weight(setting: Setting) -> float:
-    """Bits per weight of what a setting's quantizer makes of its configuration: NF4 stores a divisor per group."""
+    """Bits per weight of what a setting's quantizer makes of its configuration; a format has a formula of its own."""
     spec = QuantSpec.parse(setting.configuration)
-    if setting.quantizer == NormalFloat4.name:
-        return NormalFloat4(group_size=spec.group_size).bits_per_weight
+    if setting.quantizer in FORMATS:
+        return rounding_format(setting.quantizer, group_size=spec.group_size).bits_per_weight
     return spec.bits_per_weight
 
 
@@ -111,8 +111,7 @@ def stored_bits_per_weight(setting: Setting) -> float:
 class SensitivityStudy:
     """Activation sensitivity of every combination of model, text, quantizer and configuration.
 
-    NF4 has 4 bits: it is measured at the configurations that have as many. Raises InputError where a quantizer is
-    left with no configuration.
+    A format such as NF4 is measured at the configurations that have its bits. Raises InputError where there is none.
     """
 
     models: tuple[str, ...]
@@ -122,8 +121,12 @@ class SensitivityStudy:
     options: StudyOptions = field(default_factory=StudyOptions)
 
     def __post_init__(self) -> None:
-        if NormalFloat4.name in self.quantizers and not self._specs(NormalFloat4.name):
-            raise InputError(f"nf4 has 4 bits, and so has none of {', '.join(self.configurations)}; add b4g64")
+        for name in FORMATS.keys() & set(self.quantizers):
+            if not self._specs(name):
+                bits = FORMATS[name].bits
+                raise InputError(
+                    f"{name} has {bits} bits, and so has none of {', '.join(self.configurations)}; add b{bits}g64"
+                )
 
     def measure(self, console: Console) -> Profiles:
         """Measure what is not cached, with progress on the console. Raises InputError as a run would."""
@@ -154,8 +157,8 @@ class SensitivityStudy:
     ) -> list[Node]:
         """Nodes of one setting; `grids` are shared by the texts and configurations of a model and a quantizer."""
         config = {"spec": setting.configuration}
-        if setting.quantizer == NormalFloat4.name:
-            return nodes.per_layer("sensitivity", {**config, "quantizer": NormalFloat4.name}, hidden=hidden)
+        if setting.quantizer in FORMATS:
+            return nodes.per_layer("sensitivity", {**config, "quantizer": setting.quantizer}, hidden=hidden)
         key = (setting.model, setting.quantizer)
         if key not in grids:
             grids[key] = nodes.frobenius(self._specs(setting.quantizer), {"name": setting.quantizer, "axis": 1})
@@ -163,8 +166,7 @@ class SensitivityStudy:
 
     def _specs(self, quantizer: str) -> list[QuantSpec]:
         specs = sorted(map(QuantSpec.parse, self.configurations), key=lambda spec: spec.bits_per_weight)
-        is_nf4 = quantizer == NormalFloat4.name
-        return [spec for spec in specs if not is_nf4 or spec.bits == NormalFloat4.bits]
+        return [spec for spec in specs if quantizer not in FORMATS or spec.bits == FORMATS[quantizer].bits]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,8 +36,6 @@ NF4_LEVELS = (
 )
 """The published code book, QLoRA appendix E."""
 
-NF4_GROUP_SIZES = (32, 64, 128)
-
 
 @dataclass(frozen=True, kw_only=True)
 class NormalFloat4:
@@ -45,16 +43,21 @@ class NormalFloat4:
 
     name: ClassVar[str] = "nf4"
     bits: ClassVar[int] = 4
+    group_sizes: ClassVar[tuple[int, ...]] = (32, 64, 128)
     group_size: int = 64
 
     def __post_init__(self) -> None:
-        if self.group_size not in NF4_GROUP_SIZES:
-            raise InputError(f"group_size = {self.group_size} is not allowed for nf4; allowed: {NF4_GROUP_SIZES}")
+        if self.group_size not in self.group_sizes:
+            raise InputError(f"group_size = {self.group_size} is not allowed for nf4; allowed: {self.group_sizes}")
 
     @property
     def bits_per_weight(self) -> float:
         """4-bit codes and a float32 divisor per group: 4.5 for groups of 64."""
         return self.bits + 32 / self.group_size
+
+    def size_bytes(self, parameters: int) -> int:
+        """Bytes of the codes and divisors of a matrix of `parameters` weights."""
+        return parameters * self.bits // 8 + 4 * -(-parameters // self.group_size)
 
     def round_trip(self, weight: Tensor) -> Tensor:
         """The quantized weight, float32 [out_features, in_features]; groups straddle rows as in bitsandbytes.
@@ -65,7 +68,7 @@ class NormalFloat4:
         if weight.numel() % self.group_size:
             raise InputError(
                 f"nf4 in groups of {self.group_size} does not fit a matrix of {weight.numel():,} weights; "
-                f"choose a group size of {NF4_GROUP_SIZES} that divides their number"
+                f"choose a group size of {self.group_sizes} that divides their number"
             )
         levels = torch.tensor(NF4_LEVELS, device=weight.device)
         midpoints = (levels[1:] + levels[:-1]) / 2

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import pyarrow as pa
 import torch
 
+from lmq.formats import Format
 from lmq.formats.groups import Grid, group_blocks, nearest_codes, to_groups
-from lmq.formats.nf4 import NormalFloat4
 from lmq.tables import MODULE_FIELDS, SPEC_FIELDS, TableSchema
 
 FROBENIUS_SCHEMA = TableSchema(
@@ -33,12 +33,12 @@ def frobenius_norm(weight: torch.Tensor) -> float:
     return sum(_square_sum(block) for block in blocks) ** 0.5
 
 
-def frobenius_errors(weight: torch.Tensor, rounded_to: Sequence[Grid | NormalFloat4]) -> list[float]:
-    """‖W − Ŵ‖_F of each grid, Ŵ being what the checkpoint will hold, or of NF4; accumulated in float64."""
+def frobenius_errors(weight: torch.Tensor, rounded_to: Sequence[Grid | Format]) -> list[float]:
+    """‖W − Ŵ‖_F of each grid, Ŵ being what the checkpoint will hold, or of a format; accumulated in float64."""
     return [_frobenius_error(weight, item) for item in rounded_to]
 
 
-def _frobenius_error(weight: torch.Tensor, rounded_to: Grid | NormalFloat4) -> float:
+def _frobenius_error(weight: torch.Tensor, rounded_to: Grid | Format) -> float:
     if isinstance(rounded_to, Grid):
         return _grid_error(weight, rounded_to)
     return frobenius_norm(rounded_to.round_trip(weight) - weight.detach())
