@@ -37,7 +37,7 @@ def measure_sensitivity(job: Job) -> None:
     hidden = read_hidden_states(job.input("hidden", HIDDEN_STATES_FILE))
     modules = model.structure.in_layer(layer)
     rounded_to: dict[ModuleId, Grid | Format]
-    if (name := job.config.get("quantizer")) in FORMATS:
+    if (name := job.config.get("quantizer", "")) in FORMATS:
         rounded_to = {module.id: rounding_format(name, group_size=spec.group_size) for module in modules}
     else:
         grids = load_grids(job.input("frobenius", "grids.safetensors"))
