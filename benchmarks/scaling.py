@@ -26,7 +26,7 @@ from benchmarks.llama_files import LLAMA_2_7B, LlamaShape
 from lmq.formats.spec import STOPS
 from lmq.model.structure import ModelStructure, ModuleId, ModuleInfo
 from lmq_flows.config.run import RunConfig, parse_run_config
-from lmq_flows.graph.build import Measurements, build_graph
+from lmq_flows.graph.build import MeasuredModel, build_graph
 from lmq_flows.graph.chunks import ChunkedWalk
 from lmq_flows.graph.model_nodes import PreparedModel, TextIdentity
 from lmq_flows.graph.node import Graph, Node
@@ -131,7 +131,7 @@ class Plan:
     costs: dict[str, StageCost]
     config: RunConfig
     graph: Graph
-    measured: Measurements
+    measured: MeasuredModel
     speed: float
 
     @classmethod
@@ -172,7 +172,7 @@ class Plan:
         if stage in self.costs:
             return self.costs[stage].seconds(head if stage in OF_THE_HEAD else weights, tokens) / self.speed
         if stage == "quantize":  # a grid of one configuration is applied: a twelfth of fitting twelve
-            return self.costs["frobenius"].seconds(weights, tokens) / len(STOPS) / self.speed
+            return self.costs["grids"].seconds(weights, tokens) / len(STOPS) / self.speed
         if stage in ("reference", "evaluate"):
             windows = 1 + max(0, evaluation.tokens - evaluation.window) // evaluation.stride
             seen = windows * evaluation.window

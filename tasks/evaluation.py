@@ -16,9 +16,9 @@ from lmq.evaluation.windows import WINDOWS_SCHEMA, last_states, score_windows, w
 from lmq.measurement.replay import read_hidden_states, write_hidden_states
 from lmq.tables import write_rows
 from lmq.text.calibration import read_tokens
-from lmq_tasks.capture import HIDDEN_STATES_FILE
 from lmq_tasks.opened import materialized, model_dir, open_model
 from lmq_tasks.stage import Job, stage
+from lmq_tasks.states import HIDDEN_STATES_FILE
 from lmq_tasks.texts import PREFIX_FILE, TOKENS_FILE
 
 WINDOWS_FILE = "windows.parquet"

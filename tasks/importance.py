@@ -1,42 +1,30 @@
-"""Stages that measure how much a model needs its layers: from their activations, and by removing them."""
+"""Stages that say how much a model needs its layers: by removing them, and from what was measured of them."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from lmq.layers.importance.cosine import angular_distances, last_token_states
+from lmq.layers.importance.cosine import angular_distances
 from lmq.layers.importance.estimates import ShapleyOptions, removal_importance
-from lmq.layers.importance.layers import LAYER_ACTIVITY_SCHEMA, layer_activity, layer_importance_rows
+from lmq.layers.importance.layers import layer_importance_rows
 from lmq.layers.importance.removal import RemovalValue
 from lmq.layers.importance.tables import ANGULAR_DISTANCE_SCHEMA, LAYER_IMPORTANCE_SCHEMA, SUBLAYER_IMPORTANCE_SCHEMA
-from lmq.measurement.replay import read_hidden_states
+from lmq.measurement.layer_activity import LAYER_ACTIVITY
 from lmq.numerics import fast_matmul_dtype
 from lmq.tables import read_rows, write_rows
 from lmq.text.calibration import read_tokens
-from lmq_tasks.capture import HIDDEN_STATES_FILE
+from lmq_tasks.measure import TENSORS_FILE, measured_rows
 from lmq_tasks.opened import open_model
 from lmq_tasks.stage import Job, stage
 from lmq_tasks.texts import TOKENS_FILE
 
-ACTIVITY_FILE = "activity.parquet"
 LAYERS_FILE = "importance.parquet"
 SUBLAYERS_FILE = "sublayers.parquet"
 ANGULAR_FILE = "angular.parquet"
 REMOVAL_FILE = "removal.json"
-_LAST_TOKENS_FILE = "last-tokens.safetensors"
-
-
-@stage("layer-activity", version=1, schema=LAYER_ACTIVITY_SCHEMA.label)
-def measure_layer_activity(job: Job) -> None:
-    """Activation statistics and Block Influence of one layer, and the last token's states around it."""
-    layer = job.config["layer"]
-    entering, leaving = (read_hidden_states(job.input(name, HIDDEN_STATES_FILE)) for name in ("hidden", "leaving"))
-    write_rows(job.output / ACTIVITY_FILE, LAYER_ACTIVITY_SCHEMA, [layer_activity(entering, leaving, layer=layer)])
-    states = {"entering": last_token_states(entering), "leaving": last_token_states(leaving)}
-    save_file(states, job.output / _LAST_TOKENS_FILE)
 
 
 @stage("removal-importance", version=1, schema=SUBLAYER_IMPORTANCE_SCHEMA.label)
@@ -63,10 +51,8 @@ def measure_removal_importance(job: Job) -> None:
 @stage("layer-importance", version=1, schema=LAYER_IMPORTANCE_SCHEMA.label)
 def join_layer_importance(job: Job) -> None:
     """Every metric of every layer, and the angular distance over each block of `angular_layers` neighbours."""
-    activities = [
-        row for path in job.inputs("activity", ACTIVITY_FILE) for row in read_rows(path, LAYER_ACTIVITY_SCHEMA)
-    ]
-    states = [load_file(path) for path in job.inputs("activity", _LAST_TOKENS_FILE)]
+    activities = measured_rows(job, LAYER_ACTIVITY.name)
+    states = [load_file(path) for path in job.inputs(LAYER_ACTIVITY.name, TENSORS_FILE)]
     last_tokens = [*(state["entering"] for state in states), states[-1]["leaving"]]
     removal = None
     if job.has("removal"):

@@ -12,18 +12,14 @@ from lmq.allocation.refine import Trials
 from lmq.allocation.solver import ALLOCATION_SCHEMA, Allocation
 from lmq.allocation.strategies import Measurements, strategy
 from lmq.formats.spec import QuantSpec
-from lmq.layers.importance.layers import LAYER_ACTIVITY_SCHEMA, layer_scores
-from lmq.measurement.activation import SENSITIVITY_SCHEMA
-from lmq.measurement.divergence import MODULE_DIVERGENCE_SCHEMA
-from lmq.measurement.frobenius import FROBENIUS_SCHEMA
-from lmq.measurement.sequence_fisher import SEQUENCE_FISHER_SCHEMA
-from lmq.measurement.token_fisher import FISHER_SCHEMA
-from lmq.measurement.weights import WEIGHT_STATISTICS_SCHEMA
+from lmq.layers.importance.layers import layer_scores
+from lmq.measurement.base import Cost
+from lmq.measurement.layer_activity import LAYER_ACTIVITY
+from lmq.measurement.registry import COSTS, PROFILES
 from lmq.model.structure import ModelStructure, ModuleId
-from lmq.tables import TableSchema, read_rows, write_rows
-from lmq_tasks.importance import ACTIVITY_FILE
+from lmq.tables import write_rows
+from lmq_tasks.measure import measured_rows, read_profile
 from lmq_tasks.opened import read_structure
-from lmq_tasks.signals import read_profile
 from lmq_tasks.stage import Job, stage
 
 
@@ -59,35 +55,22 @@ def write_allocation(job: Job, allocation: Allocation, **found: float | None) ->
 def read_measurements(job: Job, structure: ModelStructure, *, trials: Trials | None = None) -> Measurements:
     """What was measured of the model, as far as the strategy needs it."""
     menu = tuple(QuantSpec.parse(name) for name in job.config["menu"])
+    costs = {name: _error_table(job, cost, menu) for name, cost in COSTS.items() if job.has(name)}
+    activities = measured_rows(job, LAYER_ACTIVITY.name)
     return Measurements(
         modules=structure.modules,
         menu=menu,
-        kurtosis=read_profile(job, "kurtosis", WEIGHT_STATISTICS_SCHEMA) or None,
-        sensitivity=read_profile(job, "sensitivity", SENSITIVITY_SCHEMA) or None,
-        frobenius=_error_table(job, "frobenius", "frobenius.parquet", FROBENIUS_SCHEMA, "frobenius_error", menu),
-        fisher=_error_table(job, "fisher", "fisher.parquet", FISHER_SCHEMA, "fisher", menu),
-        sequence_fisher=_error_table(job, "sequence_fisher", "fisher.parquet", SEQUENCE_FISHER_SCHEMA, "fisher", menu),
-        divergence=_error_table(job, "divergence", "divergence.parquet", MODULE_DIVERGENCE_SCHEMA, "divergence", menu),
-        layer_importance=_layer_importance(job),
+        costs=costs,
+        profiles={name: read_profile(job, name) for name in PROFILES if job.has(name)},
+        layer_scores=layer_scores(activities) if activities else None,
         trials=trials,
         constraints=parse_constraints(job.config.get("constraints", {})),
     )
 
 
-def _error_table(
-    job: Job, name: str, file: str, schema: TableSchema, column: str, menu: tuple[QuantSpec, ...]
-) -> ErrorTable | None:
-    if not job.has(name):
-        return None
-    rows = [row for path in job.inputs(name, file) for row in read_rows(path, schema)]
-    return ErrorTable.from_rows([row for row in rows if spec_of(row) in menu], column)
-
-
-def _layer_importance(job: Job) -> dict[str, list[float]] | None:
-    if not job.has("layer_importance"):
-        return None
-    paths = job.inputs("layer_importance", ACTIVITY_FILE)
-    return layer_scores([row for path in paths for row in read_rows(path, LAYER_ACTIVITY_SCHEMA)])
+def _error_table(job: Job, cost: Cost, menu: tuple[QuantSpec, ...]) -> ErrorTable:
+    rows = [row for row in measured_rows(job, cost.name) if spec_of(row) in menu]
+    return ErrorTable.from_rows(rows, cost.columns[0].column)
 
 
 def spec_of(row: dict[str, int]) -> QuantSpec:

@@ -8,6 +8,7 @@ from lmq.checkpoint.write import assemble_checkpoint, quantize_layer, quantized_
 from lmq.errors import LmqError
 from lmq.measurement.grids import load_grids
 from lmq.quantizers import quantizer
+from lmq_tasks.measure import GRIDS_FILE
 from lmq_tasks.opened import layer_weights, model_dir, read_structure
 from lmq_tasks.planning import read_choice
 from lmq_tasks.stage import Job, stage
@@ -19,7 +20,7 @@ def quantize(job: Job) -> None:
     structure = read_structure(job)
     layer = job.config["layer"]
     choice = read_choice(job.input("choice", f"layer-{layer:03d}.json"))
-    grids = load_grids(job.input("frobenius", "grids.safetensors"))
+    grids = load_grids(job.input("grids", GRIDS_FILE))
     by_kind = layer_weights(job, structure, layer)
     weights = {info.id: by_kind[info.id.kind].to(job.device) for info in structure.in_layer(layer)}
     on_device = {

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import numpy as np
 import pyarrow as pa
 
 from lmq.allocation.refine import LossChanges, ModelTrials, Refinement, Slice
 from lmq.allocation.solver import ALLOCATION_SCHEMA
 from lmq.allocation.strategies import Auto, strategy
-from lmq.measurement.grids import load_grids
 from lmq.measurement.quantized_model import QuantizedPoint
 from lmq.measurement.replay import read_hidden_states
-from lmq.measurement.sequence_fisher import SEQUENCE_FISHER_SCHEMA
+from lmq.measurement.sequence_fisher import SEQUENCE_FISHER
 from lmq.model.structure import ModuleId
-from lmq.tables import TableSchema, read_rows, write_rows
+from lmq.tables import TableSchema, write_rows
 from lmq.text.calibration import read_tokens
-from lmq_tasks.capture import HIDDEN_STATES_FILE
+from lmq_tasks.measure import grids_by_layer, measured_rows
 from lmq_tasks.opened import open_model
 from lmq_tasks.planning import read_measurements, spec_of, write_allocation
 from lmq_tasks.stage import Job, stage
+from lmq_tasks.states import HIDDEN_STATES_FILE
 from lmq_tasks.texts import TOKENS_FILE
 
 TRIALS_SCHEMA = TableSchema(
@@ -47,8 +45,7 @@ def refine(job: Job) -> None:
     model = open_model(job)
     chosen = strategy(job.config["strategy"], **job.config["options"])
     assert isinstance(chosen, Auto)
-    grid_files = job.inputs("frobenius", "grids.safetensors")
-    point = QuantizedPoint(model, lru_cache(maxsize=1)(lambda layer: load_grids(grid_files[layer])))
+    point = QuantizedPoint(model, grids_by_layer(job))
     validation = read_tokens(job.input("validation", TOKENS_FILE))
     trials = ModelTrials(
         point,
@@ -73,8 +70,7 @@ def refine(job: Job) -> None:
 def _loss_changes(job: Job) -> LossChanges:
     return {
         (ModuleId(row["layer"], row["kind"]), spec_of(row)): np.array(row["loss_changes"])
-        for path in job.inputs("sequence_fisher", "fisher.parquet")
-        for row in read_rows(path, SEQUENCE_FISHER_SCHEMA)
+        for row in measured_rows(job, SEQUENCE_FISHER.name)
     }
 
 

@@ -110,12 +110,16 @@ class Job:
 
 @dataclass(frozen=True)
 class Stage:
-    """A step of the pipeline. Raise `version` when the same inputs would give other bytes."""
+    """A step of the pipeline. Raise `version` when the same inputs would give other bytes.
+
+    `made_by` are the functions that its bytes come from, where the body is not one that a module defines.
+    """
 
     name: str
     version: int
     schema: str
     body: Callable[[Job], None]
+    made_by: tuple[Callable[..., Any], ...] = ()
 
 
 Input = JsonDict

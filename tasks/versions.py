@@ -29,8 +29,15 @@ _FRAME = "lmq_tasks.stage"
 
 def source_digest(stage: Stage) -> str:
     """Digest of the normalised source that the stage's results come from."""
-    parts, library = _stage_sources(stage.body.__module__, stage.body.__name__)
-    modules: set[str] = set().union(*(_closure(name) for name in library))
+    parts: list[str] = []
+    modules: set[str] = set()
+    for function in stage.made_by or (stage.body,):
+        if _is_library(function.__module__):
+            modules |= _closure(function.__module__)
+            continue
+        used, library = _stage_sources(function.__module__, function.__name__)
+        parts += used
+        modules = modules.union(*(_closure(name) for name in library))
     parts += [f"{name}:{_normalised(_parse(name))}" for name in sorted(modules)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 

@@ -10,11 +10,12 @@ from typing import Annotated, Any
 import yaml
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, field_validator, model_validator
 
-from lmq.allocation.strategies import STRATEGIES, strategy
+from lmq.allocation.strategies import STRATEGIES, TRIALS, strategy
 from lmq.allocation.strategies.uniform import Uniform
 from lmq.allocation.targets import TARGETS, left_out, restrict_menu, target_named
 from lmq.errors import InputError
 from lmq.formats.spec import QuantSpec
+from lmq.measurement.registry import MEASUREMENTS
 from lmq.model.structure import ModuleInfo
 from lmq.quantizers import QUANTIZERS
 from lmq_flows.config.overrides import apply_override
@@ -214,13 +215,13 @@ class RunConfig(Section):
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether anything is measured on calibration text; all but weights and their errors is."""
-        return bool(self.needs - {"kurtosis", "frobenius"})
+        """Whether anything is measured on calibration text."""
+        return any(name == TRIALS or MEASUREMENTS[name].on_text for name in self.needs)
 
     @property
     def calibration_sequences(self) -> int:
         """Sequences taken from the calibration text: those measured on, and those that plans are tried on."""
-        validation = self.calibration.validation_sequences if "trials" in self.needs else 0
+        validation = self.calibration.validation_sequences if TRIALS in self.needs else 0
         return self.calibration.sequences + validation
 
 

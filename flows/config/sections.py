@@ -15,6 +15,7 @@ from lmq.errors import InputError, unknown_name
 from lmq.evaluation.baselines import RoundedBaseline
 from lmq.evaluation.zero_shot import STANDARD_TASKS
 from lmq.formats.spec import STOPS, QuantSpec
+from lmq.measurement.registry import MEASUREMENTS
 from lmq_flows.config.names import slug
 
 T = TypeVar("T")
@@ -116,20 +117,6 @@ class EvaluationConfig(TextConfig):
         if self.tokens < self.window:
             raise ValueError(f"tokens = {self.tokens} is less than one window of {self.window}; raise it or the other")
         return self
-
-
-MEASUREMENTS = (
-    "kurtosis",
-    "sensitivity",
-    "fisher",
-    "sequence_fisher",
-    "divergence",
-    "super_weights",
-    "module_errors",
-    "delta_loss",
-    "layer_importance",
-)
-"""What can be measured beside what the strategies need."""
 
 
 def _measurement_name(name: str) -> str:

@@ -7,14 +7,24 @@ from typing import Any
 
 from lmq.allocation.budget import Budget, check_feasible, module_sizes
 from lmq.allocation.solver import check_feasible_program
-from lmq.allocation.strategies import strategy
+from lmq.allocation.strategies import TRIALS, strategy
 from lmq.errors import InputError
 from lmq.formats.spec import QuantSpec
-from lmq.measurement.divergence import default_specs
+from lmq.measurement.activation import SENSITIVITY
+from lmq.measurement.frobenius import FROBENIUS
+from lmq.measurement.module_divergence import default_specs
+from lmq.measurement.registry import MEASUREMENTS, PROFILES
 from lmq_flows.config.run import RunConfig
 from lmq_flows.config.sections import BaselineConfig, StrategyConfig
 from lmq_flows.graph.judging import PERFORMANCE_TOKENS, Subject, baseline_subject, evaluation_tasks
-from lmq_flows.graph.model_nodes import FLOAT32_BYTES, ModelNodes, PreparedModel, TextIdentity, calibration_sizes
+from lmq_flows.graph.model_nodes import (
+    FLOAT32_BYTES,
+    CapturedText,
+    ModelNodes,
+    PreparedModel,
+    TextIdentity,
+    calibration_sizes,
+)
 from lmq_flows.graph.node import FileOf, Graph, Input, Node
 
 FULL_PRECISION = "full-precision"
@@ -66,25 +76,21 @@ class Variant:
 
 
 @dataclass(kw_only=True)
-class Measurements:
-    """Nodes that measure one model; an empty list and None were not asked for.
+class MeasuredModel:
+    """Nodes that measure one model: those of every table by the name of its measurement, and the outlier layers.
 
-    A list has one node per layer, `delta_loss` one per configuration.
+    A table has one node per layer, that of `delta_loss` one per configuration. `trials` are inputs of the stage that
+    tries allocations on the model, beside the tables of its candidates.
     """
 
-    frobenius: list[Node]
-    kurtosis: list[Node] = field(default_factory=list)
-    sensitivity: list[Node] = field(default_factory=list)
-    fisher: list[Node] = field(default_factory=list)
-    sequence_fisher: list[Node] = field(default_factory=list)
-    divergence: list[Node] = field(default_factory=list)
-    module_errors: list[Node] = field(default_factory=list)
-    delta_loss: list[Node] = field(default_factory=list)
-    super_weights: list[Node] = field(default_factory=list)
-    layer_importance: list[Node] = field(default_factory=list)
+    tables: dict[str, list[Node]]
     outliers: Node | None = None
     trials: dict[str, Input | list[Input]] = field(default_factory=dict)
-    """Inputs of the stage that tries plans on the model, beside the tables of its candidates."""
+
+    @property
+    def grids(self) -> list[Node]:
+        """Grids of every layer, whose stage measures their Frobenius errors."""
+        return self.tables[FROBENIUS.name]
 
 
 def resolve_budgets(config: RunConfig, model: PreparedModel) -> dict[str, int | InputError]:
@@ -124,14 +130,14 @@ def failed_variants(config: RunConfig, model: str, error: str) -> list[Variant]:
 
 def build_graph(
     config: RunConfig, models: list[PreparedModel], texts: dict[str, TextIdentity]
-) -> tuple[Graph, list[Variant], dict[str, Measurements]]:
+) -> tuple[Graph, list[Variant], dict[str, MeasuredModel]]:
     """The graph of a whole run; measurements are made once per model and shared by its variants."""
     graph = Graph()
     variants: list[Variant] = []
-    measured: dict[str, Measurements] = {}
+    measured: dict[str, MeasuredModel] = {}
     for model in models:
         builder = _ModelGraph(graph, config, model, texts)
-        measured[model.config.name] = builder.measurements
+        measured[model.config.name] = builder.measured
         variants += builder.variants()
     return graph, variants, measured
 
@@ -143,54 +149,36 @@ class _ModelGraph(ModelNodes):
         super().__init__(graph, model, texts)
         self._config = config
         self._needs = config.needs
-        self.measurements = self._measure()
+        self.measured = self._measure()
 
-    def _measure(self) -> Measurements:
-        measure = self._config.measure
-        also = {QuantSpec.parse(measure.sensitivity_spec)} if "sensitivity" in self._needs else set()
+    def _measure(self) -> MeasuredModel:
+        settings = self._settings()
+        also = {QuantSpec.parse(settings["spec"])} if SENSITIVITY.name in self._needs else set()
         specs = sorted({*self.model.menu, *also}, key=lambda spec: spec.bits_per_weight)
-        found = Measurements(frobenius=self.frobenius(specs, self._config.quantizer))
-        if "kurtosis" in self._needs:
-            found.kurtosis = self.per_layer("kurtosis", {})
-        if self._config.needs_calibration:
-            self._measure_on_text(found)
-        if found.kurtosis or found.sensitivity:
-            signals = {"kurtosis": found.kurtosis, "sensitivity": found.sensitivity}
-            found.outliers = self.add("outliers", "", {}, {name: nodes for name, nodes in signals.items() if nodes})
-        return found
+        grids = self.grids(specs, self._config.quantizer)
+        measured = MeasuredModel(tables={FROBENIUS.name: grids})
+        captured = CapturedText(self, self._config.calibration, self._config.measure.label_draws)
+        for name, measurement in MEASUREMENTS.items():
+            if name in self._needs and name not in measured.tables:
+                measured.tables[name] = self.measurement(measurement, settings, grids, captured)
+        profiles = {name: measured.tables[name] for name in PROFILES if name in measured.tables}
+        if profiles:
+            measured.outliers = self.add("outliers", "", {}, profiles)
+        if TRIALS in self._needs:
+            validation = self._validation_tokens()
+            measured.trials = {"tokens": captured.tokens, "hidden": captured.last, "validation": validation}
+        return measured
 
-    def _measure_on_text(self, found: Measurements) -> None:
-        """Add what is measured on the calibration text."""
-        measure, calibration = self._config.measure, self._config.calibration
-        hidden, last, tokens = self.capture_forward(calibration)
-        menu = {"menu": [spec.name for spec in self.model.menu]}
-        replayed: dict[str, Any] = {"frobenius": found.frobenius, "hidden": hidden}
-        if "trials" in self._needs:
-            found.trials = {"tokens": tokens, "hidden": last, "validation": self._validation_tokens()}
-        if "sensitivity" in self._needs:
-            found.sensitivity = self.per_layer("sensitivity", {"spec": measure.sensitivity_spec}, **replayed)
-        if self._needs & {"fisher", "module_errors"}:
-            gradients = self.capture_text_gradient(hidden, last, tokens)
-            if "fisher" in self._needs:
-                found.fisher = self.per_layer("fisher", menu, **replayed, gradient=gradients)
-            if "module_errors" in self._needs:
-                found.module_errors = self.per_layer("module-errors", menu, **replayed, gradient=gradients)
-        if "sequence_fisher" in self._needs:
-            gradients = self.capture_draws(hidden, last, measure.label_draws, calibration.seed)
-            found.sequence_fisher = self.per_layer("sequence-fisher", menu, **replayed, gradient=gradients)
-        if "divergence" in self._needs:
-            alone = {"specs": self._kl_specs(), "sequences": measure.kl_sequences}
-            found.divergence = self.per_layer("module-divergence", alone, **replayed, last=[last] * len(hidden))
-        if "delta_loss" in self._needs:
-            found.delta_loss = self.delta_loss(self.model.menu, found.frobenius, tokens)
-        if "super_weights" in self._needs:
-            found.super_weights = self.per_layer("super-weights", {}, hidden=hidden)
-        if "layer_importance" in self._needs:
-            found.layer_importance = self.layer_activity(hidden, last)
-
-    def _kl_specs(self) -> list[str]:
-        given = self._config.measure.kl_specs
-        return list(given) if given else [spec.name for spec in default_specs(self.model.menu)]
+    def _settings(self) -> dict[str, Any]:
+        """What stages that measure can be told, by the names in `Measurement.settings`."""
+        measure, menu = self._config.measure, self.model.menu
+        specs = list(measure.kl_specs) if measure.kl_specs else [spec.name for spec in default_specs(menu)]
+        return {
+            "menu": [spec.name for spec in menu],
+            "spec": measure.sensitivity_spec,
+            "specs": specs,
+            "sequences": measure.kl_sequences,
+        }
 
     def _validation_tokens(self) -> Node:
         """Sequences of the calibration text after those that are measured on."""
@@ -264,16 +252,16 @@ class _ModelGraph(ModelNodes):
         if self._config.kept_constraints.plain and chosen.keeps_constraints:
             config["constraints"] = self._config.kept_constraints.plain
         inputs: dict[str, Input | list[Input]] = {
-            need: list(getattr(self.measurements, need)) for need in sorted(needs - {"trials"})
+            need: list(self.measured.tables[need]) for need in sorted(needs - {TRIALS})
         }
         stage = "allocate"
-        if "trials" in needs:
+        if TRIALS in needs:
             stage = "refine"
-            inputs |= self.measurements.trials
+            inputs |= self.measured.trials
         variant.allocation = self.add(stage, what, config, inputs, **own)
-        for layer, frobenius in enumerate(self.measurements.frobenius):
+        for layer, grids in enumerate(self.measured.grids):
             choice = FileOf(variant.allocation, layer_choice_file(layer))
-            inputs = {"choice": choice, "frobenius": frobenius}
+            inputs = {"choice": choice, "grids": grids}
             expected = (variant.budget_bytes or 0) // self.model.structure.layers
             node = self.add(
                 "quantize", f"{what} layer {layer}", {"layer": layer}, inputs, expected_bytes=expected, **own

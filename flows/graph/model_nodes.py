@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from lmq.formats.spec import QuantSpec
+from lmq.measurement.base import Measurement, Need
+from lmq.measurement.delta_loss import DELTA_LOSS
 from lmq.model.structure import ModelStructure
 from lmq_flows.config.sections import CalibrationConfig, ModelConfig, TextConfig
 from lmq_flows.graph.node import Graph, Node
@@ -73,60 +76,112 @@ class ModelNodes:
         site = replace(self.model.site, text=identity.location)
         return self.add(stage, what, config, {}, site=site, expected_bytes=12 * sizes["tokens"], here=True)
 
-    def frobenius(self, specs: Sequence[QuantSpec], quantizer: dict[str, Any]) -> list[Node]:
-        """Grids of every layer for these configurations, with their errors."""
+    def grids(self, specs: Sequence[QuantSpec], quantizer: dict[str, Any]) -> list[Node]:
+        """Grids of every layer for these configurations, with their Frobenius errors."""
         menu = [spec.name for spec in specs]
-        return self.per_layer("frobenius", {"menu": menu, "quantizer": quantizer}, self._grid_bytes(specs))
+        return self.per_layer("grids", {"menu": menu, "quantizer": quantizer}, self._grid_bytes(specs))
 
-    def capture_forward(self, calibration: CalibrationConfig) -> tuple[list[Node], Node, Node]:
-        """States entering every block, states leaving the last one, and the calibration tokens."""
-        sizes = calibration_sizes(calibration, calibration.sequences)
-        tokens = self.tokens("calibration", calibration, sizes)
-        keep = sizes["tokens"] * self.model.structure.hidden_size * FLOAT32_BYTES
-        hidden = [self.add("embed", "", {}, {"tokens": tokens}, expected_bytes=keep)]
-        for layer in range(self.model.structure.layers):
-            inputs = {"hidden": hidden[-1]}
-            node = self.add("forward", f"layer {layer}", {"layer": layer}, inputs, expected_bytes=keep)
-            hidden.append(node)
-        return hidden[:-1], hidden[-1], tokens
+    def measurement(
+        self, measurement: Measurement, settings: Mapping[str, Any], grids: list[Node], captured: CapturedText
+    ) -> list[Node]:
+        """A measurement of every layer; `delta_loss`, which runs through the whole model, of every configuration."""
+        if measurement is DELTA_LOSS:
+            return self.delta_loss(settings["menu"], grids, captured.tokens)
+        config = {name: settings[name] for name in measurement.settings}
+        inputs = {need.value: grids if need is Need.GRIDS else captured.by_layer(need) for need in measurement.needs}
+        return self.per_layer(measurement.stage, config, **dict(sorted(inputs.items())))
 
-    def capture_draws(self, hidden: list[Node], last: Node, draws: int, seed: int) -> list[Node]:
-        """Gradients at every block's output for labels that the model draws."""
-        config = {"draws": draws, "seed": seed}
-        keep = draws * (last.expected_bytes or 0)
-        gradient = self.add("sampled-loss-gradient", "", config, {"hidden": last}, expected_bytes=keep)
-        return self.capture_backward(hidden, gradient, "sampled-backward")
-
-    def capture_text_gradient(self, hidden: list[Node], last: Node, tokens: Node) -> list[Node]:
-        """Gradients at every block's output of the loss of the calibration text."""
-        inputs = {"hidden": last, "tokens": tokens}
-        gradient = self.add("loss-gradient", "", {}, inputs, expected_bytes=last.expected_bytes)
-        return self.capture_backward(hidden, gradient)
-
-    def capture_backward(self, hidden: list[Node], gradient: Node, stage: str = "backward") -> list[Node]:
-        """Gradient at every block's output, from the one at the last block's."""
-        gradients = [gradient]
-        for layer in range(self.model.structure.layers - 1, 0, -1):
-            inputs = {"hidden": hidden[layer], "gradient": gradients[-1]}
-            config = {"layer": layer}
-            node = self.add(stage, f"layer {layer}", config, inputs, expected_bytes=gradient.expected_bytes)
-            gradients.append(node)
-        return gradients[::-1]
-
-    def delta_loss(self, specs: Sequence[QuantSpec], frobenius: list[Node], tokens: Node) -> list[Node]:
+    def delta_loss(self, specs: Sequence[str], grids: list[Node], tokens: Node) -> list[Node]:
         """Delta loss of every module, one node per configuration."""
-        inputs = {"frobenius": list(frobenius), "tokens": tokens}
-        return [self.add("delta-loss", spec.name, {"spec": spec.name}, inputs) for spec in specs]
-
-    def layer_activity(self, hidden: list[Node], last: Node) -> list[Node]:
-        """What the states around every layer say of its importance."""
-        return self.per_layer("layer-activity", {}, hidden=hidden, leaving=[*hidden[1:], last])
+        inputs = {"grids": list(grids), "tokens": tokens}
+        return [self.add("delta-loss", spec, {"spec": spec}, inputs) for spec in specs]
 
     def _grid_bytes(self, specs: Sequence[QuantSpec]) -> int:
         """Bytes of the grids of one layer: all that a stored matrix has but its codes."""
         modules = self.model.structure.in_layer(0)
         sizes = [spec.size_bytes(m.parameters) - m.parameters * spec.bits // 8 for spec in specs for m in modules]
         return sum(sizes)
+
+
+class CapturedText:
+    """Nodes of what is captured from the calibration text; each is added to the graph when it is first asked for.
+
+    `draws` are those of labels per sequence, for gradients of labels that the model draws.
+    """
+
+    def __init__(self, nodes: ModelNodes, calibration: CalibrationConfig, draws: int = 1):
+        self._nodes = nodes
+        self._calibration = calibration
+        self._draws = draws
+        self._layers = nodes.model.structure.layers
+
+    def by_layer(self, need: Need) -> list[Node]:
+        """What a measurement needs of every layer."""
+        return {
+            Need.STATES: lambda: self.entering,
+            Need.LEAVING_STATES: lambda: self.leaving,
+            Need.LAST_STATES: lambda: [self.last] * self._layers,
+            Need.TOKENS: lambda: [self.tokens] * self._layers,
+            Need.TEXT_GRADIENTS: lambda: self.text_gradients,
+            Need.DRAWN_GRADIENTS: lambda: self.drawn_gradients,
+        }[need]()
+
+    @cached_property
+    def tokens(self) -> Node:
+        """The calibration tokens."""
+        sizes = calibration_sizes(self._calibration, self._calibration.sequences)
+        return self._nodes.tokens("calibration", self._calibration, sizes)
+
+    @cached_property
+    def _states(self) -> list[Node]:
+        """States that enter every block, then those that leave the last."""
+        calibration = self._calibration
+        tokens = calibration.sequences * calibration.sequence_length
+        keep = tokens * self._nodes.model.structure.hidden_size * FLOAT32_BYTES
+        states = [self._nodes.add("embed", "", {}, {"tokens": self.tokens}, expected_bytes=keep)]
+        for layer in range(self._layers):
+            inputs = {"hidden": states[-1]}
+            states.append(self._nodes.add("forward", f"layer {layer}", {"layer": layer}, inputs, expected_bytes=keep))
+        return states
+
+    @property
+    def entering(self) -> list[Node]:
+        """States that enter every block."""
+        return self._states[:-1]
+
+    @property
+    def leaving(self) -> list[Node]:
+        """States that leave every block."""
+        return self._states[1:]
+
+    @property
+    def last(self) -> Node:
+        """States that leave the last block."""
+        return self._states[-1]
+
+    @cached_property
+    def text_gradients(self) -> list[Node]:
+        """Gradients at every block's output of the loss of the calibration text."""
+        inputs = {"hidden": self.last, "tokens": self.tokens}
+        gradient = self._nodes.add("loss-gradient", "", {}, inputs, expected_bytes=self.last.expected_bytes)
+        return self._backward("backward", gradient)
+
+    @cached_property
+    def drawn_gradients(self) -> list[Node]:
+        """Gradients at every block's output for labels that the model draws."""
+        config = {"draws": self._draws, "seed": self._calibration.seed}
+        keep = self._draws * (self.last.expected_bytes or 0)
+        gradient = self._nodes.add("sampled-loss-gradient", "", config, {"hidden": self.last}, expected_bytes=keep)
+        return self._backward("sampled-backward", gradient)
+
+    def _backward(self, stage: str, gradient: Node) -> list[Node]:
+        """Gradient at every block's output, from the one at the last block's."""
+        gradients = [gradient]
+        for layer in range(self._layers - 1, 0, -1):
+            inputs = {"hidden": self.entering[layer], "gradient": gradients[-1]}
+            keep = gradient.expected_bytes
+            gradients.append(self._nodes.add(stage, f"layer {layer}", {"layer": layer}, inputs, expected_bytes=keep))
+        return gradients[::-1]
 
 
 def calibration_sizes(calibration: CalibrationConfig, sequences: int) -> dict[str, int]:

@@ -16,7 +16,7 @@ from lmq_flows.config.run import RunConfig
 from lmq_flows.config.sections import ModelConfig
 from lmq_flows.graph.build import (
     FULL_PRECISION,
-    Measurements,
+    MeasuredModel,
     PreparedModel,
     Variant,
     build_graph,
@@ -53,7 +53,7 @@ class ModelOutcome:
     outcomes: dict[Node, Outcome] = field(default_factory=dict)
     preparation_uris: list[str] = field(default_factory=list)
     model: PreparedModel | None = None
-    measurements: Measurements | None = None
+    measured: MeasuredModel | None = None
     error: Exception | None = None
 
     def error_of(self, variant: Variant) -> str | None:
@@ -146,7 +146,7 @@ def _walk(config: RunConfig, model_config: ModelConfig) -> ModelOutcome:
         outcomes={node: outcomes[node] for node in graph},
         preparation_uris=preparation_uris,
         model=model,
-        measurements=measured[model_config.name],
+        measured=measured[model_config.name],
     )
 
 

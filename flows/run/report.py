@@ -12,7 +12,6 @@ import yaml
 from lmq.errors import LmqError
 from lmq_flows.config.names import slug
 from lmq_flows.config.run import RunConfig
-from lmq_flows.config.sections import MEASUREMENTS
 from lmq_flows.graph.build import Variant
 from lmq_flows.graph.node import Graph, Input, Node
 from lmq_flows.run.holding import run_lease
@@ -23,8 +22,6 @@ from lmq_storage import ArtifactRef
 from lmq_tasks import STAGES
 from lmq_tasks.reporting import CARDS_FOLDER, card_file
 from lmq_tasks.stage import Site, open_store
-
-_MEASURED = (*MEASUREMENTS, "frobenius")
 
 
 def make_report(config: RunConfig, models: Sequence[ModelOutcome]) -> ArtifactRef:
@@ -74,7 +71,7 @@ def write_results(config: RunConfig, models: Sequence[ModelOutcome], report: Art
             if variant.checkpoint is not None and (ref := refs[variant.checkpoint]) is not None:
                 name = variant_slug(variant)
                 store.materialize(ref, run_dir / "checkpoints" / name, beside={"README.md": files[card_file(name)]})
-    measured = {model.name: model.measurements for model in models if model.measurements is not None}
+    measured = {model.name: model.measured for model in models if model.measured is not None}
     write_measured_tables(run_dir / "measurements", store, measured, refs)
     (run_dir / "config.yaml").write_text(_config_text(config))
 
@@ -119,7 +116,7 @@ def _report_inputs(models: Sequence[ModelOutcome]) -> dict[str, Input | list[Inp
 
 def _model_inputs(model: ModelOutcome) -> dict[str, Input | list[Input]]:
     """What was measured of one model, where all of its layers are there."""
-    if model.model is None or model.measurements is None:
+    if model.model is None or model.measured is None:
         return {}
 
     def there(nodes: Sequence[Node]) -> list[Input]:
@@ -129,11 +126,10 @@ def _model_inputs(model: ModelOutcome) -> dict[str, Input | list[Input]]:
         f"{model.name} structure": model.model.structure_ref,
         f"{model.name} all": there(list(model.outcomes)),
     }
-    for signal in _MEASURED:
-        nodes = getattr(model.measurements, signal)
-        if nodes and len(found := there(nodes)) == len(nodes):
-            inputs[f"{model.name} {signal}"] = found
-    outliers = model.measurements.outliers
+    for name, nodes in model.measured.tables.items():
+        if len(found := there(nodes)) == len(nodes):
+            inputs[f"{model.name} {name}"] = found
+    outliers = model.measured.outliers
     if outliers is not None and (found := there([outliers])):
         inputs[f"{model.name} outliers"] = found[0]
     return inputs

@@ -11,6 +11,7 @@ from lmq.allocation.frontier import FrontierPoint, budget_steps, frontier, unifo
 from lmq.allocation.strategies import strategy
 from lmq.errors import InputError, unknown_name
 from lmq.formats.spec import QuantSpec
+from lmq.measurement.frobenius import FROBENIUS
 from lmq.model.structure import ModelStructure
 from lmq.report.results import VariantResult, read_results
 from lmq_flows.config.run import RunConfig, load_run_config
@@ -118,7 +119,7 @@ def _chosen(config: RunConfig, name: str) -> StrategyConfig:
     if len(named) > 1:
         raise InputError(f"the run has {name!r} with several options; name one of: {_labels(named)}")
     needs = strategy(named[0].name, **named[0].options).needs if named else strategy(name).needs
-    missing = needs - config.needs - {"frobenius"}
+    missing = needs - config.needs - {FROBENIUS.name}
     if missing:
         raise InputError(
             f"the run did not measure {', '.join(sorted(missing))}, which {name} needs; "

@@ -13,11 +13,12 @@ from lmq.errors import InputError
 from lmq.layers.importance.estimates import ShapleyOptions
 from lmq.layers.importance.sublayers import find_sublayers
 from lmq.layers.importance.tables import ANGULAR_DISTANCE_SCHEMA, LAYER_IMPORTANCE_SCHEMA, SUBLAYER_IMPORTANCE_SCHEMA
+from lmq.measurement.layer_activity import LAYER_ACTIVITY
 from lmq.model.structure import ModelStructure
 from lmq.tables import read_rows
 from lmq_flows.config.run import RunConfig, parse_run_config
 from lmq_flows.config.sections import CalibrationConfig
-from lmq_flows.graph.model_nodes import ModelNodes, PreparedModel, TextIdentity
+from lmq_flows.graph.model_nodes import CapturedText, ModelNodes, PreparedModel, TextIdentity
 from lmq_flows.graph.node import Graph, Node
 from lmq_flows.run.plan import ready_models
 from lmq_flows.studies.study import execute_with_progress, model_names
@@ -65,7 +66,7 @@ class ImportanceOptions:
                 "models": [{"name": name, "source": source}],
                 "strategies": ["uniform"],
                 "budgets": ["16 bpw"],
-                "measure": {"menu": ["b4g64"], "also": ["layer_importance"]},
+                "measure": {"menu": ["b4g64"], "also": ["layer_activity"]},
                 "calibration": {
                     "source": self.text,
                     "column": self.column,
@@ -140,11 +141,11 @@ def add_importance(
     nodes: ModelNodes, calibration: CalibrationConfig, removal: ShapleyOptions | None, angular_layers: int
 ) -> ImportanceNodes:
     """Add what measures the importance of one model's layers."""
-    hidden, last, tokens = nodes.capture_forward(calibration)
-    inputs: dict[str, Any] = {"activity": nodes.layer_activity(hidden, last)}
+    captured = CapturedText(nodes, calibration)
+    inputs: dict[str, Any] = {LAYER_ACTIVITY.name: nodes.measurement(LAYER_ACTIVITY, {}, [], captured)}
     removed = None
     if removal is not None:
-        removed = inputs["removal"] = nodes.add("removal-importance", "", asdict(removal), {"tokens": tokens})
+        removed = inputs["removal"] = nodes.add("removal-importance", "", asdict(removal), {"tokens": captured.tokens})
     layers = nodes.add("layer-importance", "", {"angular_layers": angular_layers}, inputs)
     return ImportanceNodes(layers=layers, removal=removed)
 

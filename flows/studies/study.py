@@ -12,22 +12,21 @@ from rich.console import Console
 from lmq.errors import InputError
 from lmq.formats import FORMATS, rounding_format
 from lmq.formats.spec import QuantSpec
-from lmq.measurement.activation import SENSITIVITY_SCHEMA
-from lmq.measurement.delta_loss import DELTA_LOSS_SCHEMA
-from lmq.measurement.divergence import MODULE_DIVERGENCE_SCHEMA
-from lmq.measurement.frobenius import FROBENIUS_SCHEMA
-from lmq.measurement.second_moments import MODULE_ERRORS_SCHEMA
-from lmq.measurement.sequence_fisher import SEQUENCE_FISHER_SCHEMA
-from lmq.measurement.token_fisher import FISHER_SCHEMA
+from lmq.measurement.activation import SENSITIVITY
+from lmq.measurement.base import Cost
+from lmq.measurement.delta_loss import DELTA_LOSS
+from lmq.measurement.frobenius import FROBENIUS
+from lmq.measurement.module_divergence import DIVERGENCE
+from lmq.measurement.registry import COSTS
 from lmq.model.structure import PARTS, ModuleId
 from lmq.quantizers import QUANTIZERS
 from lmq.report.study import CostPair, Profile, Setting, sample_pairs
-from lmq.tables import TableSchema, read_rows
+from lmq.tables import read_rows
 from lmq.text.calibration import PYDOC_TOPICS
 from lmq_flows.config.names import slug
 from lmq_flows.config.run import RunConfig, parse_run_config
 from lmq_flows.config.sections import CalibrationConfig
-from lmq_flows.graph.model_nodes import ModelNodes
+from lmq_flows.graph.model_nodes import CapturedText, ModelNodes
 from lmq_flows.graph.node import Graph, Node
 from lmq_flows.graph.progress import RunProgress, TerminalReporter
 from lmq_flows.run.holding import keeping, run_lease
@@ -143,26 +142,27 @@ class SensitivityStudy:
             models, texts = ready_models(config)
             for model in models:
                 nodes = ModelNodes(graph, model, texts)
-                hidden, _, _ = nodes.capture_forward(config.calibration)
+                captured = CapturedText(nodes, config.calibration)
                 for quantizer in self.quantizers:
                     for spec in self._specs(quantizer):
                         setting = Setting(
                             model=model.config.name, text=text_name, quantizer=quantizer, configuration=spec.name
                         )
-                        found[setting] = self._sensitivity(nodes, setting, hidden, grids)
+                        found[setting] = self._sensitivity(nodes, setting, captured, grids)
         return found
 
     def _sensitivity(
-        self, nodes: ModelNodes, setting: Setting, hidden: list[Node], grids: dict[tuple[str, str], list[Node]]
+        self, nodes: ModelNodes, setting: Setting, captured: CapturedText, grids: dict[tuple[str, str], list[Node]]
     ) -> list[Node]:
         """Nodes of one setting; `grids` are shared by the texts and configurations of a model and a quantizer."""
-        config = {"spec": setting.configuration}
+        settings = {"spec": setting.configuration}
         if setting.quantizer in FORMATS:
-            return nodes.per_layer("sensitivity", {**config, "quantizer": setting.quantizer}, hidden=hidden)
+            settings["quantizer"] = setting.quantizer
+            return nodes.per_layer(SENSITIVITY.stage, settings, hidden=captured.entering)
         key = (setting.model, setting.quantizer)
         if key not in grids:
-            grids[key] = nodes.frobenius(self._specs(setting.quantizer), {"name": setting.quantizer, "axis": 1})
-        return nodes.per_layer("sensitivity", config, frobenius=grids[key], hidden=hidden)
+            grids[key] = nodes.grids(self._specs(setting.quantizer), {"name": setting.quantizer, "axis": 1})
+        return nodes.measurement(SENSITIVITY, settings, grids[key], captured)
 
     def _specs(self, quantizer: str) -> list[QuantSpec]:
         specs = sorted(map(QuantSpec.parse, self.configurations), key=lambda spec: spec.bits_per_weight)
@@ -194,70 +194,49 @@ class CostStudy:
         graph = Graph()
         tables = self._add_nodes(ModelNodes(graph, model, texts), config.calibration, sample)
         refs = execute_with_progress(graph, [node for nodes in tables.values() for node in nodes], console)
-        rows = {name: _by_pair(nodes, refs, *_TABLES[name]) for name, nodes in tables.items()}
+        rows = {name: _by_pair(nodes, refs, COSTS[name]) for name, nodes in tables.items()}
         return [_cost_pair(pair, rows) for pair in sample]
 
     def _add_nodes(
         self, nodes: ModelNodes, calibration: CalibrationConfig, sample: Sequence[tuple[ModuleId, QuantSpec]]
     ) -> dict[str, list[Node]]:
-        """Nodes of every table, for the layers that were drawn."""
-        hidden, last, tokens = nodes.capture_forward(calibration)
-        grids = nodes.frobenius(nodes.model.menu, {"name": "hqq", "axis": 1})
-        of_text = nodes.capture_text_gradient(hidden, last, tokens)
-        of_draws = nodes.capture_draws(hidden, last, self.label_draws, calibration.seed)
-        menu = {"menu": [spec.name for spec in nodes.model.menu]}
-        replayed: dict[str, Any] = {"frobenius": grids, "hidden": hidden}
-        tables = {
-            "frobenius": grids,
-            "fisher": nodes.per_layer("fisher", menu, **replayed, gradient=of_text),
-            "sequence_fisher": nodes.per_layer("sequence-fisher", menu, **replayed, gradient=of_draws),
-            "module_errors": nodes.per_layer("module-errors", menu, **replayed, gradient=of_text),
-        }
+        """Nodes of every cost's table, for the layers and configurations that were drawn."""
+        captured = CapturedText(nodes, calibration, self.label_draws)
+        grids = nodes.grids(nodes.model.menu, {"name": "hqq", "axis": 1})
+        settings = {"menu": [spec.name for spec in nodes.model.menu]}
         layers = sorted({module.layer for module, _ in sample})
-        wanted = {name: [of_layer[layer] for layer in layers] for name, of_layer in tables.items()}
-        wanted["delta_loss"] = nodes.delta_loss(sorted({spec for _, spec in sample}), grids, tokens)
-        wanted["divergence"] = []
+        tables = {FROBENIUS.name: [grids[layer] for layer in layers]}
+        for name, cost in COSTS.items():
+            if name not in (FROBENIUS.name, DELTA_LOSS.name, DIVERGENCE.name):
+                of_layer = nodes.measurement(cost, settings, grids, captured)
+                tables[name] = [of_layer[layer] for layer in layers]
+        drawn = sorted({spec for _, spec in sample})
+        tables[DELTA_LOSS.name] = nodes.delta_loss([spec.name for spec in drawn], grids, captured.tokens)
+        tables[DIVERGENCE.name] = []
         for layer in layers:
             pairs = [[module.kind, spec.name] for module, spec in sample if module.layer == layer]
             config = {"layer": layer, "pairs": pairs, "sequences": self.exact_sequences}
-            inputs = {"frobenius": grids[layer], "hidden": hidden[layer], "last": last}
-            wanted["divergence"].append(nodes.add("module-divergence", f"layer {layer}", config, inputs))
-        return wanted
+            inputs = {"grids": grids[layer], "hidden": captured.entering[layer], "last": captured.last}
+            tables[DIVERGENCE.name].append(nodes.add(DIVERGENCE.stage, f"layer {layer}", config, inputs))
+        return tables
 
-
-_TABLES: dict[str, tuple[str, TableSchema]] = {
-    "frobenius": ("frobenius.parquet", FROBENIUS_SCHEMA),
-    "fisher": ("fisher.parquet", FISHER_SCHEMA),
-    "sequence_fisher": ("fisher.parquet", SEQUENCE_FISHER_SCHEMA),
-    "module_errors": ("module-errors.parquet", MODULE_ERRORS_SCHEMA),
-    "delta_loss": ("delta-loss.parquet", DELTA_LOSS_SCHEMA),
-    "divergence": ("divergence.parquet", MODULE_DIVERGENCE_SCHEMA),
-}
-"""File and schema of every table of the cost study."""
-
-_CHEAP_COSTS = {
-    "sequence-wise Fisher": ("sequence_fisher", "fisher"),
-    "token-wise Fisher": ("fisher", "fisher"),
-    "Fisher from H, G diagonal": ("module_errors", "fisher_diagonal"),
-    "Fisher from gradient-weighted H": ("module_errors", "fisher_weighted"),
-    "delta loss, gradient at full precision": ("module_errors", "delta_loss"),
-    "delta loss, gradient at the quantized point": ("delta_loss", "delta_loss"),
-    "output error e(m, c)": ("module_errors", "input_error"),
-}
-"""Table and column of every cheap cost but the Frobenius norm, which is squared."""
 
 _Rows = dict[tuple[ModuleId, QuantSpec], dict[str, Any]]
 
 
-def _by_pair(nodes: Sequence[Node], refs: Mapping[Node, ArtifactRef], file: str, schema: TableSchema) -> _Rows:
-    rows = (row for node in nodes for row in read_rows(_path(node, refs, file), schema))
+def _by_pair(nodes: Sequence[Node], refs: Mapping[Node, ArtifactRef], cost: Cost) -> _Rows:
+    rows = (row for node in nodes for row in read_rows(_path(node, refs, cost.file), cost.schema))
     return {(ModuleId(row["layer"], row["kind"]), spec_of(row)): row for row in rows}
 
 
 def _cost_pair(pair: tuple[ModuleId, QuantSpec], rows: Mapping[str, _Rows]) -> CostPair:
-    cheap = {name: rows[table][pair][column] for name, (table, column) in _CHEAP_COSTS.items()}
-    cheap["squared Frobenius norm"] = rows["frobenius"][pair]["frobenius_error"] ** 2
-    exact = rows["divergence"][pair]
+    cheap = {
+        column.label: column.studied(rows[cost.name][pair])
+        for cost in COSTS.values()
+        if cost is not DIVERGENCE
+        for column in cost.columns
+    }
+    exact = rows[DIVERGENCE.name][pair]
     return CostPair(
         module=pair[0],
         spec=pair[1],
@@ -271,7 +250,7 @@ def _profiles(nodes: Sequence[Node], refs: Mapping[Node, ArtifactRef]) -> dict[s
     """Part → one number per layer; None for layers that have no such part."""
     found: dict[str, list[float | None]] = {part: [None] * len(nodes) for part in PARTS}
     for layer, node in enumerate(nodes):
-        for row in read_rows(_path(node, refs, "sensitivity.parquet"), SENSITIVITY_SCHEMA):
+        for row in read_rows(_path(node, refs, SENSITIVITY.file), SENSITIVITY.schema):
             found[row["part"]][layer] = row["sensitivity"]
     return {part: profile for part, profile in found.items() if any(value is not None for value in profile)}
 

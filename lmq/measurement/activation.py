@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import TypeVar
 
 import pyarrow as pa
@@ -24,10 +25,14 @@ import torch
 from torch import Tensor, nn
 
 from lmq.errors import NotFiniteError
+from lmq.formats import FORMATS, Format, rounding_format
+from lmq.formats.groups import Grid
+from lmq.formats.spec import QuantSpec
+from lmq.measurement.base import LayerReplay, Need, Profile, Row
 from lmq.measurement.part_replay import JUDGED_ALONE, ChangeReplay, PartReplay, Pass
 from lmq.measurement.second_moments import row_errors, second_moments
 from lmq.model.streaming import BlockInputs
-from lmq.model.structure import PARTS, ModuleInfo
+from lmq.model.structure import PARTS, ModuleId, ModuleInfo
 from lmq.tables import MODULE_FIELDS, SPEC_FIELDS, TableSchema
 
 SENSITIVITY_SCHEMA = TableSchema(
@@ -161,3 +166,35 @@ def _require_finite(squared_error: float, part: str, layer: int) -> None:
             f"the output error of {part} in layer {layer} is {squared_error}: "
             "the states that enter the layer or its quantized weights are not finite; measure both again"
         )
+
+
+def measure_sensitivity(layer: LayerReplay) -> Iterator[Row]:
+    """Activation sensitivity of one layer's parts at one configuration.
+
+    Weights are rounded to the grids, or, where `quantizer` names a format of `lmq.formats`, to that format in groups of
+    the configuration's size.
+    """
+    spec = QuantSpec.parse(layer.settings["spec"])
+    rounded_to = _rounded_to(layer, spec)
+    quantized = {module.id.kind: rounded_to[module.id].round_trip(layer.weight(module)) for module in layer.modules}
+    scores = part_sensitivities(layer.block, layer.block_inputs, layer.hidden, layer.modules, quantized)
+    for module in layer.modules:
+        yield {**asdict(module.id), "part": module.part, **asdict(spec), "sensitivity": scores[module.part]}
+
+
+def _rounded_to(layer: LayerReplay, spec: QuantSpec) -> dict[ModuleId, Grid | Format]:
+    if (name := layer.settings.get("quantizer", "")) in FORMATS:
+        return {module.id: rounding_format(name, group_size=spec.group_size) for module in layer.modules}
+    return {module.id: layer.grid(module, spec) for module in layer.modules}
+
+
+SENSITIVITY = Profile(
+    name="sensitivity",
+    title="Activation sensitivity",
+    schema=SENSITIVITY_SCHEMA,
+    needs=frozenset({Need.GRIDS, Need.STATES}),
+    settings=("spec",),
+    version=4,
+    measure=measure_sensitivity,
+    difference="divide",
+)

@@ -8,19 +8,27 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-from lmq.tables import MODULE_FIELDS, SPEC_FIELDS, TableSchema
+from lmq.measurement.base import Cost, CostColumn, Need, cost_schema
 
-DELTA_LOSS_SCHEMA = TableSchema(
+DELTA_LOSS_SCHEMA = cost_schema(
     "delta-loss",
     1,
-    pa.schema(
-        [
-            *MODULE_FIELDS,
-            *SPEC_FIELDS,
-            pa.field("parameters", pa.int64(), nullable=False),
-            pa.field("size_bytes", pa.int64(), nullable=False),
-            pa.field("delta_loss", pa.float64(), nullable=False),
-        ]
-    ),
+    pa.field("delta_loss", pa.float64(), nullable=False),
 )
 """`delta_loss` in nats per token."""
+
+DELTA_LOSS = Cost(
+    name="delta_loss",
+    title="Delta loss",
+    schema=DELTA_LOSS_SCHEMA,
+    needs=frozenset({Need.GRIDS, Need.TOKENS}),
+    columns=(
+        CostColumn(
+            name="delta_loss",
+            label="delta loss, gradient at the quantized point",
+            column="delta_loss",
+            title="Delta loss",
+            meaning="First-order change of the loss, with the gradient at the quantized point, in nats per token.",
+        ),
+    ),
+)

@@ -9,21 +9,13 @@ import torch
 
 from lmq.formats import Format
 from lmq.formats.groups import Grid, group_blocks, nearest_codes, to_groups
-from lmq.tables import MODULE_FIELDS, SPEC_FIELDS, TableSchema
+from lmq.measurement.base import Cost, CostColumn, cost_schema
 
-FROBENIUS_SCHEMA = TableSchema(
+FROBENIUS_SCHEMA = cost_schema(
     "frobenius",
     1,
-    pa.schema(
-        [
-            *MODULE_FIELDS,
-            *SPEC_FIELDS,
-            pa.field("parameters", pa.int64(), nullable=False),
-            pa.field("size_bytes", pa.int64(), nullable=False),
-            pa.field("frobenius_error", pa.float64(), nullable=False),
-            pa.field("frobenius_norm", pa.float64(), nullable=False),
-        ]
-    ),
+    pa.field("frobenius_error", pa.float64(), nullable=False),
+    pa.field("frobenius_norm", pa.float64(), nullable=False),
 )
 
 
@@ -57,3 +49,22 @@ def _grid_error(weight: torch.Tensor, grid: Grid) -> float:
 
 def _square_sum(values: torch.Tensor) -> float:
     return float(values.to(torch.float64).square().sum())
+
+
+FROBENIUS = Cost(
+    name="frobenius",
+    title="Frobenius error",
+    schema=FROBENIUS_SCHEMA,
+    columns=(
+        CostColumn(
+            name="frobenius",
+            label="squared Frobenius norm",
+            column="frobenius_error",
+            title="Frobenius error",
+            meaning="Norm of the difference between the weights and their quantized form; "
+            "blind to what the weights do.",
+            squared=True,
+        ),
+    ),
+)
+"""Measured beside the grids, by their stage."""

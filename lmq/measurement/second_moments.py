@@ -13,6 +13,7 @@ taken as independent; the formula stays. `ModuleStatistics` holds both moments o
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,29 +22,24 @@ import torch
 from torch import Tensor, nn
 
 from lmq.errors import InputError
+from lmq.measurement.base import Cost, CostColumn, LayerReplay, Need, Row, cost_row, cost_schema
 from lmq.measurement.traces import ModuleTrace
 from lmq.model.streaming import BlockInputs
-from lmq.tables import MODULE_FIELDS, SPEC_FIELDS, TableSchema
+from lmq.model.structure import ModuleInfo
 
-MODULE_ERRORS_SCHEMA = TableSchema(
+MODULE_ERRORS_SCHEMA = cost_schema(
     "module-errors",
     1,
-    pa.schema(
-        [
-            *MODULE_FIELDS,
-            *SPEC_FIELDS,
-            pa.field("parameters", pa.int64(), nullable=False),
-            pa.field("size_bytes", pa.int64(), nullable=False),
-            pa.field("tokens", pa.int64(), nullable=False),
-            pa.field("in_features", pa.int32(), nullable=False),
-            pa.field("input_error", pa.float64()),
-            pa.field("fisher_diagonal", pa.float64()),
-            pa.field("fisher_weighted", pa.float64()),
-            pa.field("delta_loss", pa.float64()),
-        ]
-    ),
+    pa.field("tokens", pa.int64(), nullable=False),
+    pa.field("in_features", pa.int32(), nullable=False),
+    pa.field("input_error", pa.float64()),
+    pa.field("fisher_diagonal", pa.float64()),
+    pa.field("fisher_weighted", pa.float64()),
+    pa.field("delta_loss", pa.float64()),
 )
 """One row per module and configuration: e(m, c), S from H, S from H̃, and the delta loss."""
+
+_log = logging.getLogger(__name__)
 
 _TOKENS_AT_ONCE = 2048
 _ROWS_AT_ONCE = 4096
@@ -274,3 +270,80 @@ def _root_weights(token_weights: Tensor, tokens: int) -> Tensor:
             "give one weight per token, none negative and not all 0"
         )
     return (weights / weights.mean()).sqrt_().float()
+
+
+def measure_module_errors(layer: LayerReplay) -> Iterator[Row]:
+    """Mean squared output error of every module of one layer under every configuration of the menu.
+
+    With the loss gradient of the text also two estimates of the token-wise Fisher cost and the delta loss, whose
+    gradient is the one at full precision: a first-order stand-in for the gradient at the quantized point.
+    """
+    tokens = layer.hidden.shape[0] * layer.hidden.shape[1]
+    _warn_of_few_tokens(layer.modules, tokens)
+    for module, statistics in _layer_statistics(layer):
+        for spec, error in layer.errors(module):
+            costs = statistics.costs(error)
+            yield cost_row(module, spec, tokens=tokens, in_features=module.in_features, **costs)
+
+
+def _layer_statistics(layer: LayerReplay) -> Iterator[tuple[ModuleInfo, ModuleStatistics]]:
+    modules = {module.id.kind: module for module in layer.modules}
+    if layer.has(Need.TEXT_GRADIENTS):
+        traces = {module.id.kind: trace for module, trace in layer.traces(torch.float32)}
+        yield from ((modules[kind], statistics) for kind, statistics in traced_statistics(traces))
+        return
+    moments = capture_second_moments(layer.block, layer.block_inputs, layer.hidden, list(modules))
+    yield from ((modules[kind], ModuleStatistics(of_kind)) for kind, of_kind in moments.items())
+
+
+def _warn_of_few_tokens(modules: Sequence[ModuleInfo], tokens: int) -> None:
+    wide = max(modules, key=lambda module: module.in_features)
+    if tokens < wide.in_features:
+        _log.warning(
+            "%s: %d tokens are fewer than its %d inputs; errors in the directions that no token has count as 0. "
+            "Measure on more calibration tokens",
+            wide.id,
+            tokens,
+            wide.in_features,
+        )
+
+
+MODULE_ERRORS = Cost(
+    name="module_errors",
+    title="Errors of single modules",
+    schema=MODULE_ERRORS_SCHEMA,
+    needs=frozenset({Need.GRIDS, Need.STATES, Need.TEXT_GRADIENTS}),
+    settings=("menu",),
+    version=3,
+    measure=measure_module_errors,
+    columns=(
+        CostColumn(
+            name="first_order_loss",
+            label="delta loss, gradient at full precision",
+            column="delta_loss",
+            title="Delta loss at full precision",
+            meaning="First-order change of the summed loss, with the unquantized model's gradient.",
+        ),
+        CostColumn(
+            name="fisher_weighted",
+            label="Fisher from gradient-weighted H",
+            column="fisher_weighted",
+            title="Fisher cost from weighted second moments",
+            meaning="The token-wise cost, had gradients no direction in common.",
+        ),
+        CostColumn(
+            name="fisher_diagonal",
+            label="Fisher from H, G diagonal",
+            column="fisher_diagonal",
+            title="Fisher cost from plain second moments",
+            meaning="The token-wise cost, were gradients and inputs independent.",
+        ),
+        CostColumn(
+            name="input_error",
+            label="output error e(m, c)",
+            column="input_error",
+            title="Output error",
+            meaning="Mean squared error of the module's own outputs.",
+        ),
+    ),
+)

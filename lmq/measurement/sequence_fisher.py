@@ -12,7 +12,7 @@ add up. A sum of squares over single tokens misses half and more of what errors 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import pyarrow as pa
 import torch
@@ -20,26 +20,22 @@ from torch import Tensor, nn
 
 from lmq.errors import InputError
 from lmq.formats.spec import QuantSpec
+from lmq.measurement.base import Cost, CostColumn, LayerReplay, Need, Row, cost_row, cost_schema
 from lmq.measurement.traces import ModuleTrace
 from lmq.model.streaming import StreamedModel
-from lmq.tables import MODULE_FIELDS, SPEC_FIELDS, TableSchema
+from lmq.model.structure import ModuleInfo
+from lmq.numerics import fast_matmul_dtype
 
-SEQUENCE_FISHER_SCHEMA = TableSchema(
+SEQUENCE_FISHER_SCHEMA = cost_schema(
     "sequence-fisher",
     1,
-    pa.schema(
-        [
-            *MODULE_FIELDS,
-            *SPEC_FIELDS,
-            pa.field("parameters", pa.int64(), nullable=False),
-            pa.field("size_bytes", pa.int64(), nullable=False),
-            pa.field("fisher", pa.float64()),
-            pa.field("loss_changes", pa.list_(pa.float64()), nullable=False),
-        ]
-    ),
+    pa.field("fisher", pa.float64()),
+    pa.field("loss_changes", pa.list_(pa.float64()), nullable=False),
 )
 """`fisher` in nats per token, from `loss_changes`: one per draw of labels and sequence, sequences fastest."""
 
+_ERROR_BYTES_AT_ONCE = 5 << 28
+"""Bytes of the errors of one module that are held together: a gradient of its weight serves them all."""
 
 _ELEMENTS_AT_ONCE = 1 << 23
 """Weights whose errors are held in the trace's dtype at a time, for every configuration."""
@@ -103,3 +99,54 @@ def sequence_fisher(loss_changes: Tensor, *, tokens_per_sequence: int, around: T
     """
     change = loss_changes if around is None else loss_changes - around
     return 0.5 * change.square().mean().item() / tokens_per_sequence
+
+
+def measure_sequence_fisher(layer: LayerReplay) -> Iterator[Row]:
+    """Sequence-wise Fisher cost of every module of one layer under every configuration of the menu.
+
+    Matrix products are taken in bfloat16 where the processor is fast at it: the draws vary far more than its rounding.
+    """
+    length = layer.hidden.shape[1]
+    for module, trace in layer.traces(fast_matmul_dtype(layer.device), fast_block=True):
+        for spec, changes in _loss_changes(layer, module, trace, length).items():
+            fisher = sequence_fisher(changes, tokens_per_sequence=length - 1)
+            yield cost_row(module, spec, fisher=fisher, loss_changes=changes.tolist())
+
+
+def _loss_changes(
+    layer: LayerReplay, module: ModuleInfo, trace: ModuleTrace, sequence_length: int
+) -> dict[QuantSpec, Tensor]:
+    """`sequence_loss_changes` of the whole menu, with as many errors at a time as fit into memory together."""
+    changes: dict[QuantSpec, Tensor] = {}
+    for specs in _batches(layer.menu, module.parameters * trace.inputs.element_size()):
+        errors = {spec: error.to(trace.inputs.dtype) for spec, error in layer.errors(module, specs)}
+        changes |= sequence_loss_changes(trace, errors, sequence_length=sequence_length)
+        del errors  # before the next are made
+    return changes
+
+
+def _batches(menu: Sequence[QuantSpec], error_bytes: int) -> Iterator[Sequence[QuantSpec]]:
+    """The menu in pieces whose errors fit into memory together."""
+    step = max(1, _ERROR_BYTES_AT_ONCE // error_bytes)
+    return (menu[start : start + step] for start in range(0, len(menu), step))
+
+
+SEQUENCE_FISHER = Cost(
+    name="sequence_fisher",
+    title="Sequence-wise Fisher",
+    schema=SEQUENCE_FISHER_SCHEMA,
+    needs=frozenset({Need.GRIDS, Need.STATES, Need.DRAWN_GRADIENTS}),
+    settings=("menu",),
+    version=4,
+    measure=measure_sequence_fisher,
+    columns=(
+        CostColumn(
+            name="sequence_fisher",
+            label="sequence-wise Fisher",
+            column="fisher",
+            title="Loss-aware cost",
+            meaning="Expected growth of the loss when one module is quantized, in nats per token: "
+            "true Fisher, whole sequences.",
+        ),
+    ),
+)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lmq.errors import InputError
+from lmq.measurement.base import LayerReplay, Measurement, Need, Row
 from lmq.model.streaming import BlockInputs
 from lmq.model.structure import ModuleId
 from lmq.numerics import require_finite
@@ -122,3 +123,19 @@ def capture_spikes(
 def _root_mean_square(states: Tensor) -> float:
     squares = sum(token.double().square().sum().item() for token in states.detach())
     return (squares / states.numel()) ** 0.5
+
+
+def measure_super_weights(layer: LayerReplay) -> list[Row]:
+    """Largest input and output of every down projection of one layer."""
+    down = [module.id for module in layer.modules if module.part == "mlp_down"]
+    return capture_spikes(layer.block, layer.block_inputs, layer.hidden, down)
+
+
+SUPER_WEIGHTS = Measurement(
+    name="super_weights",
+    title="Super weights",
+    schema=SUPER_WEIGHTS_SCHEMA,
+    needs=frozenset({Need.STATES}),
+    version=2,
+    measure=measure_super_weights,
+)

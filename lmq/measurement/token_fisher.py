@@ -9,24 +9,19 @@ exact: replacing it by the product of averaged activation and gradient statistic
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pyarrow as pa
 from torch import Tensor
 
+from lmq.measurement.base import Cost, CostColumn, LayerReplay, Need, Row, cost_row, cost_schema
 from lmq.measurement.traces import ModuleTrace
-from lmq.tables import MODULE_FIELDS, SPEC_FIELDS, TableSchema
+from lmq.numerics import fast_matmul_dtype
 
-FISHER_SCHEMA = TableSchema(
+FISHER_SCHEMA = cost_schema(
     "fisher",
     1,
-    pa.schema(
-        [
-            *MODULE_FIELDS,
-            *SPEC_FIELDS,
-            pa.field("parameters", pa.int64(), nullable=False),
-            pa.field("size_bytes", pa.int64(), nullable=False),
-            pa.field("fisher", pa.float64()),
-        ]
-    ),
+    pa.field("fisher", pa.float64()),
 )
 
 _TOKENS_AT_ONCE = 2048
@@ -45,3 +40,30 @@ def token_fisher(trace: ModuleTrace, error: Tensor) -> float:
         loss_change = change.mul_(trace.gradients[piece]).sum(dim=1)
         total += loss_change.double().square_().sum().item()
     return total
+
+
+def measure_fisher(layer: LayerReplay) -> Iterator[Row]:
+    """Token-wise Fisher cost of every module of one layer under every configuration of the menu."""
+    for module, trace in layer.traces(fast_matmul_dtype(layer.device)):
+        for spec, error in layer.errors(module):
+            yield cost_row(module, spec, fisher=token_fisher(trace, error))
+
+
+FISHER = Cost(
+    name="fisher",
+    title="Token-wise Fisher",
+    schema=FISHER_SCHEMA,
+    needs=frozenset({Need.GRIDS, Need.STATES, Need.TEXT_GRADIENTS}),
+    settings=("menu",),
+    version=2,
+    measure=measure_fisher,
+    columns=(
+        CostColumn(
+            name="fisher",
+            label="token-wise Fisher",
+            column="fisher",
+            title="Loss-aware cost, token by token",
+            meaning="Sum over the calibration tokens of the squared change of the loss when one module is quantized.",
+        ),
+    ),
+)

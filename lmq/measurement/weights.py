@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lmq.errors import InputError
+from lmq.measurement.base import LayerReplay, Profile, Row
 from lmq.measurement.coarse_grid import find_coarse_grid
 from lmq.model.structure import ModuleId
 from lmq.numerics import finite_sum, require_finite
@@ -159,3 +160,19 @@ def _interpolated(tail: Tensor, elements: int, percentile: float) -> float:
     share = position - int(position)
     low, high = tail[below].item(), tail[min(below + 1, -1)].item()
     return low + (high - low) * share if share < 0.5 else high - (high - low) * (1 - share)
+
+
+def measure_weights(layer: LayerReplay) -> Iterator[Row]:
+    """Kurtosis and percentiles of every weight matrix of one layer, and the coarse grid it already lies on."""
+    for kind, weight in layer.stored_weights().items():
+        yield weight_statistics(ModuleId(layer.layer, kind), weight)
+
+
+KURTOSIS = Profile(
+    name="kurtosis",
+    title="Kurtosis of the weights",
+    schema=WEIGHT_STATISTICS_SCHEMA,
+    version=3,
+    measure=measure_weights,
+    difference="subtract",
+)

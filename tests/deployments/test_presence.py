@@ -39,7 +39,7 @@ def test_a_killed_run_is_marked_crashed_and_taken_over_by_the_next(prefect, wide
     command = lmq_run(config, tmp_path)
     with running(command, prefect.environment, tmp_path / "log") as process:
         wait_for(lambda: list((tmp_path / "store" / "manifests").glob("discover/*.json")) or process.poll(), 300)
-        wait_for(lambda: in_native_work(prefect, "frobenius") or process.poll() is not None, 300)
+        wait_for(lambda: in_native_work(prefect, "grids") or process.poll() is not None, 300)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, (tmp_path / "log").read_text()
     (killed,) = runs_named(prefect, title)
@@ -62,7 +62,7 @@ def test_cancelling_in_the_ui_ends_native_work_of_a_run_from_a_terminal(prefect,
     config = tiny_config(wide, tmp_path, name="ended", models=[{"name": "ended", "source": str(wide)}],
                          strategies=["uniform"], budgets=["uniform b3g64"])  # fmt: skip
     with running(lmq_run(config, tmp_path), prefect.environment, tmp_path / "log") as process:
-        wait_for(lambda: in_native_work(prefect, "frobenius") or process.poll() is not None, 300)
+        wait_for(lambda: in_native_work(prefect, "grids") or process.poll() is not None, 300)
         (run,) = runs_named(prefect, "quantize ended uniform uniform b3g64")
         asked_s = time.monotonic()
         with prefect.client() as client:
@@ -75,4 +75,4 @@ def test_cancelling_in_the_ui_ends_native_work_of_a_run_from_a_terminal(prefect,
     assert run.state.name == "Cancelled"
     store = ArtifactStore(config.store)
     assert store.verify() == []
-    assert not list(store.manifests("frobenius"))
+    assert not list(store.manifests("grids"))

@@ -82,7 +82,7 @@ def test_two_workers_that_share_only_an_s3_store(model, by_threads, processes, t
 def test_killed_worker_of_a_cluster_of_this_machine(model, by_threads, processes, tmp_path, short_dir, kind):
     config = a_config(model, tmp_path, runner__kind=kind)
     run = start_run(processes, config, TMPDIR=short_dir)
-    wait_until(lambda: 2 <= count(config, "frobenius") < LAYERS - 2, "the grids of some layers", run)
+    wait_until(lambda: 2 <= count(config, "grids") < LAYERS - 2, "the grids of some layers", run)
     os.kill(busiest_worker(run.pid, kind), signal.SIGKILL)
     finish(processes, run)
     assert different(config, by_threads) == set()

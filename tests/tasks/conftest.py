@@ -11,11 +11,11 @@ import torch
 
 from lmq.text.calibration import write_tokens
 from lmq_storage import ArtifactRef, ArtifactStore
-from lmq_tasks.capture import backward, embed, forward, loss_gradient
+from lmq_tasks.measure import make_grids
 from lmq_tasks.models import discover_structure
 from lmq_tasks.stage import ModelLocation, Site, Stage, as_inputs, run_stage
+from lmq_tasks.states import backward, embed, forward, loss_gradient
 from lmq_tasks.texts import TOKENS_FILE
-from lmq_tasks.weights import measure_frobenius
 
 SEQUENCES, LENGTH, LAYERS = 2, 12, 4
 MENU = ["b3g64", "b4g64"]
@@ -30,7 +30,7 @@ class Captured:
     structure: ArtifactRef | None = None
     hidden: list[ArtifactRef] = field(default_factory=list)
     gradient: list[ArtifactRef] = field(default_factory=list)
-    frobenius: list[ArtifactRef] = field(default_factory=list)
+    grids: list[ArtifactRef] = field(default_factory=list)
     _count: int = 0
 
     def run(self, stage: Stage, config: dict[str, Any], **inputs: ArtifactRef | list[ArtifactRef]) -> ArtifactRef:
@@ -63,8 +63,8 @@ def captured(tiny_qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> Captu
     found.hidden.append(found.run(embed, {}, tokens=tokens))
     for layer in range(LAYERS):
         found.hidden.append(found.run(forward, {"layer": layer}, hidden=found.hidden[-1]))
-        grids = {"layer": layer, "menu": MENU, "quantizer": {"name": "rtn", "axis": 1}}
-        found.frobenius.append(found.run(measure_frobenius, grids))
+        config = {"layer": layer, "menu": MENU, "quantizer": {"name": "rtn", "axis": 1}}
+        found.grids.append(found.run(make_grids, config))
     gradients = [found.run(loss_gradient, {}, hidden=found.hidden[-1], tokens=tokens)]
     for layer in range(LAYERS - 1, 0, -1):
         gradients.append(found.run(backward, {"layer": layer}, hidden=found.hidden[layer], gradient=gradients[-1]))

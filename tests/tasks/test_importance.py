@@ -11,14 +11,15 @@ from torch import Tensor
 
 from lmq.evaluation.perplexity import full_windows
 from lmq.evaluation.windows import WINDOWS_SCHEMA, last_states, score_windows, window_tokens
-from lmq.layers.importance.avss import activation_statistics, avss_scores
-from lmq.layers.importance.cosine import angular_distances, block_influence
+from lmq.layers.importance.avss import avss_scores
+from lmq.layers.importance.cosine import angular_distances
 from lmq.layers.importance.estimates import ShapleyOptions
 from lmq.layers.importance.leave_one_out import leave_one_out
 from lmq.layers.importance.removal import RemovalValue
 from lmq.layers.importance.shapley import permutation_shapley, window_shapley
 from lmq.layers.importance.tables import ANGULAR_DISTANCE_SCHEMA, LAYER_IMPORTANCE_SCHEMA, SUBLAYER_IMPORTANCE_SCHEMA
 from lmq.layers.prune import write_pruned
+from lmq.measurement.layer_activity import activation_statistics, block_influence
 from lmq.measurement.replay import read_hidden_states
 from lmq.model.discovery import discover
 from lmq.model.streaming import StreamedModel
@@ -26,7 +27,6 @@ from lmq.numerics import fast_matmul_dtype
 from lmq.tables import read_rows
 from lmq.text.calibration import write_tokens
 from lmq_storage import ArtifactRef
-from lmq_tasks.capture import HIDDEN_STATES_FILE
 from lmq_tasks.evaluation import WINDOWS_FILE, evaluate_without_layers
 from lmq_tasks.importance import (
     ANGULAR_FILE,
@@ -34,9 +34,10 @@ from lmq_tasks.importance import (
     REMOVAL_FILE,
     SUBLAYERS_FILE,
     join_layer_importance,
-    measure_layer_activity,
     measure_removal_importance,
 )
+from lmq_tasks.measure import MEASUREMENT_STAGES
+from lmq_tasks.states import HIDDEN_STATES_FILE
 from lmq_tasks.texts import PREFIX_FILE, TOKENS_FILE
 from tests.tasks.conftest import LAYERS, LENGTH, SEQUENCES, Captured
 
@@ -67,7 +68,7 @@ def tokens(captured: Captured, token_ids: Tensor, tmp_path_factory: pytest.TempP
 def activity(captured: Captured) -> list[ArtifactRef]:
     return [
         captured.run(
-            measure_layer_activity,
+            MEASUREMENT_STAGES["layer_activity"],
             {"layer": layer},
             hidden=captured.hidden[layer],
             leaving=captured.hidden[layer + 1],
@@ -88,7 +89,7 @@ def value(tiny_qwen: Path, token_ids: Tensor) -> RemovalValue:
 
 
 def test_layers_have_every_metric(captured: Captured, activity: list[ArtifactRef], removal: ArtifactRef) -> None:
-    found = captured.run(join_layer_importance, {"angular_layers": 2}, activity=activity, removal=removal)
+    found = captured.run(join_layer_importance, {"angular_layers": 2}, layer_activity=activity, removal=removal)
     rows = read_rows(captured.path(found, LAYERS_FILE), LAYER_IMPORTANCE_SCHEMA)
     states = [read_hidden_states(captured.path(ref, HIDDEN_STATES_FILE)) for ref in captured.hidden]
     statistics = [activation_statistics(leaving, layer=layer) for layer, leaving in enumerate(states[1:])]
@@ -115,7 +116,7 @@ def test_layers_have_every_metric(captured: Captured, activity: list[ArtifactRef
 
 
 def test_what_was_not_removed_is_null(captured: Captured, activity: list[ArtifactRef]) -> None:
-    found = captured.run(join_layer_importance, {"angular_layers": 1}, activity=activity)
+    found = captured.run(join_layer_importance, {"angular_layers": 1}, layer_activity=activity)
     rows = read_rows(captured.path(found, LAYERS_FILE), LAYER_IMPORTANCE_SCHEMA)
     assert {row[name] for row in rows for name in ("shapley", "leave_one_out")} == {None}
 

@@ -18,8 +18,8 @@ from lmq.model.discovery import discover
 from lmq.model.streaming import StreamedModel
 from lmq.model.structure import ModuleId
 from lmq.tables import read_rows
-from lmq_tasks.capture import GRADIENTS_FILE, HIDDEN_STATES_FILE
-from lmq_tasks.second_moments import measure_module_errors
+from lmq_tasks.measure import GRIDS_FILE, MEASUREMENT_STAGES
+from lmq_tasks.states import GRADIENTS_FILE, HIDDEN_STATES_FILE
 from tests.tasks.conftest import LENGTH, MENU, SEQUENCES, Captured
 
 LAYER = 2
@@ -40,15 +40,15 @@ def replayed(captured: Captured, model_dir: Path) -> tuple[dict[str, ModuleTrace
 
 def test_costs_are_those_of_the_block_replayed(captured: Captured, tiny_qwen: Path) -> None:
     found = captured.run(
-        measure_module_errors,
+        MEASUREMENT_STAGES["module_errors"],
         {"layer": LAYER, "menu": MENU},
-        frobenius=captured.frobenius[LAYER],
+        grids=captured.grids[LAYER],
         hidden=captured.hidden[LAYER],
-        gradient=captured.gradient[LAYER],
+        text_gradients=captured.gradient[LAYER],
     )
     rows = read_rows(captured.path(found, "module-errors.parquet"), MODULE_ERRORS_SCHEMA)
     traces, weights = replayed(captured, tiny_qwen)
-    grids = load_grids(captured.path(captured.frobenius[LAYER], "grids.safetensors"))
+    grids = load_grids(captured.path(captured.grids[LAYER], GRIDS_FILE))
     assert len(rows) == len(weights) * len(MENU)
     for row in rows:
         kind = row["kind"]
@@ -68,11 +68,11 @@ def test_costs_are_those_of_the_block_replayed(captured: Captured, tiny_qwen: Pa
 
 
 def test_without_gradients_only_the_output_error_is_measured(captured: Captured) -> None:
-    replay = {"frobenius": captured.frobenius[LAYER], "hidden": captured.hidden[LAYER]}
+    replay = {"grids": captured.grids[LAYER], "hidden": captured.hidden[LAYER]}
     config = {"layer": LAYER, "menu": MENU}
     both = [
-        captured.run(measure_module_errors, config, **replay, **given)
-        for given in ({}, {"gradient": captured.gradient[LAYER]})
+        captured.run(MEASUREMENT_STAGES["module_errors"], config, **replay, **given)
+        for given in ({}, {"text_gradients": captured.gradient[LAYER]})
     ]
     without, with_gradient = (
         {
@@ -87,7 +87,7 @@ def test_without_gradients_only_the_output_error_is_measured(captured: Captured)
 
 
 def test_fewer_tokens_than_inputs_are_warned_of(captured: Captured, caplog: pytest.LogCaptureFixture) -> None:
-    replay = {"frobenius": captured.frobenius[LAYER], "hidden": captured.hidden[LAYER]}
+    replay = {"grids": captured.grids[LAYER], "hidden": captured.hidden[LAYER]}
     with caplog.at_level(logging.WARNING):
-        captured.run(measure_module_errors, {"layer": LAYER, "menu": MENU}, **replay)
+        captured.run(MEASUREMENT_STAGES["module_errors"], {"layer": LAYER, "menu": MENU}, **replay)
     assert f"layer 2 mlp.down_proj: {TOKENS} tokens are fewer than its 128 inputs" in caplog.text

@@ -13,12 +13,11 @@ from lmq.model.streaming import StreamedModel
 from lmq.tables import read_rows
 from lmq.text.calibration import write_tokens
 from lmq_storage import ArtifactRef, ArtifactStore
-from lmq_tasks.capture import GRADIENTS_FILE, HIDDEN_STATES_FILE, embed, forward
+from lmq_tasks.measure import MEASUREMENT_STAGES, make_grids
 from lmq_tasks.models import discover_structure
-from lmq_tasks.sequence_fisher import measure_sequence_fisher, sampled_backward, sampled_gradient
 from lmq_tasks.stage import ModelLocation, Site, Stage, as_inputs, run_stage
+from lmq_tasks.states import GRADIENTS_FILE, HIDDEN_STATES_FILE, embed, forward, sampled_backward, sampled_gradient
 from lmq_tasks.texts import TOKENS_FILE
-from lmq_tasks.weights import measure_frobenius
 
 SEQUENCES, LENGTH, DRAWS, LAYER = 2, 12, 3, 2
 MENU = ["b3g64", "b4g64"]
@@ -52,32 +51,35 @@ def runner(tmp_path: Path, tiny_qwen: Path) -> Runner:
 def test_costs_of_a_layer_come_from_the_gradients_of_every_draw(
     runner: Runner, tmp_path: Path, tiny_qwen: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for place in ("lmq.numerics", "lmq_tasks.sequence_fisher"):  # exact products, whatever the processor is fast at
+    for place in (
+        "lmq.numerics",
+        "lmq.measurement.sequence_fisher",
+    ):  # exact products, whatever the processor is fast at
         monkeypatch.setattr(f"{place}.fast_matmul_dtype", lambda _: torch.float32)
-    monkeypatch.setattr("lmq_tasks.sequence_fisher._ERROR_BYTES_AT_ONCE", 3 * 64 * 64)  # of one configuration
+    monkeypatch.setattr("lmq.measurement.sequence_fisher._ERROR_BYTES_AT_ONCE", 3 * 64 * 64)  # of one configuration
     structure = runner.run(discover_structure, {"weights_sha256": "0"})
     hidden = [runner.run(embed, {}, structure=structure, tokens=runner.tokens(tmp_path / "tokens.parquet"))]
     for layer in range(4):
         hidden.append(runner.run(forward, {"layer": layer}, structure=structure, hidden=hidden[-1]))
     last = runner.run(sampled_gradient, {"draws": DRAWS, "seed": 0}, structure=structure, hidden=hidden[-1])
     gradient = runner.run(sampled_backward, {"layer": 3}, structure=structure, hidden=hidden[3], gradient=last)
-    frobenius = runner.run(
-        measure_frobenius,
+    grids = runner.run(
+        make_grids,
         {"layer": LAYER, "menu": MENU, "quantizer": {"name": "hqq", "axis": 1}},
         structure=structure,
     )
     found = runner.run(
-        measure_sequence_fisher,
+        MEASUREMENT_STAGES["sequence_fisher"],
         {"layer": LAYER, "menu": MENU},
         structure=structure,
-        frobenius=frobenius,
+        grids=grids,
         hidden=hidden[LAYER],
-        gradient=gradient,
+        drawn_gradients=gradient,
     )
-    rows = read_rows(runner.store.path(found, "fisher.parquet"), SEQUENCE_FISHER_SCHEMA)
+    rows = read_rows(runner.store.path(found, "sequence-fisher.parquet"), SEQUENCE_FISHER_SCHEMA)
     assert len(rows) == 7 * len(MENU)
     for row in (row for row in rows if row["kind"] == "self_attn.v_proj"):
-        changes = _by_the_library(runner, tiny_qwen, hidden[LAYER], gradient, frobenius, row)
+        changes = _by_the_library(runner, tiny_qwen, hidden[LAYER], gradient, grids, row)
         assert len(changes) == DRAWS * SEQUENCES
         assert row["loss_changes"] == pytest.approx(changes.tolist(), rel=1e-4, abs=1e-5 * float(changes.abs().max()))
         expected = sequence_fisher(changes, tokens_per_sequence=LENGTH - 1)
@@ -90,7 +92,7 @@ def _by_the_library(
     model_dir: Path,
     hidden: ArtifactRef,
     gradients: ArtifactRef,
-    frobenius: ArtifactRef,
+    grids: ArtifactRef,
     row: dict[str, int],
 ) -> torch.Tensor:
     model = StreamedModel.open(model_dir, discover(model_dir, weights_sha256="0"))
@@ -99,7 +101,7 @@ def _by_the_library(
     states = read_hidden_states(runner.store.path(hidden, HIDDEN_STATES_FILE))
     with model.block(LAYER) as block:
         weight = block.get_submodule(module.id.kind).get_parameter("weight")
-        grid = load_grids(runner.store.path(frobenius, "grids.safetensors"))[module.id][spec]
+        grid = load_grids(runner.store.path(grids, "grids.safetensors"))[module.id][spec]
         error = {spec: grid.round_trip(weight) - weight}
         every_draw = read_gradients(runner.store.path(gradients, GRADIENTS_FILE)).split(SEQUENCES)
         inputs = model.block_inputs(LENGTH)[LAYER]

@@ -8,14 +8,13 @@ import pytest
 
 from lmq.formats.nf4 import NormalFloat4
 from lmq.measurement.activation import SENSITIVITY_SCHEMA, part_sensitivities
-from lmq.measurement.divergence import MODULE_DIVERGENCE_SCHEMA
+from lmq.measurement.module_divergence import MODULE_DIVERGENCE_SCHEMA
 from lmq.measurement.replay import read_hidden_states
 from lmq.model.discovery import discover
 from lmq.model.streaming import StreamedModel
 from lmq.tables import read_rows
-from lmq_tasks.capture import HIDDEN_STATES_FILE
-from lmq_tasks.module_divergence import measure_module_divergence
-from lmq_tasks.signals import measure_sensitivity
+from lmq_tasks.measure import MEASUREMENT_STAGES
+from lmq_tasks.states import HIDDEN_STATES_FILE
 from tests.tasks.conftest import LENGTH, MENU, Captured
 
 LAYER = 1
@@ -23,7 +22,7 @@ LAYER = 1
 
 def test_sensitivity_to_nf4_needs_no_grids(captured: Captured, tiny_qwen: Path) -> None:
     config = {"layer": LAYER, "spec": "b4g32", "quantizer": "nf4"}
-    found = captured.run(measure_sensitivity, config, hidden=captured.hidden[LAYER])
+    found = captured.run(MEASUREMENT_STAGES["sensitivity"], config, hidden=captured.hidden[LAYER])
     rows = read_rows(captured.path(found, "sensitivity.parquet"), SENSITIVITY_SCHEMA)
     model = StreamedModel.open(tiny_qwen, discover(tiny_qwen, weights_sha256="0"))
     hidden = read_hidden_states(captured.path(captured.hidden[LAYER], HIDDEN_STATES_FILE))
@@ -41,12 +40,12 @@ def test_sensitivity_to_nf4_needs_no_grids(captured: Captured, tiny_qwen: Path) 
 
 
 def test_divergence_of_chosen_pairs_is_that_of_all(captured: Captured) -> None:
-    inputs = {"frobenius": captured.frobenius[LAYER], "hidden": captured.hidden[LAYER], "last": captured.hidden[-1]}
+    inputs = {"grids": captured.grids[LAYER], "hidden": captured.hidden[LAYER], "last": captured.hidden[-1]}
     chosen = [["mlp.down_proj", "b3g64"], ["self_attn.q_proj", "b4g64"]]
     whole, some = (
         read_rows(
             captured.path(
-                captured.run(measure_module_divergence, {"layer": LAYER, "sequences": 2, **what}, **inputs),
+                captured.run(MEASUREMENT_STAGES["divergence"], {"layer": LAYER, "sequences": 2, **what}, **inputs),
                 "divergence.parquet",
             ),
             MODULE_DIVERGENCE_SCHEMA,

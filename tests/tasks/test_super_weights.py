@@ -11,8 +11,8 @@ from lmq.measurement.super_weights import SUPER_WEIGHTS_SCHEMA
 from lmq.model.discovery import discover
 from lmq.model.streaming import StreamedModel
 from lmq.tables import read_rows
-from lmq_tasks.capture import HIDDEN_STATES_FILE
-from lmq_tasks.super_weights import find_super_weights
+from lmq_tasks.measure import MEASUREMENT_STAGES
+from lmq_tasks.states import HIDDEN_STATES_FILE
 from tests.tasks.conftest import LENGTH, Captured
 
 LAYER = 1
@@ -20,7 +20,7 @@ LAYER = 1
 
 @torch.no_grad()
 def test_spikes_are_the_largest_inputs_and_outputs_of_the_down_projection(captured: Captured, tiny_qwen: Path) -> None:
-    found = captured.run(find_super_weights, {"layer": LAYER}, hidden=captured.hidden[LAYER])
+    found = captured.run(MEASUREMENT_STAGES["super_weights"], {"layer": LAYER}, hidden=captured.hidden[LAYER])
     (row,) = read_rows(captured.path(found, "super-weights.parquet"), SUPER_WEIGHTS_SCHEMA)
     assert (row["layer"], row["kind"]) == (LAYER, "mlp.down_proj")
     for side, states in zip(("input", "output"), _plain_states(captured, tiny_qwen), strict=True):

@@ -41,7 +41,7 @@ def changed_by(monkeypatch, module):
 def test_a_helper_two_imports_away_moves_the_stages_that_use_it(monkeypatch):
     """Stages reach weights through `lmq_tasks.opened`, which imports the library's streaming."""
     changed = changed_by(monkeypatch, "lmq.model.streaming")
-    assert {"kurtosis", "frobenius", "quantize", "forward", "evaluate"} <= changed
+    assert {"kurtosis", "grids", "quantize", "forward", "evaluate"} <= changed
     assert not {"calibration", "convert"} & changed
 
 
@@ -51,7 +51,7 @@ def test_the_loader_moves_what_opens_checkpoints_whole(monkeypatch):
 
 
 def test_helpers_of_other_files_count_but_not_what_carries_a_stage():
-    sources, library = versions._stage_sources("lmq_tasks.weights", "measure_kurtosis")
+    sources, library = versions._stage_sources("lmq_tasks.measure", "measure_layer")
     assert any("load_layer_weights" in source for source in sources)
     assert "lmq.model.streaming" in library
     assert not any("publish" in source for source in sources)

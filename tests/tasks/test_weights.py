@@ -13,9 +13,9 @@ from lmq.model.discovery import discover
 from lmq.model.streaming import load_layer_weights
 from lmq.tables import read_rows
 from lmq_storage import ArtifactStore
+from lmq_tasks.measure import MEASUREMENT_STAGES
 from lmq_tasks.models import discover_structure
 from lmq_tasks.stage import ModelLocation, Site, as_inputs, run_stage
-from lmq_tasks.weights import measure_kurtosis
 
 LAYER = 1
 
@@ -24,7 +24,9 @@ def test_statistics_of_every_module_of_a_layer_are_kept(tiny_qwen: Path, tmp_pat
     store = ArtifactStore(tmp_path.as_uri())
     site = Site(store_url=tmp_path.as_uri(), model=ModelLocation(kind="directory", place=str(tiny_qwen)))
     structure = run_stage(discover_structure, "0" * 64, site, {"weights_sha256": "0"}, {})
-    found = run_stage(measure_kurtosis, "1" * 64, site, {"layer": LAYER}, as_inputs({"structure": structure}))
+    found = run_stage(
+        MEASUREMENT_STAGES["kurtosis"], "1" * 64, site, {"layer": LAYER}, as_inputs({"structure": structure})
+    )
     rows = read_rows(store.path(found, "kurtosis.parquet"), WEIGHT_STATISTICS_SCHEMA)
     weights = load_layer_weights(tiny_qwen, discover(tiny_qwen, weights_sha256="0"), LAYER)
     assert {row["kind"] for row in rows} == set(weights)

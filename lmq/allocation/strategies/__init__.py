@@ -6,7 +6,7 @@ from dataclasses import fields
 from typing import Any
 
 from lmq.allocation.strategies.auto import Auto
-from lmq.allocation.strategies.base import Measurements, Strategy
+from lmq.allocation.strategies.base import TRIALS, Measurements, Strategy
 from lmq.allocation.strategies.boost import KurtBoost, RandomBoost, SensiBoost
 from lmq.allocation.strategies.importance_weighted import AvssWeighted, BiWeighted
 from lmq.allocation.strategies.kl import Kl
@@ -16,7 +16,7 @@ from lmq.allocation.strategies.structural import Structural
 from lmq.allocation.strategies.uniform import Uniform
 from lmq.errors import InputError, unknown_name
 
-__all__ = ["STRATEGIES", "Auto", "Measurements", "Strategy", "strategy"]
+__all__ = ["STRATEGIES", "TRIALS", "Auto", "Measurements", "Strategy", "strategy"]
 
 STRATEGIES: dict[str, type[Strategy]] = {
     each.name: each

@@ -9,7 +9,7 @@ import numpy as np
 
 from lmq.allocation.refine import Refinement, RefineOptions, Trials, refine
 from lmq.allocation.solver import Allocation, check_feasible_program
-from lmq.allocation.strategies.base import Choices, Measurements, Strategy
+from lmq.allocation.strategies.base import TRIALS, Choices, Measurements, Strategy
 from lmq.allocation.strategies.boost import KurtBoost
 from lmq.allocation.strategies.loss_aware import LossAware
 from lmq.allocation.strategies.mxq import Mxq
@@ -45,7 +45,7 @@ class Auto:
     @property
     def needs(self) -> frozenset[str]:
         """What its candidates need, and trials on the model."""
-        return frozenset({"trials"}).union(*(candidate.needs for candidate in CANDIDATES))
+        return frozenset({TRIALS}).union(*(candidate.needs for candidate in CANDIDATES))
 
     def allocate(self, measurements: Measurements, budget_bytes: int) -> Allocation:
         """The refined plan. Raises InfeasibleBudget, InputError, NotFiniteError."""

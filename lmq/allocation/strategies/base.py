@@ -15,38 +15,38 @@ from lmq.allocation.refine import Trials
 from lmq.allocation.solver import Allocation, Assignment, check_budget, check_feasible_program, solve
 from lmq.errors import InputError, LmqError
 from lmq.formats.spec import QuantSpec
+from lmq.measurement.registry import PROFILES
 from lmq.model.structure import ModuleId, ModuleInfo
+from lmq.outliers import outlier_modules, profiles_by_kind
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Measurements:
     """The modules to allocate, the configurations to choose from, and what was measured; None is not measured.
 
-    `kurtosis` and `sensitivity` hold one number per module, None where it has none (a constant matrix has no
-    kurtosis); `frobenius` (norm of the weight error), `fisher`
-    (loss-aware, token-wise) and `sequence_fisher` (sequence-wise) are error tables, as is `divergence`
-    (measured, of one module alone), which may hold fewer configurations; `layer_importance` holds one number per
-    layer for each metric of `lmq.layers.importance.layers.layer_scores`; `trials` tries plans on the model.
-    `constraints` are kept by strategies that solve a program; the others refuse them, but for uniform.
+    `profiles` hold one number per module, None where it has none (a constant matrix has no kurtosis), and `costs` an
+    error table, by names of `lmq.measurement.registry`; the table of `divergence` may hold fewer configurations. `layer_scores` hold one number per layer for each metric of
+    `lmq.layers.importance.layers.layer_scores`. `trials` tries allocations on the model. `constraints` are kept by
+    strategies that solve a program; the others refuse them, but for uniform.
     """
 
     modules: tuple[ModuleInfo, ...]
     menu: tuple[QuantSpec, ...]
-    kurtosis: Mapping[ModuleId, float | None] | None = None
-    sensitivity: Mapping[ModuleId, float | None] | None = None
-    frobenius: ErrorTable | None = None
-    fisher: ErrorTable | None = None
-    sequence_fisher: ErrorTable | None = None
-    divergence: ErrorTable | None = None
-    layer_importance: Mapping[str, Sequence[float]] | None = None
+    profiles: Mapping[str, Mapping[ModuleId, float | None]] = field(default_factory=dict)
+    costs: Mapping[str, ErrorTable] = field(default_factory=dict)
+    layer_scores: Mapping[str, Sequence[float]] | None = None
     trials: Trials | None = None
     constraints: Constraints = field(default_factory=Constraints)
+
+
+TRIALS = "trials"
+"""What a strategy needs that tries allocations on the model, beside the names of measurements."""
 
 
 class Strategy(Protocol):
     """How an allocation is chosen. A strategy is a frozen keyword-only dataclass; its fields are its options.
 
-    `needs` names the fields of `Measurements` that must be there. `keeps_constraints` says whether its allocations
+    `needs` names the measurements that must be there, and `TRIALS`. `keeps_constraints` says whether its allocations
     keep the constraints of the measurements.
     """
 
@@ -171,13 +171,14 @@ def solve_program(
     return allocation
 
 
-def table_costs(table: ErrorTable | None, name: str, choices: Choices) -> np.ndarray:
+def table_costs(measurements: Measurements, name: str, choices: Choices) -> np.ndarray:
     """Costs [modules, configurations] in the order of the choices; the table's own order and extras do not matter.
 
     Raises InputError naming the modules and configurations that the table lacks, or the cost that is not finite.
     """
+    table = measurements.costs.get(name)
     if table is None:
-        raise _not_measured(name)
+        raise not_measured(name)
     row_of = {module: row for row, module in enumerate(table.modules)}
     column_of = {spec: column for column, spec in enumerate(table.specs)}
     missing = [str(module.id) for module in choices.modules if module.id not in row_of]
@@ -194,19 +195,26 @@ def table_costs(table: ErrorTable | None, name: str, choices: Choices) -> np.nda
     return costs
 
 
-def module_signal(
-    signal: Mapping[ModuleId, float | None] | None, name: str, modules: Sequence[ModuleInfo]
+def module_profile(
+    measurements: Measurements, name: str, modules: Sequence[ModuleInfo]
 ) -> dict[ModuleId, float | None]:
     """One number for every module to allocate, None where it has none. Raises InputError naming those not measured."""
-    if signal is None:
-        raise _not_measured(name)
-    missing = [str(module.id) for module in modules if module.id not in signal]
+    profile = measurements.profiles.get(name)
+    if profile is None:
+        raise not_measured(name)
+    missing = [str(module.id) for module in modules if module.id not in profile]
     if missing:
         raise InputError(f"no {name} for {_some(missing)}; measure them and try again")
-    return {module.id: signal[module.id] for module in modules}
+    return {module.id: profile[module.id] for module in modules}
 
 
-def _not_measured(name: str) -> InputError:
+def profile_outliers(name: str, profile: Mapping[ModuleId, float | None], top_m: int) -> dict[str, list[int]]:
+    """Kind → layers at which the profile of this name jumps; `top_m` of them at most, 0 is all."""
+    return outlier_modules(profiles_by_kind(profile), difference=PROFILES[name].difference, top_m=top_m)
+
+
+def not_measured(name: str) -> InputError:
+    """The error of a strategy that lacks a measurement."""
     return InputError(f"the strategy needs {name}, which was not measured; measure it first")
 
 

@@ -13,15 +13,15 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from lmq.allocation.solver import Allocation
-from lmq.allocation.strategies.base import Choices, Measurements, module_signal, reduce_to_fit
+from lmq.allocation.strategies.base import Choices, Measurements, module_profile, profile_outliers, reduce_to_fit
 from lmq.errors import InputError, unknown_name
 from lmq.formats.spec import STOPS, QuantSpec
 from lmq.model.structure import ModuleId
-from lmq.outliers import check_top_m, outlier_modules, profiles_by_kind
+from lmq.outliers import check_top_m, profiles_by_kind
 
 ALLOWED_BOOST_STOPS = (1, 2, 3)
-DIFFERENCE = {"sensitivity": "divide", "kurtosis": "subtract"}
 SIGNAL = {"sensi-boost": "sensitivity", "kurt-boost": "kurtosis"}
+_SIGNALS = tuple(SIGNAL.values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +53,8 @@ class _Boost:
         Unless `paid`, the size may be above the budget. Raises InfeasibleBudget, InputError.
         """
         choices = Choices.of(measurements, budget_bytes)
-        signal = module_signal(getattr(measurements, self.signal), self.signal, choices.modules)
-        outliers = outlier_modules(profiles_by_kind(signal), difference=DIFFERENCE[self.signal], top_m=self.top_m)
+        signal = module_profile(measurements, self.signal, choices.modules)
+        outliers = profile_outliers(self.signal, signal, self.top_m)
         base = choices.largest_uniform(budget_bytes)
         choice = boost(choices, base, outliers, self.boost_stop)
         if self.paid:
@@ -108,21 +108,16 @@ class RandomBoost:
     @property
     def needs(self) -> frozenset[str]:
         """Both signals: a layer that either would choose is not drawn."""
-        return frozenset(DIFFERENCE)
+        return frozenset(_SIGNALS)
 
     def allocate(self, measurements: Measurements, budget_bytes: int) -> Allocation:
         """Boost the drawn modules; the size may be above the budget. Raises InfeasibleBudget, InputError."""
         choices = Choices.of(measurements, budget_bytes)
-        profiles = {
-            name: profiles_by_kind(module_signal(getattr(measurements, name), name, choices.modules))
-            for name in DIFFERENCE
-        }
-        found = {
-            name: outlier_modules(profiles[name], difference=DIFFERENCE[name], top_m=self.top_m) for name in DIFFERENCE
-        }
+        profiles = {name: module_profile(measurements, name, choices.modules) for name in _SIGNALS}
+        found = {name: profile_outliers(name, profiles[name], self.top_m) for name in _SIGNALS}
         generator = np.random.default_rng(self.seed)
         drawn: dict[str, list[int]] = {}
-        for kind, profile in profiles["sensitivity"].items():
+        for kind, profile in profiles_by_kind(profiles["sensitivity"]).items():
             others = sorted(set(profile).difference(*(outliers[kind] for outliers in found.values())))
             count = min(len(found[SIGNAL[self.like]][kind]), len(others))
             drawn[kind] = generator.choice(np.array(others, int), count, replace=False).tolist()

@@ -12,7 +12,7 @@ from typing import ClassVar
 import numpy as np
 
 from lmq.allocation.solver import Allocation
-from lmq.allocation.strategies.base import Choices, Measurements, solve_program, table_costs
+from lmq.allocation.strategies.base import Choices, Measurements, not_measured, solve_program, table_costs
 from lmq.errors import InputError
 
 
@@ -26,8 +26,8 @@ class _ImportanceWeighted:
 
     @property
     def needs(self) -> frozenset[str]:
-        """The Frobenius error table and the importance of the layers."""
-        return frozenset({"frobenius", "layer_importance"})
+        """The Frobenius error table and the activity of the layers."""
+        return frozenset({"frobenius", "layer_activity"})
 
     def allocate(self, measurements: Measurements, budget_bytes: int) -> Allocation:
         """Solve the program for the weighted norms. Raises InfeasibleBudget, InputError."""
@@ -37,20 +37,18 @@ class _ImportanceWeighted:
             layers = [module.id.layer for module in choices.modules]
             if max(layers) >= len(weights):
                 raise InputError(
-                    f"layer_importance holds {len(weights)} layers, but there are modules of layer {max(layers)}; "
+                    f"layer_scores hold {len(weights)} layers, but there are modules of layer {max(layers)}; "
                     "measure it on the model to allocate"
                 )
-            return table_costs(measurements.frobenius, "frobenius", choices) * weights[layers][:, None]
+            return table_costs(measurements, "frobenius", choices) * weights[layers][:, None]
 
         return solve_program(measurements, budget_bytes, costs_of)
 
     def _weights(self, measurements: Measurements) -> np.ndarray:
         """Importance over its mean, [layers]. Cosines carry rounding, so that an influence of 0 can be just below."""
-        if measurements.layer_importance is None:
-            raise InputError(
-                f"the strategy {self.name} needs layer_importance, which was not measured; measure it first"
-            )
-        scores = np.maximum(np.array(measurements.layer_importance[self.metric], dtype=np.float64), 0)
+        if measurements.layer_scores is None:
+            raise not_measured("layer_activity")
+        scores = np.maximum(np.array(measurements.layer_scores[self.metric], dtype=np.float64), 0)
         if not np.isfinite(scores).all() or not scores.any():
             raise InputError(
                 f"the {self.metric} of the layers ({scores.tolist()}) weighs nothing: give finite numbers, not all 0"

@@ -8,10 +8,9 @@ from typing import ClassVar
 import numpy as np
 
 from lmq.allocation.solver import Allocation
-from lmq.allocation.strategies.base import Choices, Measurements, solve_program, table_costs
+from lmq.allocation.strategies.base import Choices, Measurements, not_measured, solve_program, table_costs
 from lmq.allocation.strategies.loss_aware import non_increasing
-from lmq.errors import InputError
-from lmq.measurement.divergence import carried_costs
+from lmq.measurement.module_divergence import carried_costs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,14 +33,14 @@ class Kl:
 
     def allocate(self, measurements: Measurements, budget_bytes: int) -> Allocation:
         """Solve the program for the carried costs. Raises InfeasibleBudget, InputError."""
-        table = measurements.divergence
-        if table is None:
-            raise InputError("the strategy kl needs divergence, which was not measured; measure it first")
+        if "divergence" not in measurements.costs:
+            raise not_measured("divergence")
+        specs = measurements.costs["divergence"].specs
 
         def costs_of(choices: Choices) -> np.ndarray:
-            measured = table_costs(table, "divergence", replace(choices, specs=table.specs))
-            both = replace(choices, specs=(*choices.specs, *table.specs))
-            cheap = table_costs(measurements.sequence_fisher, "sequence_fisher", both)
-            return non_increasing(carried_costs(measured, table.specs, cheap, choices.specs), choices.sizes_bytes)
+            measured = table_costs(measurements, "divergence", replace(choices, specs=specs))
+            both = replace(choices, specs=(*choices.specs, *specs))
+            cheap = table_costs(measurements, "sequence_fisher", both)
+            return non_increasing(carried_costs(measured, specs, cheap, choices.specs), choices.sizes_bytes)
 
         return solve_program(measurements, budget_bytes, costs_of)

@@ -45,7 +45,7 @@ class LossAware:
         name = _TABLES[self.fisher]
 
         def costs_of(choices: Choices) -> np.ndarray:
-            return non_increasing(table_costs(getattr(measurements, name), name, choices), choices.sizes_bytes)
+            return non_increasing(table_costs(measurements, name, choices), choices.sizes_bytes)
 
         return solve_program(measurements, budget_bytes, costs_of)
 

@@ -12,10 +12,16 @@ from typing import ClassVar
 import numpy as np
 
 from lmq.allocation.solver import Allocation
-from lmq.allocation.strategies.base import Choices, Measurements, module_signal, solve_program, table_costs
-from lmq.allocation.strategies.boost import DIFFERENCE
+from lmq.allocation.strategies.base import (
+    Choices,
+    Measurements,
+    module_profile,
+    profile_outliers,
+    solve_program,
+    table_costs,
+)
 from lmq.measurement.weights import scaled_profiles
-from lmq.outliers import check_top_m, outlier_modules, profiles_by_kind
+from lmq.outliers import check_top_m, profiles_by_kind
 
 OUTLIER_FACTOR = 2.0
 
@@ -37,7 +43,7 @@ class Mxq:
     def allocate(self, measurements: Measurements, budget_bytes: int) -> Allocation:
         """Solve the program for the norms as they are. Raises InfeasibleBudget, InputError."""
         return solve_program(
-            measurements, budget_bytes, lambda choices: table_costs(measurements.frobenius, "frobenius", choices)
+            measurements, budget_bytes, lambda choices: table_costs(measurements, "frobenius", choices)
         )
 
 
@@ -59,7 +65,7 @@ class KurtScaled:
         """Solve the program for the scaled norms. Raises InfeasibleBudget, InputError."""
 
         def costs_of(choices: Choices) -> np.ndarray:
-            norms = table_costs(measurements.frobenius, "frobenius", choices)
+            norms = table_costs(measurements, "frobenius", choices)
             return norms * (1 + scaled_kurtosis(measurements, choices))[:, None]
 
         return solve_program(measurements, budget_bytes, costs_of)
@@ -90,8 +96,8 @@ class _PenaltyProgram:
 
     def _costs(self, measurements: Measurements, choices: Choices) -> np.ndarray:
         """penalty(bits) · factor / bits per weight · 100 · share of the parameters, [modules, configurations]."""
-        signal = module_signal(getattr(measurements, self.signal), self.signal, choices.modules)
-        outliers = outlier_modules(profiles_by_kind(signal), difference=DIFFERENCE[self.signal], top_m=self.top_m)
+        signal = module_profile(measurements, self.signal, choices.modules)
+        outliers = profile_outliers(self.signal, signal, self.top_m)
         factor = [OUTLIER_FACTOR if m.id.layer in outliers[m.id.kind] else 1.0 for m in choices.modules]
         parameters = np.array([module.parameters for module in choices.modules], dtype=np.float64)
         weight = np.array(factor) * 100 * parameters / parameters.sum()
@@ -120,7 +126,7 @@ class KurtMilp(_PenaltyProgram):
 
 def scaled_kurtosis(measurements: Measurements, choices: Choices) -> np.ndarray:
     """Kurtosis [modules] float64 scaled to 0…1 over the layers of each kind; 0 where all layers have the same."""
-    kurtosis = module_signal(measurements.kurtosis, "kurtosis", choices.modules)
+    kurtosis = module_profile(measurements, "kurtosis", choices.modules)
     scaled = scaled_profiles(profiles_by_kind(kurtosis))
     return np.array([scaled[module.id.kind][module.id.layer] for module in choices.modules])
 

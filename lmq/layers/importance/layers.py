@@ -3,31 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
-import pyarrow as pa
 from torch import Tensor
 
-from lmq.layers.importance.avss import activation_statistics, avss_scores
-from lmq.layers.importance.cosine import angular_distances, block_influence
-from lmq.tables import TableSchema
-
-LAYER_ACTIVITY_SCHEMA = TableSchema(
-    "layer-activity",
-    1,
-    pa.schema(
-        [
-            pa.field("layer", pa.int32(), nullable=False),
-            pa.field("variance", pa.float64(), nullable=False),
-            pa.field("pooled_variance", pa.float64(), nullable=False),
-            pa.field("sparsity", pa.float64(), nullable=False),
-            pa.field("relative_sparsity", pa.float64(), nullable=False),
-            pa.field("elements", pa.int64(), nullable=False),
-            pa.field("block_influence", pa.float64(), nullable=False),
-        ]
-    ),
-)
+from lmq.layers.importance.avss import avss_scores
+from lmq.layers.importance.cosine import angular_distances
 
 _AVSS_VARIANTS = {
     "avss": ("variance", "sparsity"),
@@ -35,15 +16,6 @@ _AVSS_VARIANTS = {
     "avss_relative": ("variance", "relative_sparsity"),
     "avss_pooled_relative": ("pooled_variance", "relative_sparsity"),
 }
-
-
-def layer_activity(entering: Tensor, leaving: Tensor, *, layer: int) -> dict[str, Any]:
-    """Row of the activity table: activation statistics and Block Influence of one layer.
-
-    States are [sequences, sequence_length, hidden]. Raises NotFiniteError naming the layer.
-    """
-    statistics = asdict(activation_statistics(leaving, layer=layer))
-    return {"layer": layer, **statistics, "block_influence": block_influence(entering, leaving, layer=layer)}
 
 
 def layer_scores(activities: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from html import escape
 
 import numpy as np
@@ -12,6 +11,8 @@ from matplotlib.figure import Figure
 from lmq.allocation.error_table import ErrorTable
 from lmq.formats.spec import QuantSpec
 from lmq.layers.importance.correlation import rank_correlations
+from lmq.measurement.base import CostColumn
+from lmq.measurement.registry import COSTS as REGISTERED
 from lmq.model.structure import ModuleId
 from lmq.outliers import FEWEST_LAYERS_OF_KIND, find_outlier_layers
 from lmq.report.data import ModelReport
@@ -44,45 +45,7 @@ LIKELY_BITS = 4
 """Width at which costs are compared over modules: the one that most budgets are about."""
 
 
-@dataclass(frozen=True)
-class CostKind:
-    """A measurement of what quantizing one module costs: its title and what it means."""
-
-    title: str
-    meaning: str
-
-
-COSTS: Mapping[str, CostKind] = {
-    "sequence_fisher": CostKind(
-        "Loss-aware cost",
-        "Expected growth of the loss when one module is quantized, in nats per token: true Fisher, whole sequences.",
-    ),
-    "fisher": CostKind(
-        "Loss-aware cost, token by token",
-        "Sum over the calibration tokens of the squared change of the loss when one module is quantized.",
-    ),
-    "divergence": CostKind(
-        "Measured divergence",
-        "KL divergence to full precision of the model with one module quantized alone, in nats per token.",
-    ),
-    "delta_loss": CostKind(
-        "Delta loss", "First-order change of the loss, with the gradient at the quantized point, in nats per token."
-    ),
-    "first_order_loss": CostKind(
-        "Delta loss at full precision", "First-order change of the summed loss, with the unquantized model's gradient."
-    ),
-    "fisher_weighted": CostKind(
-        "Fisher cost from weighted second moments", "The token-wise cost, had gradients no direction in common."
-    ),
-    "fisher_diagonal": CostKind(
-        "Fisher cost from plain second moments", "The token-wise cost, were gradients and inputs independent."
-    ),
-    "input_error": CostKind("Output error", "Mean squared error of the module's own outputs."),
-    "frobenius": CostKind(
-        "Frobenius error",
-        "Norm of the difference between the weights and their quantized form; blind to what the weights do.",
-    ),
-}
+COSTS: Mapping[str, CostColumn] = {column.name: column for cost in REGISTERED.values() for column in cost.columns}
 """By their name in `ModelReport.costs`; the first that was measured leads."""
 
 

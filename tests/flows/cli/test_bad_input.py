@@ -209,7 +209,7 @@ def test_nan_in_a_weight_stops_its_layer_and_keeps_what_was_made(broken: Path, t
     with pytest.raises(NotFiniteError, match=r"layer 1 mlp\.up_proj holds 3 elements of 8,192 that are NaN"):
         execute_directly(graph_of(config))
     store = ArtifactStore(config.store)
-    assert [item.config["layer"] for item in store.manifests("frobenius")] == [0]
+    assert [item.config["layer"] for item in store.manifests("grids")] == [0]
     assert store.verify() == []
     assert list((Path(config.store) / "tmp").iterdir()) == []
 

@@ -133,7 +133,7 @@ def test_arguments_that_make_no_sense_end_with_2(
 def test_plan_says_what_is_cached(made: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(made[0]), "--layers"]) == 0
     printed = capsys.readouterr().out
-    assert "frobenius" in printed
+    assert "grids" in printed
     assert "cached" in printed
     assert "never made" not in printed
 
@@ -243,7 +243,7 @@ def test_budget_prints_every_size_without_measuring(
     parts = budget_rows(printed, "Not quantized")
     assert parts["embeddings"] == parts["lm_head"] == ["1", "32,768", "131,072 B"]
     assert parts["all"][2] == f"{structure.other_bytes:,} B"
-    assert not list((tmp_path / "store").rglob("frobenius*"))
+    assert not list((tmp_path / "store").rglob("grids*"))
 
 
 def test_budgets_become_bytes(tiny_qwen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

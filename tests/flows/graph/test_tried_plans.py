@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from lmq.measurement.divergence import MODULE_DIVERGENCE_SCHEMA
+from lmq.measurement.module_divergence import MODULE_DIVERGENCE_SCHEMA
 from lmq.report.results import read_results
 from lmq.tables import read_rows
 from lmq_storage import ArtifactStore
@@ -56,7 +56,7 @@ def test_tried_plans_keep_the_budget_and_say_what_they_gain(finished):
 def test_divergence_is_measured_of_every_module_alone(finished):
     config, _ = finished
     store = ArtifactStore(config.store)
-    layers = [manifest.ref for manifest in store.manifests() if manifest.stage == "module-divergence"]
+    layers = [manifest.ref for manifest in store.manifests() if manifest.stage == "divergence"]
     rows = [row for ref in layers for row in read_rows(store.path(ref, "divergence.parquet"), MODULE_DIVERGENCE_SCHEMA)]
     assert len(rows) == 4 * 7 * 3
     assert all(row["divergence"] > 0 and row["divergence_stderr"] >= 0 for row in rows)

@@ -14,7 +14,7 @@ from lmq_storage import ArtifactRef
 from lmq_tasks.stage import open_store, run_stage, stage_key
 from tests.flows.conftest import tiny_config
 
-SIGNALS = ["kurtosis", "sensitivity", "fisher", "sequence_fisher", "module_errors", "super_weights", "layer_importance"]
+SIGNALS = ["kurtosis", "sensitivity", "fisher", "sequence_fisher", "module_errors", "super_weights", "layer_activity"]
 
 
 def run_on_threads(graph: Graph, nodes: list[Node], threads: int) -> dict[Node, ArtifactRef]:

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from lmq.measurement.activation import SENSITIVITY_SCHEMA
 from lmq.measurement.delta_loss import DELTA_LOSS_SCHEMA
-from lmq.measurement.divergence import MODULE_DIVERGENCE_SCHEMA
 from lmq.measurement.frobenius import FROBENIUS_SCHEMA
+from lmq.measurement.module_divergence import MODULE_DIVERGENCE_SCHEMA
+from lmq.measurement.registry import MEASUREMENTS
 from lmq.measurement.second_moments import MODULE_ERRORS_SCHEMA
 from lmq.measurement.sequence_fisher import SEQUENCE_FISHER_SCHEMA
 from lmq.measurement.super_weights import SUPER_WEIGHTS_SCHEMA
 from lmq.measurement.token_fisher import FISHER_SCHEMA
 from lmq.measurement.weights import WEIGHT_STATISTICS_SCHEMA
 from lmq.tables import read_rows
-from lmq_flows.config.sections import MEASUREMENTS
 from lmq_flows.graph.build import build_graph
 from lmq_flows.graph.node import Node
 from lmq_flows.run.measured_tables import write_measured_tables
@@ -52,15 +51,14 @@ def made(tiny_qwen: Path, tmp_path_factory: pytest.TempPathFactory):
     models, texts = ready_models(config)
     graph, _, measured = build_graph(config, models, texts)
     found = measured["tiny"]
-    lists = [getattr(found, field.name) for field in fields(found)]
-    nodes = [node for item in lists if isinstance(item, list) for node in item]
+    nodes = [node for table in found.tables.values() for node in table]
     return open_store(config.store), measured, execute_directly(graph, nodes)
 
 
 def test_every_measurement_becomes_one_table_of_all_layers(made, tmp_path: Path) -> None:
     store, measured, refs = made
     write_measured_tables(tmp_path / "measurements", store, measured, refs)
-    names = {name.replace("_", "-") for name in (*MEASUREMENTS, "frobenius")}
+    names = {name.replace("_", "-") for name in MEASUREMENTS}
     assert {path.name for path in (tmp_path / "measurements").iterdir()} == {f"tiny-{name}.parquet" for name in names}
     for name, schema in SCHEMAS.items():
         rows = read_rows(tmp_path / "measurements" / f"tiny-{name}.parquet", schema)
@@ -70,7 +68,7 @@ def test_every_measurement_becomes_one_table_of_all_layers(made, tmp_path: Path)
 
 def test_a_measurement_that_lacks_a_layer_is_left_out(made, tmp_path: Path) -> None:
     store, measured, refs = made
-    partly: dict[Node, ArtifactRef | None] = {**refs, measured["tiny"].fisher[2]: None}
+    partly: dict[Node, ArtifactRef | None] = {**refs, measured["tiny"].tables["fisher"][2]: None}
     write_measured_tables(tmp_path / "measurements", store, measured, partly)
     tables = {path.name for path in (tmp_path / "measurements").iterdir()}
     assert "tiny-fisher.parquet" not in tables

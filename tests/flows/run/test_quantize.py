@@ -22,7 +22,7 @@ from tests.flows.conftest import promised, run_and_look, tiny_config
 pytestmark = pytest.mark.slow
 
 GRADIENTS = {"sampled-loss-gradient", "sampled-backward"}
-MEASURING = {"kurtosis", "frobenius", "embed", "forward", "sensitivity", "sequence-fisher", *GRADIENTS}
+MEASURING = {"kurtosis", "grids", "embed", "forward", "sensitivity", "sequence-fisher", *GRADIENTS}
 CAPTURE = {"calibration", "embed", "forward", "sensitivity", "sequence-fisher", *GRADIENTS}
 
 
@@ -143,7 +143,7 @@ def test_unchanged_run_is_cached_throughout(again):
         (
             {"measure__quantizer": "rtn"},
             {
-                "frobenius",
+                "grids",
                 "sensitivity",
                 "sequence-fisher",
                 "outliers",

@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lmq.evaluation.whole_model import evaluate_checkpoint
-from lmq.layers.importance.cosine import block_influence
 from lmq.layers.prune import choose_random_layers
+from lmq.measurement.layer_activity import block_influence
 from lmq.text.calibration import TextSource, documents, read_tokens
 from lmq_flows.cli import main
 from lmq_flows.cli.terminal import console

@@ -70,7 +70,7 @@ def test_what_a_run_measured_is_not_measured_again(
     execute_directly(graph, measured["tiny"].sensitivity)
     study(tmp_path, "sensitivity", tiny_llama, "--config", "b4g64")
     printed = capsys.readouterr().out
-    for stage, count in (("forward", 3), ("frobenius", 4), ("sensitivity", 4)):
+    for stage, count in (("forward", 3), ("grids", 4), ("sensitivity", 4)):
         assert any(line.startswith(stage) and f"({count} cached)" in line for line in printed.splitlines())
 
 
@@ -93,7 +93,7 @@ def test_cheap_costs_stand_beside_the_exact_one(
     assert "sequence-wise Fisher" in printed
     assert "gradient at full precision" in printed
     assert "gradient at the quantized point" in printed
-    assert len(list((tmp_path / "store" / "manifests" / "module-divergence").iterdir())) <= 4
+    assert len(list((tmp_path / "store" / "manifests" / "divergence").iterdir())) <= 4
     assert (out / "study.svg").read_text().count("<svg ") == 9
     assert "Which cost predicts best?" in (out / "study.html").read_text()
 

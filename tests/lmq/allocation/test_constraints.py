@@ -42,7 +42,7 @@ def _allocation(specs, modules=MODULES) -> Allocation:
 
 def _measurements(modules, menu, costs, constraints) -> Measurements:
     table = ErrorTable(tuple(m.id for m in modules), tuple(menu), np.array(costs), module_sizes(modules, menu))
-    return Measurements(modules=modules, menu=tuple(menu), frobenius=table, constraints=constraints)
+    return Measurements(modules=modules, menu=tuple(menu), costs={"frobenius": table}, constraints=constraints)
 
 
 @st.composite
@@ -291,9 +291,10 @@ def test_a_strategy_keeps_constraints_or_says_that_it_does_not(name):
     base = _measurements(MODULES, (B2, B3, B4, B8), costs, constraints)
     signal = {module.id: float(row) for row, module in enumerate(MODULES)}
     measurements = Measurements(
-        modules=base.modules, menu=base.menu, constraints=constraints, kurtosis=signal, sensitivity=signal,
-        frobenius=base.frobenius, fisher=base.frobenius, sequence_fisher=base.frobenius, divergence=base.frobenius,
-        layer_importance=dict.fromkeys(("avss_relative", "block_influence"), [1.0] * len(MODULES)),
+        modules=base.modules, menu=base.menu, constraints=constraints,
+        profiles=dict.fromkeys(("kurtosis", "sensitivity"), signal),
+        costs=dict.fromkeys(("frobenius", "fisher", "sequence_fisher", "divergence"), base.costs["frobenius"]),
+        layer_scores=dict.fromkeys(("avss_relative", "block_influence"), [1.0] * len(MODULES)),
     )  # fmt: skip
     budget = int(module_sizes(MODULES, (B4,)).sum())
     if STRATEGIES[name].keeps_constraints:

@@ -32,7 +32,9 @@ def measured(cost: np.ndarray) -> Measurements:
     """Measurements whose every error table has these costs [modules, configurations of the menu]."""
     sizes = np.array([[spec.size_bytes(module.parameters) for spec in MENU] for module in MODULES])
     table = ErrorTable(tuple(module.id for module in MODULES), MENU, cost, sizes)
-    return Measurements(modules=MODULES, menu=MENU, frobenius=table, fisher=table, sequence_fisher=table)
+    return Measurements(
+        modules=MODULES, menu=MENU, costs=dict.fromkeys(("frobenius", "fisher", "sequence_fisher"), table)
+    )
 
 
 def costs(seed: int = 5) -> np.ndarray:
@@ -42,7 +44,7 @@ def costs(seed: int = 5) -> np.ndarray:
 
 def least_cost(measurements: Measurements, budget_bytes: int) -> float:
     """Brute force over all 4096 allocations."""
-    table = measurements.frobenius
+    table = measurements.costs["frobenius"]
     assert table is not None
     rows = range(len(MODULES))
     return min(

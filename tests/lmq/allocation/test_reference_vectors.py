@@ -85,7 +85,7 @@ def test_outliers_are_the_published_ones(vectors, signals, signal, top_m):
 
 
 def test_boosts_are_the_published_ones(vectors, signals, modules):
-    measurements = Measurements(modules=modules, menu=STOPS, **signals)
+    measurements = Measurements(modules=modules, menu=STOPS, profiles=signals)
     with (vectors / "boost-allocations.csv").open() as file:
         published = [row for row in csv.DictReader(file) if row["matches_published"] == "1"]
     assert len(published) == 95

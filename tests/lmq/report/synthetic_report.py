@@ -229,7 +229,7 @@ def stages() -> list[StageTiming]:
     made = [StageTiming(stage="import-model", label=MODEL, state="cached", seconds=None, size_bytes=269_060_552)]
     for layer in range(30):
         made.append(StageTiming(stage="kurtosis", label=f"layer {layer}", state="cached", size_bytes=2100))
-        made.append(StageTiming(stage="frobenius", label=f"layer {layer}", state="ran", seconds=2.4, size_bytes=4300))
+        made.append(StageTiming(stage="grids", label=f"layer {layer}", state="ran", seconds=2.4, size_bytes=4300))
         made.append(fisher_stage(layer))
     for strategy in STRATEGIES:
         made.append(StageTiming(stage="allocate", label=strategy, state="ran", seconds=0.06, size_bytes=3100))

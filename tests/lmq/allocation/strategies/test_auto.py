@@ -51,9 +51,11 @@ def measured(tiny_llama: Path) -> Measurements:
     return Measurements(
         modules=structure.modules,
         menu=MENU,
-        kurtosis={module: 3.0 + index for index, module in enumerate(ids)},
-        frobenius=ErrorTable(ids, MENU, np.array(frobenius), sizes_bytes),
-        sequence_fisher=ErrorTable(ids, MENU, curvature, sizes_bytes),
+        profiles={"kurtosis": {module: 3.0 + index for index, module in enumerate(ids)}},
+        costs={
+            "frobenius": ErrorTable(ids, MENU, np.array(frobenius), sizes_bytes),
+            "sequence_fisher": ErrorTable(ids, MENU, curvature, sizes_bytes),
+        },
         trials=ModelTrials(point, calibration=slices[0], validation=slices[1], loss_changes=changes),
     )
 
@@ -98,9 +100,8 @@ def test_a_plan_that_breaks_the_model_is_never_chosen(measured: Measurements) ->
     fragile = Measurements(
         modules=measured.modules,
         menu=MENU,
-        kurtosis=measured.kurtosis,
-        frobenius=measured.frobenius,
-        sequence_fisher=measured.sequence_fisher,
+        profiles=measured.profiles,
+        costs=measured.costs,
         trials=Fragile(),  # type: ignore[arg-type]
     )
     allocation, refinement = Auto(rounds=0).refine(fragile, uniform_bytes(measured, "b4g64"))

@@ -25,7 +25,7 @@ METRIC = {"avss-weighted": "avss_relative", "bi-weighted": "block_influence"}
 def _measurements(scores=SCORES) -> Measurements:
     norms = np.sort(np.random.default_rng(0).random((len(MODULES), len(MENU))), axis=1)[:, ::-1].copy()
     table = ErrorTable(tuple(m.id for m in MODULES), MENU, norms, module_sizes(MODULES, MENU))
-    return Measurements(modules=MODULES, menu=MENU, frobenius=table, layer_importance=scores)
+    return Measurements(modules=MODULES, menu=MENU, costs={"frobenius": table}, layer_scores=scores)
 
 
 @pytest.mark.parametrize("name", METRIC)
@@ -38,7 +38,7 @@ def test_norms_are_weighted_by_the_layers_importance_over_its_mean(name):
 
     def cost(choice):
         return math.fsum(
-            weight * measurements.frobenius.cost[row, column]
+            weight * measurements.costs["frobenius"].cost[row, column]
             for row, (weight, column) in enumerate(zip(weights, choice, strict=True))
         )
 
@@ -51,7 +51,9 @@ def test_norms_are_weighted_by_the_layers_importance_over_its_mean(name):
     assert allocation.objective == pytest.approx(cost(expected))
     costs = {assignment.module: assignment.cost for assignment in allocation.assignments}
     for row, module in enumerate(MODULES):
-        assert costs[module.id] == pytest.approx(weights[row] * measurements.frobenius.cost[row, expected[row]])
+        assert costs[module.id] == pytest.approx(
+            weights[row] * measurements.costs["frobenius"].cost[row, expected[row]]
+        )
 
 
 @pytest.mark.parametrize("name", METRIC)
@@ -70,13 +72,13 @@ def test_an_influence_just_below_0_weighs_nothing():
 @pytest.mark.parametrize(
     ("scores", "message"),
     [
-        (None, "bi-weighted needs layer_importance, which was not measured"),
+        (None, "needs layer_activity, which was not measured"),
         ({"block_influence": [0.0] * 3}, "weighs nothing: give finite numbers, not all 0"),
         ({"block_influence": [0.1, math.nan, 0.2]}, "weighs nothing"),
-        ({"block_influence": [0.1, 0.2]}, "holds 2 layers, but there are modules of layer 2"),
+        ({"block_influence": [0.1, 0.2]}, "hold 2 layers, but there are modules of layer 2"),
     ],
 )
 def test_importance_that_weighs_nothing_is_refused(scores, message):
-    measurements = replace(_measurements(), layer_importance=scores)
+    measurements = replace(_measurements(), layer_scores=scores)
     with pytest.raises(InputError, match=message):
         strategy("bi-weighted").allocate(measurements, int(module_sizes(MODULES, MENU)[:, 2].sum()))

@@ -1,5 +1,4 @@
 import itertools
-from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -9,11 +8,12 @@ from hypothesis import strategies as st
 from lmq.allocation.budget import module_sizes
 from lmq.allocation.error_table import ErrorTable
 from lmq.allocation.refine import LocalCosts
-from lmq.allocation.strategies import STRATEGIES, Measurements, strategy
+from lmq.allocation.strategies import STRATEGIES, TRIALS, Measurements, strategy
 from lmq.allocation.strategies.boost import boosted_column
 from lmq.allocation.strategies.loss_aware import non_increasing
 from lmq.errors import InfeasibleBudget, InputError
 from lmq.formats.spec import STOPS, QuantSpec
+from lmq.measurement.registry import MEASUREMENTS
 from lmq.model.structure import ModuleId, ModuleInfo
 
 SHAPES = {"self_attn.q_proj": (128, 128, "attn_in"), "mlp.down_proj": (128, 512, "mlp_down")}
@@ -62,13 +62,14 @@ def _measurements(layers: int = LAYERS, menu=STOPS) -> Measurements:
     return Measurements(
         modules=modules,
         menu=tuple(menu),
-        kurtosis=_signal(modules),
-        sensitivity=_signal(modules),
-        frobenius=_table(modules, menu, 0),
-        fisher=_table(modules, menu, 1),
-        sequence_fisher=_table(modules, menu, 2),
-        divergence=_table(modules, menu[:2], 3),
-        layer_importance={name: [1.0 + layer % 3 for layer in range(layers)] for name in METRICS},
+        profiles={"kurtosis": _signal(modules), "sensitivity": _signal(modules)},
+        costs={
+            "frobenius": _table(modules, menu, 0),
+            "fisher": _table(modules, menu, 1),
+            "sequence_fisher": _table(modules, menu, 2),
+            "divergence": _table(modules, menu[:2], 3),
+        },
+        layer_scores={name: [1.0 + layer % 3 for layer in range(layers)] for name in METRICS},
         trials=_AdditiveTrials(_table(modules, menu, 4)),
     )
 
@@ -91,7 +92,7 @@ def test_every_strategy_says_what_it_is(name):
     assert item.name == name
     assert item.summary
     assert item.source
-    assert item.needs <= {field.name for field in fields(Measurements)}
+    assert item.needs <= {*MEASUREMENTS, TRIALS}
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
@@ -126,9 +127,17 @@ def test_what_was_not_measured_is_named(name):
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_a_strategy_uses_only_what_it_needs(name):
     full = _measurements()
-    needs = {need: getattr(full, need) for need in strategy(name).needs}
+    needs = strategy(name).needs
+    needed = Measurements(
+        modules=full.modules,
+        menu=STOPS,
+        profiles={need: profile for need, profile in full.profiles.items() if need in needs},
+        costs={need: table for need, table in full.costs.items() if need in needs},
+        layer_scores=full.layer_scores if "layer_activity" in needs else None,
+        trials=full.trials if "trials" in needs else None,
+    )
     budget_bytes = _uniform_bytes(full.modules, "b4g64")
-    bare = strategy(name).allocate(Measurements(modules=full.modules, menu=STOPS, **needs), budget_bytes)
+    bare = strategy(name).allocate(needed, budget_bytes)
     assert bare == strategy(name).allocate(full, budget_bytes)
 
 
@@ -189,7 +198,9 @@ def test_the_least_sensitive_modules_pay_for_a_boost():
     payers = [module for module, spec in paid.specs.items() if spec == QuantSpec(4, 128)]
     others = [module for module, spec in paid.specs.items() if spec == QuantSpec(4, 64)]
     assert payers
-    assert max(measurements.sensitivity[m] for m in payers) <= min(measurements.sensitivity[m] for m in others)
+    assert max(measurements.profiles["sensitivity"][m] for m in payers) <= min(
+        measurements.profiles["sensitivity"][m] for m in others
+    )
 
 
 def test_a_random_boost_draws_as_many_of_the_others():
@@ -214,7 +225,7 @@ def test_programs_reach_the_brute_force_optimum(name, measured):
     menu = (QuantSpec(2, 64), QuantSpec(3, 64), QuantSpec(4, 64))
     measurements = _measurements(layers=3, menu=menu)
     budget_bytes = _uniform_bytes(measurements.modules, "b3g64")
-    table = getattr(measurements, measured)
+    table = measurements.costs[measured]
     rows = np.arange(6)
     best = min(
         table.cost[rows, list(choice)].sum()
@@ -229,7 +240,7 @@ def test_programs_reach_the_brute_force_optimum(name, measured):
 
 def test_the_order_of_an_error_table_does_not_matter():
     measurements = _measurements()
-    table = measurements.frobenius
+    table = measurements.costs["frobenius"]
     rows, columns = np.random.default_rng(0).permutation(len(table.modules)), [5, 3, 11, 0, 1, 2, 4, 6, 7, 8, 9, 10]
     shuffled = ErrorTable(
         tuple(table.modules[row] for row in rows),
@@ -237,7 +248,7 @@ def test_the_order_of_an_error_table_does_not_matter():
         table.cost[np.ix_(rows, columns)],
         table.size_bytes[np.ix_(rows, columns)],
     )
-    other = Measurements(modules=measurements.modules, menu=STOPS[::-1], frobenius=shuffled)
+    other = Measurements(modules=measurements.modules, menu=STOPS[::-1], costs={"frobenius": shuffled})
     budget_bytes = _uniform_bytes(measurements.modules, "b4g64")
     assert strategy("mxq").allocate(other, budget_bytes) == strategy("mxq").allocate(measurements, budget_bytes)
 
@@ -261,14 +272,14 @@ def test_monotone_costs_fall_with_size_and_never_exceed_the_measured(seed):
 def test_kurtosis_scales_the_cost():
     measurements = _measurements()
     allocation = strategy("kurt-scaled").allocate(measurements, _uniform_bytes(measurements.modules, "b4g64"))
-    highest = max(measurements.kurtosis.values())
-    lowest = min(measurements.kurtosis.values())
-    norms = dict(zip(measurements.modules, measurements.frobenius.cost, strict=True))
+    highest = max(measurements.profiles["kurtosis"].values())
+    lowest = min(measurements.profiles["kurtosis"].values())
+    norms = dict(zip(measurements.modules, measurements.costs["frobenius"].cost, strict=True))
     for assignment, module in zip(allocation.assignments, measurements.modules, strict=True):
         norm = norms[module][STOPS.index(assignment.spec)]
-        kind_highest = max(v for m, v in measurements.kurtosis.items() if m.kind == module.id.kind)
+        kind_highest = max(v for m, v in measurements.profiles["kurtosis"].items() if m.kind == module.id.kind)
         assert kind_highest <= highest
-        scaled = (measurements.kurtosis[module.id] - lowest) / (kind_highest - lowest)
+        scaled = (measurements.profiles["kurtosis"][module.id] - lowest) / (kind_highest - lowest)
         assert assignment.cost == pytest.approx(norm * (1 + scaled), rel=1e-12)
 
 
@@ -305,18 +316,18 @@ def test_missing_modules_and_configurations_are_named():
     measurements = _measurements()
     budget_bytes = _uniform_bytes(measurements.modules, "b4g64")
     table = _table(_modules()[2:], STOPS[1:], 0)
-    lacking = Measurements(modules=measurements.modules, menu=STOPS, frobenius=table)
+    lacking = Measurements(modules=measurements.modules, menu=STOPS, costs={"frobenius": table})
     with pytest.raises(InputError, match=r"lacks layer 0 self_attn\.q_proj, layer 0 mlp\.down_proj, b2g128"):
         strategy("mxq").allocate(lacking, budget_bytes)
-    signal = {module: value for module, value in measurements.kurtosis.items() if module.layer != 5}
-    lacking = Measurements(modules=measurements.modules, menu=STOPS, kurtosis=signal)
+    signal = {module: value for module, value in measurements.profiles["kurtosis"].items() if module.layer != 5}
+    lacking = Measurements(modules=measurements.modules, menu=STOPS, profiles={"kurtosis": signal})
     with pytest.raises(InputError, match=r"no kurtosis for layer 5 self_attn\.q_proj, layer 5 mlp\.down_proj"):
         strategy("kurt-boost").allocate(lacking, budget_bytes)
 
 
 def test_costs_that_are_not_finite_are_named():
     measurements = _measurements()
-    measurements.sequence_fisher.cost[3, 2] = np.nan
+    measurements.costs["sequence_fisher"].cost[3, 2] = np.nan
     with pytest.raises(InputError, match=r"no finite cost for layer 1 mlp\.down_proj at b2g32"):
         strategy("loss-aware").allocate(measurements, _uniform_bytes(measurements.modules, "b4g64"))
 

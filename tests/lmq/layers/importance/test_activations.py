@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from lmq.errors import InputError, NotFiniteError
-from lmq.layers.importance.avss import activation_statistics, avss_scores
-from lmq.layers.importance.cosine import angular_distance, angular_distances, block_influence, last_token_states
+from lmq.layers.importance.avss import avss_scores
+from lmq.layers.importance.cosine import angular_distance, angular_distances
+from lmq.measurement.layer_activity import activation_statistics, block_influence, last_token_states
 
 SHAPE = (3, 7, 16)
 

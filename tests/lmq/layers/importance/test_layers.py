@@ -3,7 +3,8 @@ import torch
 
 from lmq.errors import InputError
 from lmq.layers.importance.estimates import ShapleyOptions
-from lmq.layers.importance.layers import layer_activity, layer_importance_rows, layer_scores
+from lmq.layers.importance.layers import layer_importance_rows, layer_scores
+from lmq.measurement.layer_activity import layer_activity
 
 HIDDEN = [torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
 ACTIVITIES = [layer_activity(*HIDDEN[layer : layer + 2], layer=layer) for layer in range(3)]

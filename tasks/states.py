@@ -1,4 +1,8 @@
-"""Stages that capture activations: forward through the blocks one by one, and back again with the gradient."""
+"""Stages that capture states: forward through the blocks one by one, and back again with gradients of the loss.
+
+Gradients are those of the text, or of labels that the model draws. For the latter matrix products are taken in bfloat16
+where the processor is fast at it: the draws vary far more than its rounding.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,8 @@ from lmq.measurement.replay import (
     write_gradients,
     write_hidden_states,
 )
+from lmq.measurement.sequence_fisher import sampled_loss_gradient
+from lmq.numerics import fast_products
 from lmq.text.calibration import read_tokens
 from lmq_tasks.opened import open_model
 from lmq_tasks.stage import Job, stage
@@ -53,6 +59,28 @@ def backward(job: Job) -> None:
     hidden = read_hidden_states(job.input("hidden", HIDDEN_STATES_FILE))
     gradient = read_gradients(job.input("gradient", GRADIENTS_FILE))
     with model.block(layer) as block:
+        inputs = model.block_inputs(hidden.shape[1])[layer]
+        entering = backward_block(block, inputs, hidden, gradient, layer=layer)
+    write_gradients(job.output / GRADIENTS_FILE, entering)
+
+
+@stage("sampled-loss-gradient", version=2, schema="gradients/1")
+def sampled_gradient(job: Job) -> None:
+    """Gradient of the loss for labels drawn by the model at the states that leave the last block, for every draw."""
+    hidden = read_hidden_states(job.input("hidden", HIDDEN_STATES_FILE))
+    with fast_products(job.device):
+        gradient = sampled_loss_gradient(open_model(job), hidden, draws=job.config["draws"], seed=job.config["seed"])
+    write_gradients(job.output / GRADIENTS_FILE, gradient)
+
+
+@stage("sampled-backward", version=1, schema="gradients/1")
+def sampled_backward(job: Job) -> None:
+    """Those gradients at the states that enter one block, from the ones at the states that leave it."""
+    model = open_model(job)
+    layer = job.config["layer"]
+    hidden = read_hidden_states(job.input("hidden", HIDDEN_STATES_FILE))
+    gradient = read_gradients(job.input("gradient", GRADIENTS_FILE))
+    with model.block(layer) as block, fast_products(job.device):
         inputs = model.block_inputs(hidden.shape[1])[layer]
         entering = backward_block(block, inputs, hidden, gradient, layer=layer)
     write_gradients(job.output / GRADIENTS_FILE, entering)

@@ -1,0 +1,157 @@
+"""Stages that measure: one for every measurement of the registry, and the grids that most of them start from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Any
+
+from safetensors.torch import save_file
+
+from lmq.formats.spec import QuantSpec
+from lmq.measurement.base import LayerReplay, Measurement, Need, cost_row
+from lmq.measurement.delta_loss import DELTA_LOSS
+from lmq.measurement.frobenius import FROBENIUS, frobenius_errors, frobenius_norm
+from lmq.measurement.grids import LayerGrids, fit_grids, load_grids, save_grids
+from lmq.measurement.quantized_model import QuantizedPoint
+from lmq.measurement.registry import MEASUREMENTS, PROFILES
+from lmq.measurement.replay import read_gradients, read_hidden_states
+from lmq.model.structure import ModuleId
+from lmq.outliers import OUTLIERS_SCHEMA, outlier_rows
+from lmq.quantizers import quantizer
+from lmq.tables import read_rows, write_rows
+from lmq.text.calibration import read_tokens
+from lmq_tasks.opened import layer_weights, open_model, read_structure
+from lmq_tasks.stage import Job, JsonDict, Stage, stage
+from lmq_tasks.states import GRADIENTS_FILE, HIDDEN_STATES_FILE
+from lmq_tasks.texts import TOKENS_FILE
+
+GRIDS_FILE = "grids.safetensors"
+TENSORS_FILE = "tensors.safetensors"
+"""What a measurement keeps for other stages, beside its table."""
+
+
+def open_layer(job: Job) -> LayerReplay:
+    """The layer of a job with the inputs that the job was given; nothing is read before it is asked for."""
+    readers: dict[Need, tuple[str, Callable[..., Any]]] = {
+        Need.GRIDS: (GRIDS_FILE, load_grids),
+        Need.STATES: (HIDDEN_STATES_FILE, read_hidden_states),
+        Need.LEAVING_STATES: (HIDDEN_STATES_FILE, read_hidden_states),
+        Need.LAST_STATES: (HIDDEN_STATES_FILE, read_hidden_states),
+        Need.TEXT_GRADIENTS: (GRADIENTS_FILE, read_gradients),
+        Need.DRAWN_GRADIENTS: (GRADIENTS_FILE, read_gradients),
+    }
+    structure = read_structure(job)
+    layer = job.config["layer"]
+
+    def reader(need: Need, file: str, read: Callable[..., Any]) -> Callable[[], Any]:
+        return lambda: read(job.input(need.value, file))
+
+    return LayerReplay(
+        structure,
+        layer,
+        device=job.device,
+        settings=job.config,
+        open_model=lambda: open_model(job),
+        read_weights=lambda: layer_weights(job, structure, layer),
+        inputs={need: reader(need, *how) for need, how in readers.items() if job.has(need.value)},
+    )
+
+
+def measure_layer(job: Job, measurement: Measurement) -> None:
+    """Write the table of one layer, and what the measurement keeps beside it."""
+    assert measurement.measure is not None
+    with open_layer(job) as layer:
+        write_rows(job.output / measurement.file, measurement.schema, list(measurement.measure(layer)))
+        if measurement.tensors is not None:
+            save_file(measurement.tensors(layer), job.output / TENSORS_FILE)
+
+
+def measurement_stage(measurement: Measurement) -> Stage:
+    """The stage that measures this of one layer."""
+    assert measurement.measure is not None
+
+    def body(job: Job) -> None:
+        measure_layer(job, measurement)
+
+    body.__doc__ = measurement.measure.__doc__
+    made_by = tuple(each for each in (measure_layer, measurement.measure, measurement.tensors) if each is not None)
+    return Stage(measurement.stage, measurement.version, measurement.schema.label, body, made_by)
+
+
+MEASUREMENT_STAGES: Mapping[str, Stage] = {
+    measurement.name: measurement_stage(measurement)
+    for measurement in MEASUREMENTS.values()
+    if measurement.measure is not None
+}
+"""By the name of the measurement."""
+
+
+@stage("grids", version=1, schema=FROBENIUS.schema.label)
+def make_grids(job: Job) -> None:
+    """Quantization grids of one layer for every configuration of the menu, and their Frobenius errors."""
+    structure = read_structure(job)
+    layer = job.config["layer"]
+    menu = [QuantSpec.parse(name) for name in job.config["menu"]]
+    fitter = quantizer(**job.config["quantizer"])
+    rows, layer_grids = [], {}
+    weights = layer_weights(job, structure, layer)
+    for module in structure.in_layer(layer):
+        weight = weights[module.id.kind].to(job.device)
+        grids = fit_grids(weight, menu, fitter, str(module.id))
+        norm = frobenius_norm(weight)
+        errors = frobenius_errors(weight, list(grids.values()))
+        rows += [
+            cost_row(module, spec, frobenius_error=error, frobenius_norm=norm)
+            for spec, error in zip(grids, errors, strict=True)
+        ]
+        layer_grids[module.id] = grids
+    write_rows(job.output / FROBENIUS.file, FROBENIUS.schema, rows)
+    save_grids(job.output / GRIDS_FILE, layer_grids)
+
+
+def grids_by_layer(job: Job) -> Callable[[int], LayerGrids]:
+    """Reads the grids of a layer; those of the layer that was read last are kept."""
+    files = job.inputs("grids", GRIDS_FILE)
+    return lru_cache(maxsize=1)(lambda layer: load_grids(files[layer]))
+
+
+@stage("delta-loss", version=1, schema=DELTA_LOSS.schema.label)
+def measure_delta_loss(job: Job) -> None:
+    """Delta loss of every module on the calibration text, with all modules at one configuration."""
+    model = open_model(job)
+    spec = QuantSpec.parse(job.config["spec"])
+    modules = model.structure.modules
+    point = QuantizedPoint(model, grids_by_layer(job))
+    tokens = read_tokens(job.input("tokens", TOKENS_FILE))
+    delta_losses = point.delta_losses(tokens, {module.id: spec for module in modules})
+    rows = [
+        cost_row(module, spec, delta_loss=delta_loss)
+        for module, delta_loss in zip(modules, delta_losses.tolist(), strict=True)
+    ]
+    write_rows(job.output / DELTA_LOSS.file, DELTA_LOSS.schema, rows)
+
+
+@stage("outliers", version=2, schema=OUTLIERS_SCHEMA.label)
+def find_outliers(job: Job) -> None:
+    """Outlier layers of every module kind, by each profile that was measured."""
+    rows = [
+        row
+        for name, profile in PROFILES.items()
+        for row in outlier_rows(read_profile(job, name), name, difference=profile.difference)
+    ]
+    write_rows(job.output / "outliers.parquet", OUTLIERS_SCHEMA, rows)
+
+
+def read_profile(job: Job, name: str) -> dict[ModuleId, float | None]:
+    """One number per module from the tables of all layers, None where it has none; empty when it was not measured."""
+    return {ModuleId(row["layer"], row["kind"]): row[name] for row in measured_rows(job, name)}
+
+
+def measured_rows(job: Job, name: str, given_as: str | None = None) -> list[JsonDict]:
+    """Rows of a measurement's tables, which are the input of its name or `given_as`; none when it was not measured."""
+    measurement = MEASUREMENTS[name]
+    given_as = given_as or name
+    if not job.has(given_as):
+        return []
+    return [row for path in job.inputs(given_as, measurement.file) for row in read_rows(path, measurement.schema)]
