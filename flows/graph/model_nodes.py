@@ -88,7 +88,9 @@ class ModelNodes:
         if measurement is DELTA_LOSS:
             return self.delta_loss(settings["menu"], grids, captured.tokens)
         config = {name: settings[name] for name in measurement.settings}
-        inputs = {need.value: grids if need is Need.GRIDS else captured.by_layer(need) for need in measurement.needs}
+        inputs: dict[str, Any] = {
+            need.value: grids if need is Need.GRIDS else captured.by_layer(need) for need in measurement.needs
+        }
         return self.per_layer(measurement.stage, config, **dict(sorted(inputs.items())))
 
     def delta_loss(self, specs: Sequence[str], grids: list[Node], tokens: Node) -> list[Node]:
