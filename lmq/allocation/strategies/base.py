@@ -25,9 +25,10 @@ class Measurements:
     """The modules to allocate, the configurations to choose from, and what was measured; None is not measured.
 
     `profiles` hold one number per module, None where it has none (a constant matrix has no kurtosis), and `costs` an
-    error table, by names of `lmq.measurement.registry`; the table of `divergence` may hold fewer configurations. `layer_scores` hold one number per layer for each metric of
-    `lmq.layers.importance.layers.layer_scores`. `trials` tries allocations on the model. `constraints` are kept by
-    strategies that solve a program; the others refuse them, but for uniform.
+    error table, by names of `lmq.measurement.registry`; the table of `divergence` may hold fewer configurations.
+    `layer_scores` hold one number per layer for each metric of `lmq.layers.importance.layers.layer_scores`. `trials`
+    tries allocations on the model. `constraints` are kept by strategies that solve a program; the others refuse them,
+    but for uniform.
     """
 
     modules: tuple[ModuleInfo, ...]
