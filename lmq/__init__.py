@@ -38,7 +38,8 @@ def load(
 
     `dtype` is that of the unquantized tensors and of the computation (None: as stored). With `dense` the weights
     are unpacked once: full memory, faster calls. `verify` reads all of it once more and compares it with the
-    checksums that lie beside the weights. Raises DamagedFile or InputError naming what is wrong.
+    checksums that lie beside the weights. Tensors that the model's class does not have are left aside, as transformers
+    leaves them. Raises DamagedFile or InputError naming what is wrong.
     """
     from transformers import AutoModelForCausalLM
 
@@ -52,7 +53,7 @@ def load(
     )
     model, report = opened
     for problem, names in report.items():  # transformers would warn, and make missing tensors up
-        if names:
+        if names and problem != "unexpected_keys":  # a model may store more than its class has
             raise DamagedFile(f"{path} does not fit its model: {problem} {sorted(map(str, names))[0]}")
     if dense:
         model.dequantize()

@@ -38,26 +38,7 @@ class LmqQuantizer(HfQuantizer):
         if checkpoint_files:  # transformers would leave zeros where tensors are missing, with a warning
             files = [Path(file) for file in checkpoint_files]
             check_quantized_tensors(self.quantization_config, headers_of(files), files[0].parent)
-        shapes = self.quantization_config.shapes
-        modules = dict(model.named_modules())
-        for stored_path, spec in self.quantization_config.specs.items():
-            path = _path_in(model, modules, stored_path)
-            linear = modules[path]
-            if shapes[stored_path] != (linear.out_features, linear.in_features):
-                raise InputError(
-                    f"the checkpoint's {stored_path} is {list(shapes[stored_path])} where {type(model).__name__} has "
-                    f"{[linear.out_features, linear.in_features]}; its config.json is of another model"
-                )
-            quantized = QuantizedLinear(
-                linear.in_features,
-                linear.out_features,
-                spec,
-                axis=self.quantization_config.axis,
-                bias=linear.bias is not None,
-                device=linear.weight.device,
-                dtype=linear.weight.dtype,
-            )
-            model.set_submodule(path, quantized)
+        put_quantized_layers(model, self.quantization_config)
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         quantized = [(path, module) for path, module in model.named_modules() if isinstance(module, QuantizedLinear)]
@@ -78,6 +59,33 @@ class LmqQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """`torch.compile` makes one graph of a quantized layer."""
         return True
+
+
+def put_quantized_layers(model: Any, config: LmqConfig) -> None:
+    """Put an empty QuantizedLinear in the place of each linear layer that a checkpoint of `config` quantizes.
+
+    Raises InputError naming one that the model does not have, or has in another shape.
+    """
+    shapes = config.shapes
+    modules = dict(model.named_modules())
+    for stored_path, spec in config.specs.items():
+        path = _path_in(model, modules, stored_path)
+        linear = modules[path]
+        if shapes[stored_path] != (linear.out_features, linear.in_features):
+            raise InputError(
+                f"the checkpoint's {stored_path} is {list(shapes[stored_path])} where {type(model).__name__} has "
+                f"{[linear.out_features, linear.in_features]}; its config.json is of another model"
+            )
+        quantized = QuantizedLinear(
+            linear.in_features,
+            linear.out_features,
+            spec,
+            axis=config.axis,
+            bias=linear.bias is not None,
+            device=linear.weight.device,
+            dtype=linear.weight.dtype,
+        )
+        model.set_submodule(path, quantized)
 
 
 def _path_in(model: Any, modules: Mapping[str, nn.Module], path: str) -> str:

@@ -22,16 +22,18 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from lmq import load
-from lmq.checkpoint.hf import QUANT_METHOD
-from lmq.checkpoint.write import read_quantization_config, verify_checkpoint
+from lmq.checkpoint.hf import QUANT_METHOD, put_quantized_layers
+from lmq.checkpoint.verify import read_quantization_config, verify_checkpoint
 from lmq.errors import DamagedFile, InputError, LmqError
 from lmq.formats.packed_layer import QUANTIZED_TENSORS, QuantizedLinear
+from lmq.model.skeleton import read_model_config, skeleton_of
 from lmq.model.source import nearest_sibling
+from lmq.model.stored import StoredModel, match_tensors, read_stored_model
 from lmq.model.structure import ModelStructure
 from lmq.model.tensors import StoredTensor, read_headers, read_tensors
 
 _METHODS = sorted({name.removesuffix("_4bit").removesuffix("_8bit") for name in AUTO_QUANTIZER_MAPPING})
-_DOES_NOT_OPEN = (
+DOES_NOT_OPEN = (
     SafetensorError,
     OSError,
     RuntimeError,
@@ -66,7 +68,7 @@ def open_model_directory(
         raise InputError(
             f"{path} is quantized by {method}, and a package that opens it is missing: {_first_line(error)}"
         ) from error
-    except _DOES_NOT_OPEN as error:
+    except DOES_NOT_OPEN as error:
         if method == "compressed-tensors":
             return _open_compressed_tensors(path, dtype, device)
         raise LmqError(f"{path} ({method or 'not quantized'}) does not open: {_first_line(error)}") from error
@@ -100,7 +102,8 @@ def open_dense(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMode
     model, found = architecture.from_pretrained(
         None, config=config, state_dict=_dense_state(path, fields), dtype=dtype, output_loading_info=True
     )
-    if amiss := {what: sorted(map(str, names)) for what, names in found.items() if names}:
+    amiss = {what: sorted(map(str, names)) for what, names in found.items() if names and what != "unexpected_keys"}
+    if amiss:
         raise LmqError(f"{path} does not hold the tensors of its model: {amiss}; write it again")
     return model.eval()
 
@@ -136,6 +139,21 @@ class QuantizedBlocks:
             linear.weight = nn.Parameter(weight, requires_grad=False)
 
 
+def read_stored_directory(path: Path) -> StoredModel:
+    """The tensors of a plain directory or of a checkpoint of lmq, by the names of the model they are opened with.
+
+    Raises as `lmq.model.stored.read_stored_model`, and InputError for a quantization other than lmq's.
+    """
+    if quantization_method(path) is None:
+        return read_stored_model(path)
+    quantization = read_quantization_config(path)
+    config = read_model_config(path)
+    del config.quantization_config
+    model = skeleton_of(config, str(path))
+    put_quantized_layers(model, quantization)
+    return match_tensors(model, read_headers(path))
+
+
 def _open_completely(path: Path, dtype: torch.dtype | None, device: torch.device | str) -> PreTrainedModel:
     """A model whose tensors all come from the files: transformers makes up what is missing."""
     opened: Any = AutoModelForCausalLM.from_pretrained(
@@ -156,7 +174,7 @@ def _open_compressed_tensors(path: Path, dtype: torch.dtype | None, device: torc
     """What transformers refuses of compressed-tensors (packed zeros), decompressed before it is opened."""
     try:
         model: Any = open_dense(path, dtype or torch.float32)
-    except _DOES_NOT_OPEN as error:
+    except DOES_NOT_OPEN as error:
         raise LmqError(f"{path} (compressed-tensors) does not open: {_first_line(error)}") from error
     return model.to(device)
 

@@ -21,8 +21,16 @@ from safetensors import SafetensorError
 from lmq.checkpoint.config import QUANT_METHOD, LmqConfig
 from lmq.errors import DamagedFile, InputError
 from lmq.formats.packed_layer import quantized_tensor_shapes
-from lmq.model.directory import CHECKSUMS_FILE, size_bytes, write_json
-from lmq.model.tensors import INDEX_FILE, StoredTensor, read_headers, read_tensors, weight_files
+from lmq.model.directory import CHECKSUMS_FILE, write_json
+from lmq.model.tensors import (
+    INDEX_FILE,
+    StoredTensor,
+    read_headers,
+    read_tensors,
+    size_bytes,
+    stays_inside,
+    weight_files,
+)
 
 DTYPE_NAMES = {torch.uint8: "U8", torch.float16: "F16", torch.float32: "F32"}
 """Types of quantized tensors, as safetensors writes them."""
@@ -146,7 +154,8 @@ def tensor_record(tensor: StoredTensor, value: torch.Tensor) -> dict[str, Any]:
 def write_checksums(directory: Path, tensors: Mapping[str, Mapping[str, Any]]) -> None:
     """Write checksums.json: records of the tensors, and digests of the files that lie in `directory` beside them."""
     weights = set(weight_files(directory))
-    files = {file.name: _digest(file) for file in directory.iterdir() if file not in weights}
+    others = (file for file in directory.rglob("*") if file.is_file() and file not in weights)
+    files = {file.relative_to(directory).as_posix(): _digest(file) for file in others}
     write_json(directory / CHECKSUMS_FILE, {"algorithm": _ALGORITHM, "files": files, "tensors": tensors})
 
 
@@ -189,8 +198,8 @@ def _index_damage(path: Path, tensors: Mapping[str, StoredTensor]) -> Iterator[s
 
 def _file_damage(path: Path, recorded: Mapping[str, Any]) -> Iterator[str]:
     for name, digest in recorded.items():
-        file = path / Path(name).name
-        if not file.is_file():
+        file = path / name
+        if not stays_inside(name) or not file.is_file():
             yield f"{file} is missing"
         elif _digest(file) != digest:
             yield f"{file} is not what was written: its {_ALGORITHM} differs"

@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lmq.checkpoint.config import LmqConfig
+from lmq.checkpoint.open import QuantizedBlocks
+from lmq.checkpoint.reopen import check_opens, sample_logits
 from lmq.checkpoint.verify import (
     DTYPE_NAMES,
     quantized_bytes,
@@ -38,8 +39,10 @@ from lmq.formats.packed_layer import quantize_weight, quantized_tensor_shapes
 from lmq.formats.spec import QuantSpec
 from lmq.measurement.grids import LayerGrids, fit_grids
 from lmq.model.directory import complete_directory, copy_companions, write_json, write_shards
+from lmq.model.stored import StoredModel, read_stored_model
+from lmq.model.streaming import StreamedModel, load_layer_weights
 from lmq.model.structure import ModelStructure, ModuleId
-from lmq.model.tensors import StoredTensor, find_tensor, read_headers, read_tensors
+from lmq.model.tensors import StoredTensor, headers_of
 from lmq.quantizers import Quantizer
 
 __all__ = [
@@ -95,14 +98,16 @@ def assemble_checkpoint(
     """Join quantized layers (files of `save_layer`) with the unquantized tensors of the source model.
 
     Modules without a choice stay as they are in the source. Peak memory is one shard of at most `max_shard_bytes`,
-    or one tensor where that is larger.
+    or one tensor where that is larger. Before the checkpoint gets its name it is opened, as its users open it, and its
+    logits are compared with those of the blocks that evaluation measures (see `lmq.checkpoint.reopen`).
 
     Raises:
+        LmqError: it does not open, or computes something else.
         InputError: `path` exists, the source is quantized already or lacks a weight, or a layer file lacks a tensor
             or has one of another shape.
         DamagedFile: a file of the source or of the layers is missing or truncated.
     """
-    source = read_headers(source_dir)
+    source = read_stored_model(source_dir)
     quantized = _layer_tensors(layer_files)
     _check_quantized(quantized, _expected_tensors(structure, choice))
     kept = _unquantized(source, structure, choice, source_dir)
@@ -112,6 +117,9 @@ def assemble_checkpoint(
         copy_companions(source_dir, directory)
         write_json(directory / "config.json", config)
         write_checksums(directory, records)
+        blocks = QuantizedBlocks(directory, structure)
+        measured = sample_logits(StreamedModel.open(source_dir, structure), prepare=blocks.put_in)
+        check_opens(directory, measured, structure)
 
 
 def write_checkpoint(
@@ -124,12 +132,12 @@ def write_checkpoint(
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
 ) -> None:
     """Quantize a model directory layer by layer and write its checkpoint; raises as `assemble_checkpoint` does."""
-    source = read_headers(source_dir)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.layers.") as layers_dir:
         layer_files = []
         for layer in range(structure.layers):
             chosen = [info.id for info in structure.in_layer(layer) if info.id in choice]
-            weights = {module: _load_weight(source, structure, module, source_dir) for module in chosen}
+            by_kind = load_layer_weights(source_dir, structure, layer)
+            weights = {module: by_kind[module.kind] for module in chosen}
             grids = {
                 module: fit_grids(weight, [choice[module]], quantizer, str(module))
                 for module, weight in weights.items()
@@ -145,11 +153,8 @@ def _layer_tensors(layer_files: Sequence[Path]) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
     for path in layer_files:
         try:
-            with safe_open(path, "pt") as file:
-                for name in file.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
-                    header = file.get_slice(name)
-                    tensors[name] = StoredTensor(path, name, tuple(header.get_shape()), header.get_dtype())
-        except (SafetensorError, OSError) as error:
+            tensors |= headers_of([path])
+        except InputError as error:
             raise DamagedFile(f"{path} is not a readable quantized layer: {error}; quantize the layer again") from error
     return tensors
 
@@ -184,28 +189,17 @@ def _check_quantized(found: Mapping[str, StoredTensor], expected: Mapping[str, t
             )
 
 
-def _source_weight(
-    source: Mapping[str, StoredTensor], structure: ModelStructure, module: ModuleId, source_dir: Path
-) -> StoredTensor:
-    name = f"{structure.path(module)}.weight"
-    tensor = find_tensor(source, name)
-    if tensor is None:
-        raise InputError(f"{source_dir} has no tensor {name}; the structure describes another model")
-    return tensor
-
-
-def _load_weight(
-    source: Mapping[str, StoredTensor], structure: ModelStructure, module: ModuleId, source_dir: Path
-) -> torch.Tensor:
-    tensor = _source_weight(source, structure, module, source_dir)
-    return read_tensors([tensor])[tensor.name]
-
-
 def _unquantized(
-    source: Mapping[str, StoredTensor], structure: ModelStructure, choice: Choice, source_dir: Path
+    source: StoredModel, structure: ModelStructure, choice: Choice, source_dir: Path
 ) -> dict[str, StoredTensor]:
-    replaced = {_source_weight(source, structure, module, source_dir).name for module in choice}
-    return {name: tensor for name, tensor in source.items() if name not in replaced}
+    """The stored tensors that no quantized matrix replaces, surplus ones among them."""
+    replaced = set()
+    for module in choice:
+        name = f"{structure.path(module)}.weight"
+        if name not in source.tensors:
+            raise InputError(f"{source_dir} has no tensor {name}; the structure describes another model")
+        replaced.add(source.tensors[name].name)
+    return {name: tensor for name, tensor in source.headers.items() if name not in replaced}
 
 
 def _quantized_config(

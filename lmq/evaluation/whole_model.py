@@ -16,11 +16,10 @@ from lmq.errors import InputError
 from lmq.evaluation.perplexity import Window, full_windows
 from lmq.evaluation.windows import Evaluation, last_states, score_windows, summarize, window_row, window_tokens
 from lmq.measurement.divergence import score_tokens
-from lmq.model.directory import size_bytes
 from lmq.model.discovery import discover
 from lmq.model.streaming import StreamedModel, tokens_at_once
 from lmq.model.structure import ModelStructure
-from lmq.model.tensors import read_headers
+from lmq.model.tensors import read_headers, size_bytes
 from lmq.text.calibration import TextSource, bos_prefix, documents, load_tokenizer, token_stream
 
 ReferenceLogits = Callable[[int, slice], Tensor]

@@ -42,7 +42,7 @@ from lmq.export.gguf_tokenizer import GgufTokenizer
 from lmq.export.llama_quantize import write_tensor_types
 from lmq.export.report import ExportReport, ModuleStep
 from lmq.export.source import QuantizedCheckpoint
-from lmq.model.tensors import find_tensor
+from lmq.model.discovery import embedding_shape
 
 _FILE_TYPES = {
     GGMLQuantizationType.Q4_1: LlamaFileType.MOSTLY_Q4_1,
@@ -95,6 +95,8 @@ def export(
     finally:
         partial.unlink(missing_ok=True)
     notes = _notes(config, tensors)
+    if surplus := sorted(checkpoint.model_tensors.surplus):
+        notes += (f"{len(surplus)} tensors that the model does not use are left out: {', '.join(surplus[:3])}, ...",)
     if tensor_types:
         notes += (write_tensor_types(checkpoint, config, Path(tensor_types)),)
     return ExportReport(
@@ -148,10 +150,7 @@ def _model_config(checkpoint: QuantizedCheckpoint) -> PreTrainedConfig:
 
 def _vocabulary_size(checkpoint: QuantizedCheckpoint) -> int:
     """Rows of the embedding."""
-    embedding = find_tensor(checkpoint.unquantized, "model.embed_tokens.weight")
-    if embedding is None:
-        raise InputError(f"{checkpoint.path} has no tensor model.embed_tokens.weight")
-    return embedding.shape[0]
+    return embedding_shape(checkpoint.model_tensors.model)[0]
 
 
 def _notes(config: PreTrainedConfig, tensors: list[GgufTensor]) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from lmq.export.gguf_blocks import GRID_BLOCKS, Bytes, Floats, decode, encode
 from lmq.export.gguf_model import ROPE_FACTORS, gguf_name, head_rows, norm_offset, rope_factors
 from lmq.export.report import ModuleStep
 from lmq.export.source import QuantizedCheckpoint
+from lmq.formats.packed_layer import QUANTIZED_TENSORS
 from lmq.formats.spec import QuantSpec
 from lmq.model.tensors import StoredTensor, read_tensors
 
@@ -55,10 +56,12 @@ class GgufTensor:
 
 def tensor_problems(checkpoint: QuantizedCheckpoint, config: PreTrainedConfig) -> Iterator[str]:
     """Tensors of a checkpoint that the architecture has no place or no type for."""
-    for name in [f"{path}.weight" for path in checkpoint.specs] + list(checkpoint.unquantized):
+    unquantized = _unquantized(checkpoint)
+    for name in [f"{path}.weight" for path in checkpoint.specs] + list(unquantized):
         if gguf_name(config, name) is None and not _RECOMPUTED.search(name):
             yield f"the tensor {name} has no place in GGUF's {config.model_type}"
-    for name, stored in checkpoint.unquantized.items():
+    yield from (f"the tensor {name} is not stored as it is used" for name in checkpoint.model_tensors.conversions)
+    for name, stored in unquantized.items():
         if stored.dtype not in STORED_TYPES:
             yield f"the tensor {name} is {stored.dtype}; {', '.join(STORED_TYPES)} are exported"
     for bits in sorted({spec.bits for spec in checkpoint.specs.values()} - {*K_TYPES, 8}):
@@ -73,15 +76,30 @@ def plan_tensors(checkpoint: QuantizedCheckpoint, config: PreTrainedConfig, fide
         shape = checkpoint.shapes[path]
         kind = matrix_kind(spec, shape[1], axis=checkpoint.config.axis, fidelity=fidelity)
         tensors.append(GgufTensor(str(gguf_name(config, f"{path}.weight")), shape, kind, path))
-    for stored in checkpoint.unquantized.values():
-        name = gguf_name(config, stored.name)
-        if name is None or (config.tie_word_embeddings and name == "output.weight"):
+    for own_name, stored in _unquantized(checkpoint).items():
+        name = gguf_name(config, own_name)
+        if name is None:
             continue
         kind = STORED_TYPES[stored.dtype] if len(stored.shape) > 1 else GGMLQuantizationType.F32
         tensors.append(GgufTensor(name, stored.shape, kind, stored))
     if (factors := rope_factors(config)) is not None:
         tensors.append(GgufTensor(ROPE_FACTORS, factors.shape, GGMLQuantizationType.F32, None))
     return sorted(tensors, key=lambda tensor: (_layer(tensor.name), tensor.name))
+
+
+def _unquantized(checkpoint: QuantizedCheckpoint) -> dict[str, StoredTensor]:
+    """The unquantized tensors by the model's names; of tied ones that share their values the first.
+
+    A head with values of its own is kept whatever the configuration says of ties, as transformers keeps it.
+    """
+    model = checkpoint.model_tensors
+    quantized = {f"{path}.{name}" for path in checkpoint.specs for name in QUANTIZED_TENSORS}
+    tied = {
+        name
+        for name, source in model.model.all_tied_weights_keys.items()
+        if model.tensors.get(name) == model.tensors.get(source)
+    }
+    return {name: tensor for name, tensor in model.tensors.items() if name not in quantized | tied}
 
 
 def matrix_kind(spec: QuantSpec, in_features: int, *, axis: int, fidelity: Fidelity) -> GGMLQuantizationType:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import tempfile
 from collections import defaultdict
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +33,7 @@ from lmq.export.report import ExportReport, ModuleStep, directory_bytes, relativ
 from lmq.export.source import QuantizedCheckpoint
 from lmq.formats.groups import from_groups, to_groups
 from lmq.model.directory import complete_directory, copy_companions, write_json
-from lmq.model.discovery import build_skeleton, match_tensors
-from lmq.model.tensors import StoredTensor, read_tensors
+from lmq.model.skeleton import build_skeleton
 
 ModuleStates = dict[str, dict[str, Any]]
 """hqq's weight file: the state of each leaf module by its dotted path."""
@@ -105,21 +103,15 @@ def _unquantized_states(
 ) -> ModuleStates:
     """State of every leaf module but for the quantized matrices; tied tensors, which are kept once, in each of them."""
     states: ModuleStates = defaultdict(dict)
-    read: dict[str, Tensor] = {}
-    for name, stored in _stored_tensors(checkpoint, model).items():
-        if stored.name not in read:
-            read[stored.name] = cast(read_tensors([stored])[stored.name], dtype, name)
+    stored = checkpoint.model_tensors
+    values = stored.read(name for name in model.state_dict() if stored.holds(name))
+    converted: dict[int, Tensor] = {}
+    for name, value in values.items():
+        if id(value) not in converted:
+            converted[id(value)] = cast(value, dtype, name)
         path, _, parameter = name.rpartition(".")
-        states[path][parameter] = read[stored.name]
+        states[path][parameter] = converted[id(value)]
     return states
-
-
-def _stored_tensors(checkpoint: QuantizedCheckpoint, model: PreTrainedModel) -> Mapping[str, StoredTensor]:
-    """The unquantized tensors by the names that they have in the model."""
-    quantized = {f"{path}.weight": shape for path, shape in checkpoint.shapes.items()}
-    placeholders = {name: StoredTensor(checkpoint.path, name, shape, "F32") for name, shape in quantized.items()}
-    stored = match_tensors(model, {**checkpoint.unquantized, **placeholders})
-    return {name: tensor for name, tensor in stored.items() if name not in quantized}
 
 
 def _layer(

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from lmq.checkpoint.hf import LmqConfig
+from lmq.checkpoint.open import read_stored_directory
 from lmq.checkpoint.write import read_quantization_config
 from lmq.formats.groups import GRID_TENSORS, Grid, from_groups
 from lmq.formats.packed_layer import QUANTIZED_TENSORS
 from lmq.formats.packing import unpack
 from lmq.formats.spec import QuantSpec
+from lmq.model.stored import StoredModel
 from lmq.model.tensors import StoredTensor, read_headers, read_tensors
 
 FLOAT_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -59,8 +61,13 @@ class QuantizedCheckpoint:
         return weights.most_common(1)[0][0] if weights else torch.float32
 
     @cached_property
+    def model_tensors(self) -> StoredModel:
+        """The stored tensors by the names of the model's own: what the files hold beyond them is surplus."""
+        return read_stored_directory(self.path)
+
+    @cached_property
     def unquantized(self) -> dict[str, StoredTensor]:
-        """Every other tensor (embeddings, norms, biases, head), as stored, by name."""
+        """Every other tensor (embeddings, norms, biases, head, and what is surplus), as stored, by stored name."""
         quantized = {f"{path}.{name}" for path in self.specs for name in QUANTIZED_TENSORS}
         return {name: tensor for name, tensor in self._stored.items() if name not in quantized}
 

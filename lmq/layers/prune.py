@@ -9,19 +9,23 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors.torch import save_file
-from transformers import AutoConfig
 
+from lmq.checkpoint.reopen import check_opens, sample_logits
 from lmq.errors import InputError, NotFiniteError, UnsupportedModel
-from lmq.model.directory import complete_directory, copy_companions, size_bytes, write_json
-from lmq.model.discovery import build_skeleton, match_tensors
+from lmq.layers.renumbering import check_function
+from lmq.model.directory import complete_directory, copy_companions, write_json
+from lmq.model.skeleton import read_model_config
+from lmq.model.stored import StoredModel, read_stored_model
+from lmq.model.streaming import StreamedModel
 from lmq.model.structure import ModelStructure
-from lmq.model.tensors import INDEX_FILE, SINGLE_FILE, StoredTensor, read_headers, read_tensors
+from lmq.model.tensors import INDEX_FILE, SINGLE_FILE
 
 _ROUNDING = 1e-9
 """0.29 · 100 is just below 29 in floating point."""
@@ -82,31 +86,37 @@ def choose_contiguous_layers(distances: Sequence[float], block_layers: int) -> l
     return list(range(first, first + block_layers))
 
 
-def check_prunable(model_dir: Path, structure: ModelStructure) -> None:
-    """Raise UnsupportedModel when the configuration of `model_dir` cannot be written for fewer layers."""
-    _pruned_config(model_dir, structure, range(structure.layers - 1))
+def check_prunable(model_dir: Path, structure: ModelStructure, count: int = 1) -> None:
+    """Raise UnsupportedModel when the model of `model_dir` is another one without its first `count` layers.
+
+    That is where its configuration cannot be written for fewer layers, or what remains computes something else in its
+    new place. Reads the model once, block by block.
+    """
+    kept = range(count, structure.layers)
+    check_function(model_dir, structure, _pruned_config(model_dir, structure, kept), kept)
 
 
 def write_pruned(model_dir: Path, structure: ModelStructure, removed: Collection[int], target: Path) -> None:
     """Write the model of `model_dir` without the layers `removed` as the model directory `target`.
 
-    The shards of the source are read and written one at a time. The directory appears when it is complete and its
-    tensors have been checked against its configuration.
+    The shards of the source are read and written one at a time. Tensors that the model's class does not have, such as
+    layers that predict further tokens, are left out. The directory appears when it is complete, opens by plain
+    `from_pretrained`, and gives the logits of the source without these layers.
 
     Raises:
         InputError: `target` exists, or `removed` is empty, holds all layers or one that there is not.
         UnsupportedModel: the configuration does not say how many layers there are, or holds a list of layer numbers;
-            or the smaller model cannot be built.
+            or the smaller model cannot be built, or computes something else than the layers did in the source.
     """
     kept = _kept_layers(structure, removed)
     config = _pruned_config(model_dir, structure, kept)
-    headers = read_headers(model_dir)
-    names = _new_names(headers, structure, kept)
+    check_function(model_dir, structure, config, kept)
     with complete_directory(target) as directory:
         copy_companions(model_dir, directory)
         write_json(directory / "config.json", config)
-        _write_renamed(directory, headers, names)
-        match_tensors(build_skeleton(directory), read_headers(directory))
+        _write_kept(directory, read_stored_model(model_dir), structure, kept)
+        judged = sample_logits(StreamedModel.open(model_dir, structure), kept=kept)
+        check_opens(directory, judged, replace(structure, layers=len(kept)))
 
 
 def _kept_layers(structure: ModelStructure, removed: Collection[int]) -> list[int]:
@@ -121,41 +131,44 @@ def _kept_layers(structure: ModelStructure, removed: Collection[int]) -> list[in
     return kept
 
 
-def _new_names(headers: Mapping[str, StoredTensor], structure: ModelStructure, kept: Sequence[int]) -> dict[str, str]:
-    """Stored name → name in the pruned checkpoint, without the tensors of removed layers.
+def _write_kept(directory: Path, stored: StoredModel, structure: ModelStructure, kept: Sequence[int]) -> None:
+    """Write the tensors that remain, with the source's division into shards.
 
-    Checkpoints of base models leave out the first part of a name, so either form of the blocks' path counts.
+    Blocks are renumbered, under the names that their tensors have in the model; all else keeps its stored name.
     """
-    number = {str(layer): str(place) for place, layer in enumerate(kept)}
-    prefixes = (f"{structure.layers_path}.", f"{structure.layers_path.partition('.')[2]}.")
-    names = {}
-    for name in headers:
-        prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
-        if prefix is None:
-            names[name] = name
-            continue
-        layer, _, rest = name.removeprefix(prefix).partition(".")
-        if layer in number:
-            names[name] = f"{prefix}{number[layer]}.{rest}"
-    return names
-
-
-def _write_renamed(directory: Path, headers: Mapping[str, StoredTensor], names: Mapping[str, str]) -> None:
-    """Write the tensors in `names` under their new names, with the source's division into shards."""
-    shards: dict[Path, list[StoredTensor]] = {}
-    for name in sorted(names):
-        shards.setdefault(headers[name].file, []).append(headers[name])
+    shards: dict[Path, dict[str, str]] = {}
+    for name, owner in _kept_tensors(stored, structure, kept).items():
+        shards.setdefault(_file_of(stored, owner), {})[name] = owner
     files = [SINGLE_FILE]
     if len(shards) > 1:
         files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-        weight_map = {
-            names[tensor.name]: file for file, shard in zip(files, shards.values(), strict=True) for tensor in shard
-        }
-        total_bytes = sum(size_bytes(headers[name]) for name in names)
-        write_json(directory / INDEX_FILE, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
-    for file, shard in zip(files, shards.values(), strict=True):
-        tensors = {names[name]: value for name, value in read_tensors(shard).items()}
+    total_bytes = 0
+    for file, (_, owners) in zip(files, sorted(shards.items()), strict=True):
+        values = stored.read(set(owners.values()))
+        tensors = {name: values[owner] for name, owner in owners.items()}
+        total_bytes += sum(tensor.nbytes for tensor in tensors.values())
         save_file(tensors, directory / file, metadata={"format": "pt"})
+    if len(shards) > 1:
+        weight_map = {
+            name: file for file, (_, owners) in zip(files, sorted(shards.items()), strict=True) for name in owners
+        }
+        write_json(directory / INDEX_FILE, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
+
+
+def _kept_tensors(stored: StoredModel, structure: ModelStructure, kept: Sequence[int]) -> dict[str, str]:
+    """Name in the pruned checkpoint → name in the source's model."""
+    number = {str(layer): str(place) for place, layer in enumerate(kept)}
+    prefix = f"{structure.layers_path}."
+    names = {name: owner for name, owner in stored.owner.items() if not owner.startswith(prefix)}
+    for owner in (*stored.tensors, *stored.conversions):
+        layer, _, rest = owner.removeprefix(prefix).partition(".")
+        if owner.startswith(prefix) and layer in number:
+            names[f"{prefix}{number[layer]}.{rest}"] = owner
+    return names
+
+
+def _file_of(stored: StoredModel, owner: str) -> Path:
+    return stored.tensors[owner].file if owner in stored.tensors else stored.conversions[owner].sources[0][0].file
 
 
 def _pruned_config(model_dir: Path, structure: ModelStructure, kept: Sequence[int]) -> dict[str, Any]:
@@ -164,7 +177,7 @@ def _pruned_config(model_dir: Path, structure: ModelStructure, kept: Sequence[in
     Lists with one entry per layer come from the configuration as transformers completes it: some (`layer_types`)
     are derived from the layer's number when they are not written, which the renumbering would change.
     """
-    config = AutoConfig.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
+    config = read_model_config(model_dir)
     text_config = config.get_text_config()
     content = json.loads((model_dir / "config.json").read_text("utf-8"))
     section = next((name for name, value in vars(config).items() if value is text_config), None)

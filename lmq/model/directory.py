@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,19 +14,12 @@ import torch
 from safetensors.torch import save_file
 
 from lmq.errors import InputError
-from lmq.model.tensors import INDEX_FILE, SINGLE_FILE, StoredTensor, read_tensors
+from lmq.model.companions import companion_files
+from lmq.model.tensors import INDEX_FILE, SINGLE_FILE, StoredTensor, read_tensors, size_bytes
 
 Record = TypeVar("Record")
 
-_COPIED_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")
 CHECKSUMS_FILE = "checksums.json"
-_COPIED_NAMES = ("LICENSE", "NOTICE", "USE_POLICY.md")
-
-
-def size_bytes(tensor: StoredTensor) -> int:
-    """Data bytes of a stored tensor."""
-    bits = re.search(r"\d+", tensor.dtype)  # F32, BF16, U8, F8_E4M3; BOOL takes a byte
-    return tensor.elements * (int(bits[0]) if bits else 8) // 8
 
 
 @contextmanager
@@ -83,12 +75,11 @@ def _split(tensors: Sequence[StoredTensor], max_shard_bytes: int) -> list[list[S
 
 
 def copy_companions(source_dir: Path, directory: Path) -> None:
-    """Copy the tokenizer, generation, template, code and licence files of a model directory, and its config.json."""
-    for file in sorted(source_dir.iterdir()):
-        wanted = file.suffix in _COPIED_SUFFIXES or file.stem in _COPIED_NAMES or file.name in _COPIED_NAMES
-        # index and checksums are of the source's own weights
-        if file.is_file() and wanted and not file.name.endswith((".index.json", CHECKSUMS_FILE)):
-            shutil.copyfile(file, directory / file.name)
+    """Copy what comes with a model's weights (`lmq.model.companions`), its config.json among it, as files."""
+    for file in companion_files(source_dir):
+        target = directory / file.relative_to(source_dir)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, target)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -20,6 +20,7 @@ import huggingface_hub
 import torch
 
 from lmq.errors import InputError
+from lmq.model.companions import COMPANION_PATTERNS, OTHER_WEIGHTS, TEMPLATES_FOLDER, companion_files
 from lmq.model.tensors import INDEX_FILE, weight_files
 
 if TYPE_CHECKING:
@@ -27,16 +28,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-)
 _HUB_ID = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+_NOT_DOWNLOADED = ["*/*", "consolidated*.safetensors", *OTHER_WEIGHTS]
 _INSTEAD = "pass the path of a local model directory, a .gguf file or package:NAME/FILE instead"
 
 
@@ -83,8 +76,8 @@ class ModelSource:
 class LocatedModel:
     """A model on this machine. `path` is a directory of safetensors, or a GGUF file when `kind` is "gguf".
 
-    `files` are those that make its identity: weights, configuration, tokenizer. `revision` is the commit of
-    a hub model.
+    `files` are those that make its identity: its weights, and all that comes with them into a checkpoint.
+    `revision` is the commit of a hub model.
     """
 
     kind: str
@@ -123,9 +116,12 @@ def source_digest(located: LocatedModel, cache_path: Path | None = None) -> str:
     With `cache_path`, the sha256 of each file is kept there by path, size and modification time.
     """
     cache = _read_cache(cache_path)
-    entries = {str(path.resolve()): _cache_entry(path, cache) for path in located.files}
-    names = ["model.gguf"] if located.kind == "gguf" else [path.name for path in located.files]
-    pairs = sorted(zip(names, (entry["sha256"] for entry in entries.values()), strict=True))
+    found = [(path, _cache_entry(path, cache)) for path in located.files]
+    # two files may be links to one, as in the hub's cache
+    entries = {str(path.resolve()): entry for path, entry in found}
+    is_file = located.kind == "gguf"
+    names = ["model.gguf" if is_file else path.relative_to(located.path).as_posix() for path, _ in found]
+    pairs = sorted((name, entry["sha256"]) for name, (_, entry) in zip(names, found, strict=True))
     if cache_path is not None and any(cache.get(path) != entry for path, entry in entries.items()):
         _write_atomically(cache_path, json.dumps({**cache, **entries}, indent=1, sort_keys=True))
     return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
@@ -182,9 +178,14 @@ def _smallest_lossless_dtype(model: PreTrainedModel) -> torch.dtype:
 
 
 def _download(source: ModelSource) -> Path:
-    patterns = ["*.safetensors", "*.json", *TOKENIZER_FILES]
+    wanted_patterns = ["*.safetensors", *COMPANION_PATTERNS]
     try:
-        snapshot = huggingface_hub.snapshot_download(source.place, revision=source.revision, allow_patterns=patterns)
+        snapshot = huggingface_hub.snapshot_download(
+            source.place, revision=source.revision, allow_patterns=wanted_patterns, ignore_patterns=_NOT_DOWNLOADED
+        )
+        huggingface_hub.snapshot_download(
+            source.place, revision=Path(snapshot).name, allow_patterns=[f"{TEMPLATES_FOLDER}/*.jinja"]
+        )
     except (OSError, ValueError, httpx.HTTPError) as error:
         wanted = source.place if source.revision is None else f"{source.place}@{source.revision}"
         reason = str(error).strip().partition("\n")[0]
@@ -199,8 +200,10 @@ def _model_files(model_dir: Path) -> tuple[Path, ...]:
     config = model_dir / "config.json"
     if not config.is_file():
         raise InputError(f"{model_dir} has no config.json; is it a model directory?")
-    others = (model_dir / name for name in (INDEX_FILE, *TOKENIZER_FILES))
-    return (config, *weight_files(model_dir), *(path for path in others if path.is_file()))
+    weights = weight_files(model_dir)
+    index = [model_dir / INDEX_FILE] if len(weights) > 1 and (model_dir / INDEX_FILE).is_file() else []
+    others = [path for path in companion_files(model_dir) if path != config]
+    return (config, *weights, *index, *others)
 
 
 def _package_file(place: str) -> Path:

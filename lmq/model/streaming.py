@@ -8,6 +8,7 @@ forward: the stubs note what the blocks are called with, and put given states in
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,10 +21,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 from transformers import PreTrainedModel
 
 from lmq.errors import InputError, UnsupportedModel
-from lmq.model.discovery import build_skeleton, embedding_shape, match_tensors
+from lmq.model.discovery import embedding_shape
+from lmq.model.stored import StoredModel, read_stored_model
 from lmq.model.structure import ModelStructure
 from lmq.model.stubs import BlockStub, StopForward, StubHandler, StubSwitch
-from lmq.model.tensors import StoredTensor, find_tensor, read_headers, read_tensors
+from lmq.model.tensors import weight_files
 from lmq.numerics import OneDnnProducts, require_finite
 
 _LOGITS_AT_ONCE = 1 << 24
@@ -76,23 +78,23 @@ class StreamedModel:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        stored: StoredModel,
         structure: ModelStructure,
-        stored: dict[str, StoredTensor],
         device: torch.device,
         dtype: torch.dtype,
     ):
         self.structure = structure
         self.device = device
         self.dtype = dtype
-        self._model = model
+        self._model: PreTrainedModel = stored.model
         self._stored = stored
-        self._blocks = list(model.get_submodule(structure.layers_path).children())
+        self._blocks = list(self._model.get_submodule(structure.layers_path).children())
+        self._types = {name: tensor.dtype for name, tensor in self._model.state_dict().items()}
         self._extra_outputs: tuple[Any, ...] | None = None
         self._switch = StubSwitch()
         parent, _, name = structure.layers_path.rpartition(".")
         stubs = [BlockStub(block, layer, self._switch) for layer, block in enumerate(self._blocks)]
-        setattr(model.get_submodule(parent), name, nn.ModuleList(stubs))
+        setattr(self._model.get_submodule(parent), name, nn.ModuleList(stubs))
         self._load_around_blocks()
         self._extra_outputs = self._find_extra_outputs()
 
@@ -106,8 +108,7 @@ class StreamedModel:
         dtype: torch.dtype = torch.float32,
     ) -> StreamedModel:
         """Open a safetensors checkpoint. Raises as `discover` does, and NotFiniteError for what is read."""
-        model = build_skeleton(model_dir)
-        return cls(model, structure, match_tensors(model, read_headers(model_dir)), torch.device(device), dtype)
+        return cls(read_stored_model(model_dir), structure, torch.device(device), dtype)
 
     @property
     def tokens_at_once(self) -> int:
@@ -121,13 +122,18 @@ class StreamedModel:
         The block is the caller's own: its weights and modules may be replaced. Weights need no gradient.
         Raises NotFiniteError naming layer and tensor.
         """
-        block = copy.deepcopy(self._blocks[layer])
-        block.load_state_dict(self._read(block.state_dict(), f"{self.structure.layers_path}.{layer}."), assign=True)
+        block = self.bare_block(layer)
+        read = self._read(block.state_dict(), f"{self.structure.layers_path}.{layer}.")
+        block.load_state_dict(block.state_dict() | read, assign=True)
         block.to(self.device)
         try:
             yield block
         finally:
             block.to("meta")
+
+    def bare_block(self, layer: int) -> nn.Module:
+        """A decoder block of the caller's own, without its weights (they are on the meta device)."""
+        return copy.deepcopy(self._blocks[layer])
 
     @torch.no_grad()
     def block_inputs(self, sequence_length: int) -> list[BlockInputs]:
@@ -222,16 +228,22 @@ class StreamedModel:
         self._model.load_state_dict(self._read(names), strict=False, assign=True)
 
     def _read(self, names: Iterable[str], prefix: str = "") -> dict[str, Tensor]:
-        """Tensors in `dtype` on the device; tied ones are one tensor. Raises NotFiniteError naming the tensor."""
-        wanted = {name: self._stored[prefix + name] for name in names}
-        tensors: dict[StoredTensor, Tensor] = {}
-        values = read_tensors(set(wanted.values()))
-        for name, stored in wanted.items():
-            if stored not in tensors:
-                value = values.pop(stored.name)
-                require_finite(value, prefix + name)
-                tensors[stored] = value.to(self.device, self.dtype) if value.is_floating_point() else value
-        return {name: tensors[stored] for name, stored in wanted.items()}
+        """Those of the tensors that are stored, in `dtype` on the device; tied ones are one tensor.
+
+        Raises NotFiniteError naming the tensor.
+        """
+        values = self._stored.read(prefix + name for name in names if self._stored.holds(prefix + name))
+        cast: dict[int, Tensor] = {}
+        for name, value in values.items():
+            if id(value) not in cast:
+                require_finite(value, name)
+                cast[id(value)] = self._cast(value, name)
+        return {name.removeprefix(prefix): cast[id(value)] for name, value in values.items()}
+
+    def _cast(self, value: Tensor, name: str) -> Tensor:
+        """On the device; in `dtype` but for what the model keeps in a type of its own, as grids of quantized layers."""
+        follows = value.is_floating_point() and self._types.get(name, torch.float32) == torch.float32
+        return value.to(self.device, self.dtype) if follows else value.to(self.device)
 
     def _dummy(self, sequences: int, sequence_length: int, seed: int = 0) -> Tensor:
         """Arbitrary embeddings, where the model wants some and the stubs put others in their place."""
@@ -285,21 +297,26 @@ class StreamedModel:
 
 
 def load_layer_weights(model_dir: Path, structure: ModelStructure, layer: int) -> dict[str, Tensor]:
-    """Weights of one layer's modules, kind -> float32 [out_features, in_features], without building the model.
+    """Weights of one layer's modules, kind -> float32 [out_features, in_features].
 
     Raises NotFiniteError naming layer and module, InputError for a tensor that is not in the checkpoint.
     """
-    headers = read_headers(model_dir)
-    stored: dict[str, StoredTensor] = {}
-    for info in structure.in_layer(layer):
-        tensor = find_tensor(headers, f"{structure.path(info.id)}.weight")
-        if tensor is None:
-            raise InputError(f"{model_dir} has no weight of {info.id}; is it the model of this structure?")
-        stored[info.id.kind] = tensor
-    values = read_tensors(stored.values())
-    for kind, tensor in stored.items():
-        require_finite(values[tensor.name], f"the weight of layer {layer} {kind}")
-    return {kind: values[tensor.name].float() for kind, tensor in stored.items()}
+    files = (model_dir / "config.json", *weight_files(model_dir))
+    stored = _stored_model_of(model_dir, tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
+    names = {info.id.kind: f"{structure.path(info.id)}.weight" for info in structure.in_layer(layer)}
+    lacking = [kind for kind, name in names.items() if not stored.holds(name)]
+    if lacking:
+        raise InputError(f"{model_dir} has no weight of layer {layer} {lacking[0]}; is it the model of this structure?")
+    values = stored.read(names.values())
+    for kind, name in names.items():
+        require_finite(values[name], f"the weight of layer {layer} {kind}")
+    return {kind: values[name].float() for kind, name in names.items()}
+
+
+@functools.lru_cache(maxsize=2)
+def _stored_model_of(model_dir: Path, _: tuple[tuple[Path, int, int], ...]) -> StoredModel:
+    """Where a model's tensors lie, found once while its files (name, size, modification time) stay as they are."""
+    return read_stored_model(model_dir)
 
 
 def copied(arguments: Any, copy: Callable[[Tensor], Tensor] = torch.clone) -> Any:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -34,34 +35,48 @@ class StoredTensor:
 
 
 def weight_files(model_dir: Path) -> tuple[Path, ...]:
-    """Files that hold a model's weights: the shards of its index, or its single file.
+    """Files that hold a model's weights, in the order in which transformers looks for them.
 
-    Raises InputError for a directory without safetensors, and for a missing shard.
+    That is what `transformers_weights` in config.json names, else `model.safetensors`, else the shards of its index:
+    an index that was left beside a newer single file counts for nothing. Raises InputError for a directory that has
+    none of them, and for a missing shard.
     """
-    index = model_dir / INDEX_FILE
-    if index.is_file():
-        try:
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise InputError(f"{index} is not an index of safetensors shards; download the model again") from error
-        leaving = [name for name in shards if not _stays_inside(name)]
-        if leaving:
-            raise InputError(f"{index} names {leaving[0]!r}, which is no file of the model; download the model again")
-        missing = [name for name in shards if not (model_dir / name).is_file()]
-        if missing:
-            raise InputError(
-                f"{model_dir} lacks {len(missing)} of {len(shards)} shards ({missing[0]}, ...); download them"
-            )
-        return tuple(model_dir / name for name in shards)
-    if (model_dir / SINGLE_FILE).is_file():
-        return (model_dir / SINGLE_FILE,)
-    found = tuple(sorted(model_dir.glob("*.safetensors")))
-    if not found:
-        raise InputError(f"{model_dir} holds no *.safetensors file{_instead(model_dir)}")
-    return found
+    named = _named_in_config(model_dir)
+    if named is not None and not (model_dir / named).is_file():
+        raise InputError(f"{model_dir} lacks {named}, which its config.json names as its weights; download it")
+    name = named or next((name for name in (SINGLE_FILE, INDEX_FILE) if (model_dir / name).is_file()), None)
+    if name is None:
+        raise InputError(f"{model_dir} holds no {SINGLE_FILE} and no {INDEX_FILE}{_instead(model_dir)}")
+    return _shards(model_dir, name) if name.endswith(".index.json") else (model_dir / name,)
 
 
-def _stays_inside(name: object) -> bool:
+def _named_in_config(model_dir: Path) -> str | None:
+    """`transformers_weights` of config.json. Raises InputError for a name that is no file of the model."""
+    try:
+        name = json.loads((model_dir / "config.json").read_text("utf-8")).get("transformers_weights")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None  # a configuration that cannot be read is refused where it is needed
+    if name is not None and (not stays_inside(name) or not name.endswith((".safetensors", ".safetensors.index.json"))):
+        raise InputError(f"{model_dir}/config.json names {name!r} as its weights, which is no safetensors file of it")
+    return name
+
+
+def _shards(model_dir: Path, index_name: str) -> tuple[Path, ...]:
+    index = model_dir / index_name
+    try:
+        shards = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{index} is not an index of safetensors shards; download the model again") from error
+    leaving = [name for name in shards if not stays_inside(name)]
+    if leaving:
+        raise InputError(f"{index} names {leaving[0]!r}, which is no file of the model; download the model again")
+    missing = [name for name in shards if not (model_dir / name).is_file()]
+    if missing:
+        raise InputError(f"{model_dir} lacks {len(missing)} of {len(shards)} shards ({missing[0]}, ...); download them")
+    return tuple(model_dir / name for name in shards)
+
+
+def stays_inside(name: object) -> bool:
     """Whether a shard's name is that of a file in the model's directory, not elsewhere."""
     if not isinstance(name, str):
         return False
@@ -70,6 +85,13 @@ def _stays_inside(name: object) -> bool:
 
 
 def _instead(model_dir: Path) -> str:
+    """What the directory holds in their place, and what to do with it."""
+    others = sorted(path.name for path in model_dir.glob("*.safetensors"))
+    if others:
+        return (
+            f", only {others[0]}, which transformers does not look for either; rename it to {SINGLE_FILE}, "
+            "or give the directory its index"
+        )
     pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in model_dir.glob(pattern))
     if pickles:
         return (
@@ -104,9 +126,10 @@ def headers_of(files: Iterable[Path]) -> dict[str, StoredTensor]:
     return tensors
 
 
-def find_tensor(headers: Mapping[str, StoredTensor], name: str) -> StoredTensor | None:
-    """The stored tensor of a model's tensor: checkpoints of base models leave out the first part of the name."""
-    return headers.get(name) or headers.get(name.partition(".")[2])
+def size_bytes(tensor: StoredTensor) -> int:
+    """Data bytes of a stored tensor."""
+    bits = re.search(r"\d+", tensor.dtype)  # F32, BF16, U8, F8_E4M3; BOOL takes a byte
+    return tensor.elements * (int(bits[0]) if bits else 8) // 8
 
 
 def read_tensors(tensors: Iterable[StoredTensor]) -> dict[str, torch.Tensor]:

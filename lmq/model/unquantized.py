@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lmq.model.discovery import build_skeleton, match_tensors
+from lmq.model.stored import read_stored_model
 from lmq.model.structure import ModelStructure
-from lmq.model.tensors import StoredTensor, read_headers
+from lmq.model.tensors import StoredTensor, size_bytes
 
-UNQUANTIZED_PARTS = ("embeddings", "lm_head", "norms", "biases", "other")
+UNQUANTIZED_PARTS = ("embeddings", "lm_head", "norms", "biases", "other", "surplus")
+"""`surplus` is what the model's class does not use, such as layers that predict further tokens; checkpoints keep it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class UnquantizedPart:
-    """Tensors of one of `UNQUANTIZED_PARTS` and their size at the model's dtype; a tied lm_head has none."""
+    """Tensors of one of `UNQUANTIZED_PARTS` and the bytes that they are stored in; a tied lm_head has none."""
 
     name: str
     tensors: int
@@ -33,28 +31,22 @@ def unquantized_parts(model_dir: Path, structure: ModelStructure) -> tuple[Unqua
 
     Raises InputError, UnsupportedModel as `lmq.model.discovery.discover` does.
     """
-    model = build_skeleton(model_dir)
-    stored = match_tensors(model, read_headers(model_dir))
+    stored = read_stored_model(model_dir)
     quantized = {f"{structure.path(module.id)}.weight" for module in structure.modules}
-    sizes: dict[str, list[int]] = defaultdict(list)
-    for name, tensor in stored.items():
-        if name not in quantized and not _is_tied(model, name, stored):
-            sizes[_part_of(model, name)].append(tensor.elements)
-    item_bytes = getattr(torch, structure.dtype).itemsize
+    members: dict[str, list[StoredTensor]] = {part: [] for part in UNQUANTIZED_PARTS}
+    for name, tensor in stored.headers.items():
+        owner = stored.owner.get(name)
+        if owner not in quantized:
+            members["surplus" if owner is None else _part_of(stored.model, owner)].append(tensor)
     return tuple(
         UnquantizedPart(
             name=part,
-            tensors=len(sizes[part]),
-            parameters=sum(sizes[part]),
-            size_bytes=sum(sizes[part]) * item_bytes,
+            tensors=len(tensors),
+            parameters=sum(tensor.elements for tensor in tensors),
+            size_bytes=sum(size_bytes(tensor) for tensor in tensors),
         )
-        for part in UNQUANTIZED_PARTS
+        for part, tensors in members.items()
     )
-
-
-def _is_tied(model: PreTrainedModel, name: str, stored: Mapping[str, StoredTensor]) -> bool:
-    source = model.all_tied_weights_keys.get(name)
-    return source is not None and stored[name] == stored[source]
 
 
 def _part_of(model: PreTrainedModel, name: str) -> str:

@@ -108,7 +108,8 @@ def test_paths_that_do_not_exist_suggest_a_sibling(gguf_file: Path) -> None:
     ("files", "message"),
     [
         ([], r"has no config\.json"),
-        (["config.json"], r"holds no \*\.safetensors file; is this a model directory"),
+        (["config.json"], r"holds no model\.safetensors and no .*index\.json; is this a model directory"),
+        (["config.json", "weights.safetensors"], r"only weights\.safetensors, which transformers does not look for"),
         (["config.json", "pytorch_model.bin"], r"only pytorch_model\.bin: pickled weights can run code"),
         (["config.json", "model.Q4.gguf"], r"to use its GGUF file, pass .*model\.Q4\.gguf"),
     ],

@@ -1,0 +1,168 @@
+"""What a model directory holds, by the names of the model's own tensors: which files, which tensors, as transformers.
+
+This is the one place that decides it. The files are those of `lmq.model.tensors.weight_files`. Names are mapped by
+transformers' own functions: its renamings, its converters (several stored tensors joined into one, or one split), and
+the prefix that checkpoints of base models leave out. Ties are resolved as `from_pretrained` resolves them: a tied
+tensor that is stored with values of its own keeps them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+from lmq.errors import UnsupportedModel
+from lmq.model.skeleton import build_skeleton
+from lmq.model.tensors import StoredTensor, read_headers, read_tensors
+
+
+@dataclass(eq=False)
+class Conversion:
+    """Tensors that transformers computes from stored ones. `sources` come with the pattern that they matched."""
+
+    first_target: str
+    targets: tuple[str, ...]
+    converter: WeightConverter
+    sources: list[tuple[StoredTensor, str]] = field(default_factory=list)
+
+    def read(self, model: PreTrainedModel) -> dict[str, Tensor]:
+        """The computed tensors by the model's names, in the types of what is stored."""
+        converter = copy.deepcopy(self.converter)
+        values = read_tensors(stored for stored, _ in self.sources)
+        for stored, pattern in self.sources:
+            converter.add_tensor(self.first_target, stored.name, pattern, values[stored.name])  # type: ignore[arg-type]
+        converted = converter.convert(self.first_target, model=model, config=model.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in converted.items()}
+
+
+@dataclass(eq=False, kw_only=True)
+class StoredModel:
+    """The tensors of a model directory.
+
+    `headers` are all stored tensors by stored name; `owner` gives the model's name for each that the model uses.
+    `tensors` are those stored as the model uses them, by the model's name: tied tensors share one. `conversions` are
+    the others. A buffer of the model that is in neither is computed when the model is built.
+    """
+
+    model: PreTrainedModel
+    headers: Mapping[str, StoredTensor]
+    owner: Mapping[str, str]
+    tensors: Mapping[str, StoredTensor]
+    conversions: Mapping[str, Conversion]
+
+    @property
+    def surplus(self) -> dict[str, StoredTensor]:
+        """Stored tensors that the model's class does not have, such as layers that predict further tokens."""
+        return {name: tensor for name, tensor in self.headers.items() if name not in self.owner}
+
+    def holds(self, name: str) -> bool:
+        """Whether a tensor of the model comes from the files."""
+        return name in self.tensors or name in self.conversions
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Tensors by the model's names, in the types of what is stored; tied ones are one tensor."""
+        wanted = list(names)
+        direct = {name: self.tensors[name] for name in wanted if name in self.tensors}
+        values = read_tensors(set(direct.values()))
+        found = {name: values[stored.name] for name, stored in direct.items()}
+        for conversion in {id(c): c for name in wanted if (c := self.conversions.get(name))}.values():
+            found |= conversion.read(self.model)
+        return {name: found[name] for name in wanted}
+
+
+def read_stored_model(model_dir: Path) -> StoredModel:
+    """What an unquantized model directory holds; reads headers, and values only of tied tensors that are stored twice.
+
+    Raises InputError for damaged files, UnsupportedModel for a model that is not one of transformers, is quantized, or
+    does not fit its configuration.
+    """
+    return match_tensors(build_skeleton(model_dir), read_headers(model_dir))
+
+
+def match_tensors(model: PreTrainedModel, headers: Mapping[str, StoredTensor]) -> StoredModel:
+    """The stored tensor, or the conversion, of every tensor of the model.
+
+    Raises UnsupportedModel naming tensors that are missing, or whose shape is not what the configuration says.
+    """
+    expected: dict[str, Tensor] = dict(model.state_dict())
+    owner, conversions = _owners(model, headers, expected)
+    tensors = {name: headers[stored] for stored, name in owner.items() if name not in conversions}
+    for name, found in tensors.items():
+        if found.shape != tuple(expected[name].shape):
+            raise UnsupportedModel(
+                f"{found.file} holds {found.name} of shape {list(found.shape)} where config.json means "
+                f"{list(expected[name].shape)}; the checkpoint does not belong to its configuration"
+            )
+    _tie(model, tensors)
+    computed = {name for name, buffer in model.named_buffers() if not buffer.is_meta}
+    missing = [name for name in expected if name not in tensors and name not in conversions and name not in computed]
+    if missing:
+        raise UnsupportedModel(
+            f"the checkpoint lacks {len(missing)} of the {len(expected)} tensors of {type(model).__name__}: "
+            f"{_first_of(missing)}; it holds {_first_of(list(headers))}"
+        )
+    return StoredModel(model=model, headers=headers, owner=owner, tensors=tensors, conversions=conversions)
+
+
+def _owners(
+    model: PreTrainedModel, headers: Mapping[str, StoredTensor], expected: dict[str, Tensor]
+) -> tuple[dict[str, str], dict[str, Conversion]]:
+    """The model's name of each stored tensor that it uses, and the conversions by the model's names.
+
+    Follows `transformers.core_model_loading.convert_and_load_state_dict_in_model`: where two stored tensors come to
+    the same name, the first in natural order counts, and a name that the model has is not renamed in vain.
+    """
+    steps = get_model_conversion_mapping(model)
+    renamings = [step for step in steps if isinstance(step, WeightRenaming)]
+    converters = [step for step in steps if isinstance(step, WeightConverter)]
+    converter_of = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    owner: dict[str, str] = {}
+    conversions: dict[str, Conversion] = {}
+    taken: set[str] = set()
+    for stored in sorted(headers, key=dot_natural_key):
+        name, pattern = rename_source_key(stored, renamings, converters, model.base_model_prefix, expected)
+        if name not in expected and stored in expected:
+            name, pattern = stored, None
+        if name not in expected or (name in taken and pattern is None):
+            continue
+        owner[stored] = name
+        taken.add(name)
+        if pattern is not None:
+            converter = converter_of[pattern]
+            if name not in conversions:
+                targets = [name.replace(converter.target_patterns[0], target) for target in converter.target_patterns]
+                made = Conversion(name, tuple(targets), converter)
+                conversions |= dict.fromkeys(targets, made)
+            conversions[name].sources.append((headers[stored], pattern))
+    return owner, conversions
+
+
+def _tie(model: PreTrainedModel, tensors: dict[str, StoredTensor]) -> None:
+    """Give tied tensors the one that is stored; those that are stored apart with other values stay apart."""
+    tied: dict[str, list[str]] = {}
+    for name, source in model.all_tied_weights_keys.items():
+        tied.setdefault(source, [source]).append(name)
+    for names in tied.values():
+        there = [name for name in names if name in tensors]
+        for name in names:
+            if there and (name not in tensors or _same_values(tensors[name], tensors[there[0]])):
+                tensors[name] = tensors[there[0]]
+
+
+def _first_of(names: Sequence[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
+def _same_values(first: StoredTensor, second: StoredTensor) -> bool:
+    if first == second:
+        return True
+    values, others = (read_tensors([tensor])[tensor.name] for tensor in (first, second))
+    return torch.equal(values, others) if values.dtype == others.dtype else torch.equal(values.float(), others.float())
