@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from prefect import Task, task
+from prefect import Task, get_run_logger, task
 from prefect.cache_policies import CacheKeyFnPolicy
 from prefect.concurrency.sync import concurrency
 from prefect.context import TaskRunContext
@@ -55,12 +57,24 @@ def stage_task(name: str) -> Task[..., Any]:
                 return run_stage(stage, key, Site.from_json(site), config, inputs).to_json()
         except DamagedArtifact as error:
             return Failed(name=DAMAGED_INPUT, message=str(error))
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - a run's results name a cause, whatever a stage raises
             if not is_transient(error) and not isinstance(error, LmqError | StoreError):
-                raise
+                get_run_logger().exception("%s ended with an error that lmq does not expect", label)
+                return Failed(name=failed_name(error), message=f"{label}: {_unexpected(error)}")
             return Failed(name=failed_name(error), message=f"{label}: {error}")
 
     return run
+
+
+def _unexpected(error: Exception) -> str:
+    """Cause and next step of an error that is no message to a user."""
+    cause = str(error).strip().partition("\n")[0]
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    return (
+        f"{type(error).__name__} ({cause or 'without a message'}) at {Path(where.filename).name}:{where.lineno}, "
+        "which lmq does not expect. Run again: finished work is kept. If it comes again, report it with this task's log, "
+        "which holds the traceback, and leave out what leads to it (the strategy, or the model)"
+    )
 
 
 def failed_name(error: Exception) -> str:

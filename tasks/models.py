@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from lmq.checkpoint.dry_run import dry_run
 from lmq.model.discovery import discover
 from lmq.model.source import convert_gguf
 from lmq_tasks.opened import model_dir
@@ -26,9 +27,10 @@ def convert_model(job: Job) -> None:
     target.rmdir()
 
 
-@stage("discover", version=1, schema="structure/1")
+@stage("discover", version=2, schema="structure/1")
 def discover_structure(job: Job) -> None:
-    """Discover layers, modules, kinds and parts of a model, refusing what cannot be quantized by name."""
+    """Discover layers, modules, kinds and parts of a model; refuse by name what cannot be quantized or measured."""
     sha256 = job.ref("model").sha256 if job.has("model") else job.config["weights_sha256"]
     structure = discover(model_dir(job), weights_sha256=sha256)
+    dry_run(model_dir(job), structure)
     (job.output / "structure.json").write_text(json.dumps(structure.to_json()))

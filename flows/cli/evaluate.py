@@ -18,10 +18,10 @@ from lmq_flows.cli.terminal import console
 def evaluate_command(arguments: argparse.Namespace) -> int:
     """Print perplexity, divergence from a reference, zero-shot scores, memory and speed, as far as they are wanted."""
     from lmq.evaluation.whole_model import evaluate_checkpoint
-    from lmq_flows.run.prepare import check_context
+    from lmq_flows.run.prepare import check_window
 
     if (arguments.checkpoint / "config.json").is_file():
-        check_context(arguments.checkpoint, arguments.window, "--window")
+        check_window(arguments.checkpoint, arguments.window, "--window")
     evaluation = evaluate_checkpoint(
         arguments.checkpoint,
         text=arguments.text,

@@ -21,6 +21,7 @@ from lmq.model.structure import ModelStructure
 from lmq.text.calibration import (
     PYDOC_TOPICS,
     TextSource,
+    bos_prefix,
     documents,
     is_file_text,
     load_tokenizer,
@@ -181,17 +182,24 @@ def read_structure_of(store: ArtifactStore, structure_ref: ArtifactRef) -> Model
     return ModelStructure.from_json(json.loads(store.path(structure_ref, "structure.json").read_text()))
 
 
-def check_context(model_dir: Path, tokens: int, key: str) -> None:
-    """Raise InputError naming the key when `tokens` at once are more than the model's positions."""
+def check_window(model_dir: Path, window: int, key: str) -> None:
+    """Raise InputError naming the key when a window, and BOS before it where the tokenizer puts one, is too long."""
+    prefix = bos_prefix(load_tokenizer(model_dir))
+    check_context(model_dir, window, key, prefix_tokens=0 if prefix is None else 1)
+
+
+def check_context(model_dir: Path, tokens: int, key: str, *, prefix_tokens: int = 0) -> None:
+    """Raise InputError naming the key when `tokens` at once, behind a prefix, are more than the model's positions."""
     try:
         config = AutoConfig.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
     except (ValueError, OSError, LookupError) as error:
         raise InputError(f"{model_dir}/config.json describes no model that transformers has: {error}") from error
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(positions, int) and tokens > positions > 0:
+    if isinstance(positions, int) and tokens + prefix_tokens > positions > 0:
+        behind = f" behind the {prefix_tokens} that its tokenizer puts first" if prefix_tokens else ""
         raise InputError(
-            f"{key} = {tokens} is more than the {positions} tokens that {model_dir} sees at once "
-            f"(max_position_embeddings); set it to {positions} or less"
+            f"{key} = {tokens}{behind} is more than the {positions} tokens that {model_dir} sees at once "
+            f"(max_position_embeddings); set it to {positions - prefix_tokens} or less"
         )
 
 
@@ -236,6 +244,6 @@ def _check_sensitivity_spec(config: RunConfig, structure: ModelStructure) -> Non
 
 
 def _check_context(config: RunConfig, model_dir: Path) -> None:
-    check_context(model_dir, config.evaluation.window, "evaluation.window")
+    check_window(model_dir, config.evaluation.window, "evaluation.window")
     if config.needs_calibration:
         check_context(model_dir, config.calibration.sequence_length, "calibration.sequence_length")

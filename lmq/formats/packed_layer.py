@@ -55,6 +55,7 @@ class QuantizedLinear(nn.Module):
         self.out_features = out_features
         self.spec = spec
         self.axis = axis
+        self._weight_dtype = dtype or torch.float32
         for name, (shape, tensor_dtype) in quantized_tensor_shapes(spec, out_features, in_features).items():
             self.register_buffer(name, torch.zeros(shape, dtype=tensor_dtype, device=device))
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
@@ -93,6 +94,17 @@ class QuantizedLinear(nn.Module):
             inputs = inputs.to(torch.get_autocast_dtype(device_type))
         bias = None if self.bias is None else self.bias.to(inputs.dtype)
         return packed_linear(inputs, self._packed_weight, bias)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """Ŵ made anew, for code outside the layer that looks at its weight; what is written to it is lost."""
+        codes = self.get_buffer("codes")
+        if codes.is_meta:
+            weight = torch.empty(self.out_features, self.in_features, dtype=self._weight_dtype, device="meta")
+        else:
+            weight = self.dequantize(self._weight_dtype)
+        weight._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers leaves it alone when it opens a model
+        return weight
 
     @property
     def qweight(self) -> torch.Tensor:

@@ -15,6 +15,7 @@ from lmq.model.streaming import BlockInputs
 from lmq.model.structure import ModelStructure
 
 SUBLAYERS = ("attention", "mlp")
+_WHOLE_LAYERS = "measure whole layers only: `lmq importance --without removal`, `lmq prune --metric block-influence`"
 _WAYS = {"attention": ("attn_in", "attn_out"), "mlp": ("mlp_gate", "mlp_down")}
 
 
@@ -66,7 +67,7 @@ def check_residual(block: nn.Module, inputs: BlockInputs, hidden: Tensor, sublay
         raise UnsupportedModel(
             f"block {sublayers[0].layer} ({type(block).__name__}) does not return its input when the outputs of "
             f"{' and '.join(sublayer.path for sublayer in sublayers)} are 0: its sub-layers do not simply add to a "
-            "residual stream, so that none can be removed; use the signals of whole layers"
+            f"residual stream, so that none can be removed; {_WHOLE_LAYERS}"
         )
 
 
@@ -78,7 +79,7 @@ def _output_path(structure: ModelStructure, layer: int, name: str) -> str:
     if not own:
         raise UnsupportedModel(
             f"block {layer} of {structure.architecture} has no {name} that lmq recognises (its modules: "
-            f"{', '.join(info.id.kind for info in modules)}); use the signals of whole layers"
+            f"{', '.join(info.id.kind for info in modules)}); {_WHOLE_LAYERS}"
         )
     children = {kind.partition(".")[0] for kind in own}
     others = {info.id.kind.partition(".")[0] for info in modules if info.id.kind not in own}

@@ -1,0 +1,84 @@
+"""Whether a model can do what is asked of it, tried on a few arbitrary states before anything is measured.
+
+Everything that lmq measures rests on four properties: blocks run one by one on hidden states alone, return states of
+the same shape, let a gradient through, and the model's class opens with other layers in the place of its linear ones.
+Blocks run here without weights, on the meta device, so that a model of any size takes seconds.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from lmq.errors import UnsupportedModel
+from lmq.formats.packed_layer import QuantizedLinear
+from lmq.formats.spec import STOPS
+from lmq.model.skeleton import build_skeleton
+from lmq.model.streaming import BlockInputs, StreamedModel
+from lmq.model.structure import ModelStructure
+
+_TOKENS = 4
+_FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError, NotImplementedError)
+"""What code of models raises for states and layers that it was not made for."""
+
+
+def dry_run(model_dir: Path, structure: ModelStructure) -> None:
+    """Raise UnsupportedModel naming the property that the model lacks."""
+    try:
+        model = StreamedModel.open(model_dir, structure)
+        inputs = model.block_inputs(_TOKENS)
+    except _FAILURES as error:
+        raise UnsupportedModel(
+            f"{structure.architecture} cannot be run block by block: what lies around its blocks does not work on "
+            f"hidden states alone ({_brief(error)})"
+        ) from error
+    for layer in range(structure.layers):
+        _try_block(model.bare_block(layer), inputs[layer], structure, layer)
+    _try_opening(build_skeleton(model_dir), structure)
+
+
+def _try_block(block: nn.Module, inputs: BlockInputs, structure: ModelStructure, layer: int) -> None:
+    """Forward and backward through a block, without numbers."""
+    hidden = torch.empty(1, _TOKENS, structure.hidden_size, device="meta", requires_grad=True)
+    given: Any = (inputs.args, inputs.kwargs)
+    args, kwargs = tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, given)
+    meta_inputs = BlockInputs(args, kwargs, torch.device("meta"), torch.float32)
+    name = f"block {layer} of {structure.architecture}"
+    try:
+        leaving = meta_inputs.run(block.to("meta"), hidden)
+    except _FAILURES as error:
+        raise UnsupportedModel(f"{name} cannot be run by itself on hidden states ({_brief(error)})") from error
+    if leaving.shape != hidden.shape:
+        raise UnsupportedModel(f"{name} makes states of shape {list(leaving.shape)} of {list(hidden.shape)}")
+    try:
+        torch.autograd.grad(leaving.sum(), hidden)
+    except _FAILURES as error:
+        raise UnsupportedModel(
+            f"{name} lets no gradient through to the states that enter it, which measurements need ({_brief(error)})"
+        ) from error
+
+
+def _try_opening(model: Any, structure: ModelStructure) -> None:
+    """Put quantized layers in place of the linear ones and let the model's class set its weights, as on opening."""
+    for module in structure.modules:
+        path = structure.path(module.id)
+        spec = next((spec for spec in STOPS if module.parameters % spec.group_size == 0), None)
+        if spec is not None:
+            has_bias = model.get_submodule(path).bias is not None
+            layer = QuantizedLinear(module.in_features, module.out_features, spec, bias=has_bias, device="meta")
+            model.set_submodule(path, layer)
+    try:
+        model.initialize_weights()
+    except _FAILURES as error:
+        raise UnsupportedModel(
+            f"{structure.architecture} does not open with quantized layers: its class works on the weights of its "
+            f"linear layers itself ({_brief(error)})"
+        ) from error
+
+
+def _brief(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
