@@ -72,7 +72,7 @@ def _unexpected(error: Exception) -> str:
     where = traceback.extract_tb(error.__traceback__)[-1]
     return (
         f"{type(error).__name__} ({cause or 'without a message'}) at {Path(where.filename).name}:{where.lineno}, "
-        "which lmq does not expect. Run again: finished work is kept. If it comes again, report it with this task's log, "
+        "which lmq does not expect. Run again: finished work is kept. If it comes again, report it with the task log, "
         "which holds the traceback, and leave out what leads to it (the strategy, or the model)"
     )
 
