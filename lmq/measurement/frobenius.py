@@ -31,7 +31,7 @@ def frobenius_errors(weight: torch.Tensor, rounded_to: Sequence[Grid | Format]) 
 
 
 def _frobenius_error(weight: torch.Tensor, rounded_to: Grid | Format) -> float:
-    if isinstance(rounded_to, Grid):
+    if type(rounded_to) is Grid:  # codes of a CodedGrid are not the nearest ones
         return _grid_error(weight, rounded_to)
     return frobenius_norm(rounded_to.round_trip(weight) - weight.detach())
 

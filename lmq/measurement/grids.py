@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,16 +13,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lmq.errors import DamagedFile, InputError
+from lmq.formats.coded_grid import CODES_TENSOR, CodedGrid
 from lmq.formats.groups import GRID_TENSORS, Grid, encode
 from lmq.formats.spec import QuantSpec
 from lmq.model.structure import ModuleId
 from lmq.numerics import require_finite
-from lmq.quantizers import Quantizer
+from lmq.quantizers import CalibratedQuantizer, Quantizer
 
 LayerGrids = Mapping[ModuleId, Mapping[QuantSpec, Grid]]
 
 _METADATA_KEY = "lmq.grids"
 _FORMAT_VERSION = 1
+_WEIGHTS_AT_ONCE = 1 << 26
+"""Weights that go through a calibrated quantizer together."""
 
 
 def fit_grids(
@@ -31,16 +34,62 @@ def fit_grids(
     """The stored grid of `weight` [out_features, in_features] for each configuration.
 
     Raises NotFiniteError for a weight with NaN or infinity, InputError for a configuration whose group size
-    does not divide the number of weights.
+    does not divide the number of weights, and for a quantizer that needs more than the weight.
     """
-    require_finite(weight, name)
     menu = tuple(menu)
-    for spec in menu:
-        spec.groups(weight.numel())
+    _require_quantizable(weight, menu, name)
+    if isinstance(quantizer, CalibratedQuantizer):
+        raise InputError(f"quantizer {quantizer.name!r} needs second moments; give them to quantize_modules")
     return {
         spec: encode(weight, *quantizer.fit(weight, spec), spec, quantizer.axis, integer_zeros=quantizer.integer_zeros)
         for spec in menu
     }
+
+
+def quantize_modules(
+    weights: Mapping[ModuleId, torch.Tensor],
+    menu: Sequence[QuantSpec],
+    quantizer: Quantizer,
+    moments: Mapping[ModuleId, torch.Tensor] | None = None,
+) -> dict[ModuleId, dict[QuantSpec, Grid]]:
+    """Grids of a layer's modules for each configuration, with their codes where the quantizer chooses them.
+
+    `weights` are [out_features, in_features], `moments` [in_features, in_features] of each module's inputs, for
+    calibrated quantizers, through which modules of one shape go together. Raises as `fit_grids` does, and InputError
+    for a calibrated quantizer without moments.
+    """
+    if not isinstance(quantizer, CalibratedQuantizer):
+        return {module: fit_grids(weight, menu, quantizer, str(module)) for module, weight in weights.items()}
+    if moments is None:
+        raise InputError(
+            f"quantizer {quantizer.name!r} needs second moments of every module's inputs: measure them "
+            "(lmq.measurement.quantizer_moments), or take hqq or rtn, which look at weights alone"
+        )
+    found: dict[ModuleId, dict[QuantSpec, Grid]] = {}
+    for modules in _alike(weights):
+        for module in modules:
+            _require_quantizable(weights[module], menu, str(module))
+            require_finite(moments[module], f"the second moments of the inputs of {module}")
+        stacked = torch.stack([weights[module] for module in modules])
+        of_inputs = torch.stack([moments[module] for module in modules])
+        found |= zip(modules, quantizer.quantize(stacked, of_inputs, menu), strict=True)
+    return {module: found[module] for module in weights}
+
+
+def _require_quantizable(weight: torch.Tensor, menu: Iterable[QuantSpec], name: str) -> None:
+    require_finite(weight, name)
+    for spec in menu:
+        spec.groups(weight.numel())
+
+
+def _alike(weights: Mapping[ModuleId, torch.Tensor]) -> Iterator[list[ModuleId]]:
+    """Modules of one shape, as many together as fit into memory."""
+    by_shape: dict[torch.Size, list[ModuleId]] = {}
+    for module, weight in weights.items():
+        by_shape.setdefault(weight.shape, []).append(module)
+    for shape, modules in by_shape.items():
+        step = max(1, _WEIGHTS_AT_ONCE // shape.numel())
+        yield from (modules[start : start + step] for start in range(0, len(modules), step))
 
 
 def save_grids(path: Path, grids: LayerGrids) -> None:
@@ -52,13 +101,15 @@ def save_grids(path: Path, grids: LayerGrids) -> None:
             grid = grids[module][spec]
             key = f"{module.layer}.{module.kind}.{spec}m{spec.meta_group_size}"
             entries.append({"key": key, "module": asdict(module), "spec": asdict(spec), **_grid_layout(grid)})
-            tensors |= {f"{key}.{name}": tensor.cpu().contiguous() for name, tensor in grid.to_tensors().items()}
+            stored = grid.coded_tensors() if isinstance(grid, CodedGrid) else grid.to_tensors()
+            tensors |= {f"{key}.{name}": tensor.cpu().contiguous() for name, tensor in stored.items()}
     header = json.dumps({"format_version": _FORMAT_VERSION, "grids": entries}, sort_keys=True)
     save_file(tensors, path, metadata={_METADATA_KEY: header})
 
 
 def _grid_layout(grid: Grid) -> dict[str, Any]:
-    return {"shape": list(grid.shape), "axis": grid.axis}
+    layout = {"shape": list(grid.shape), "axis": grid.axis}
+    return {**layout, "coded": True} if isinstance(grid, CodedGrid) else layout
 
 
 def load_grids(path: Path) -> dict[ModuleId, dict[QuantSpec, Grid]]:
@@ -71,6 +122,8 @@ def load_grids(path: Path) -> dict[ModuleId, dict[QuantSpec, Grid]]:
                 spec = QuantSpec(**entry["spec"])
                 shape = (entry["shape"][0], entry["shape"][1])
                 grid = Grid.from_tensors(tensors, spec, shape, entry["axis"])
+                if "coded" in entry:
+                    grid = CodedGrid.from_grid(grid, file.get_tensor(f"{entry['key']}.{CODES_TENSOR}"))
                 grids.setdefault(ModuleId(**entry["module"]), {})[spec] = grid
     except (SafetensorError, InputError, OSError, KeyError, TypeError, ValueError) as error:
         raise DamagedFile(

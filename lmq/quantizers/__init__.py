@@ -1,24 +1,32 @@
-"""Quantizers: how the scale and zero of every group of a weight matrix are fitted.
+"""Quantizers: how the codes of a weight matrix are found.
+
+Those that look at weights alone fit a grid, and every weight takes its nearest code. Calibrated ones look at second
+moments of the matrix's inputs as well, and may choose other codes.
 
 A new quantizer is one class in a file of its own and one line in `QUANTIZERS`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
 from lmq.errors import InputError, unknown_name
+from lmq.formats.groups import Grid
 from lmq.formats.spec import QuantSpec
+from lmq.quantizers.fisher_gptq import FisherGptq
+from lmq.quantizers.gptq import Gptq
 from lmq.quantizers.hqq import Hqq
+from lmq.quantizers.hqq_default import HqqDefault
 from lmq.quantizers.hqq_package import HqqPackage
 from lmq.quantizers.rtn import RoundToNearest
+from lmq.quantizers.weighted import Weighted
 
 
-class Quantizer(Protocol):
-    """Fits the grid of a matrix; `name` and `describe()` identify it in tables, checkpoints and cache keys."""
+class _Quantizer(Protocol):
+    """`name` and `describe()` identify a quantizer in tables, checkpoints and cache keys."""
 
     @property
     def name(self) -> str:
@@ -35,16 +43,49 @@ class Quantizer(Protocol):
         """Whether zeros are whole numbers from 0 to 2^bits - 1, 128 at 8 bits, and are stored as they are."""
         ...
 
-    def fit(self, weight: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scale and zero float32 [groups] of `weight` [out_features, in_features], before they are stored in 8 bits."""
-        ...
-
     def describe(self) -> dict[str, Any]:
         """Every option that changes the result, JSON-ready."""
         ...
 
 
-QUANTIZERS: Mapping[str, type[Quantizer]] = {"hqq": Hqq, "rtn": RoundToNearest, "hqq-package": HqqPackage}
+class WeightQuantizer(_Quantizer, Protocol):
+    """Looks at the weights alone: fits a grid, on which every weight takes its nearest code."""
+
+    def fit(self, weight: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale and zero float32 [groups] of `weight` [out_features, in_features], before they are stored in 8 bits."""
+        ...
+
+
+@runtime_checkable
+class CalibratedQuantizer(_Quantizer, Protocol):
+    """Looks at second moments of the inputs too; `lmq.measurement.quantizer_moments` measures them."""
+
+    @property
+    def fisher_weighted(self) -> bool:
+        """Whether the second moments are those weighted by the gradients, or plain ones."""
+        ...
+
+    def quantize(
+        self, weights: torch.Tensor, moments: torch.Tensor, menu: Sequence[QuantSpec]
+    ) -> list[dict[QuantSpec, Grid]]:
+        """Grid of every matrix for every configuration, a `CodedGrid` where codes are not the nearest ones.
+
+        `weights` [matrices, out_features, in_features], `moments` [matrices, in_features, in_features] of their inputs.
+        """
+        ...
+
+
+Quantizer = WeightQuantizer | CalibratedQuantizer
+
+QUANTIZERS: Mapping[str, type[Quantizer]] = {
+    "hqq": Hqq,
+    "hqq-default": HqqDefault,
+    "rtn": RoundToNearest,
+    "weighted": Weighted,
+    "gptq": Gptq,
+    "fisher-gptq": FisherGptq,
+    "hqq-package": HqqPackage,
+}
 
 
 def quantizer(name: str, **options: Any) -> Quantizer:

@@ -23,12 +23,16 @@ from lmq.formats.spec import QuantSpec
 from lmq.quantizers.integer_zeros import refit_scale, whole_zeros
 from lmq.quantizers.rtn import min_max_grid
 
+_ROUNDED_BITS = 4
+
 
 @dataclass(frozen=True, kw_only=True)
 class Hqq:
     """Zeros that minimise the l_p norm of the error by half-quadratic splitting; scales of the min-max grid.
 
-    `kappa` multiplies beta after each iteration: 1.0 is what hqq 0.2.8 does, 1.01 what the papers used.
+    `kappa` multiplies beta after each iteration: 1.0 is what hqq 0.2.8 does, 1.01 what the papers used. `round_zero`
+    has the iterations start from whole zeros at 4 bits, as `BaseQuantizeConfig` of hqq asks for and its bare
+    `Quantizer.quantize` does not.
     `integer_zeros` takes the nearest whole zeros instead (see `lmq.quantizers.integer_zeros`), and refits the scales.
     """
 
@@ -38,6 +42,7 @@ class Hqq:
     lp_norm: float = 0.7
     beta: float = 10.0
     kappa: float = 1.0
+    round_zero: bool = False
     integer_zeros: bool = False
 
     def __post_init__(self) -> None:
@@ -52,12 +57,14 @@ class Hqq:
     def fit(self, weight: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale and zero float32 [groups]."""
         groups = to_groups(weight.detach(), spec.group_size, self.axis)
-        inverse_scale, first_zero = min_max_grid(groups, spec.bits)
+        inverse_scale, covering_zero = min_max_grid(groups, spec.bits)
         zeros = torch.empty(self.iterations + 1, len(groups), device=weight.device)
-        zeros[0] = first_zero
+        zeros[0] = covering_zero.round() if self.round_zero and spec.bits == _ROUNDED_BITS else covering_zero
         error_sums = torch.zeros(self.iterations, dtype=torch.float64, device=weight.device)
         for block in group_blocks(groups):
-            error_sums += self._iterate(groups[block], inverse_scale[block], zeros[:, block], 2**spec.bits - 1)
+            error_sums += self._iterate(
+                groups[block], inverse_scale[block], covering_zero[block], zeros[:, block], 2**spec.bits - 1
+            )
         stop = _stopping_iteration(error_sums / weight.numel())
         scale, zero = 1 / inverse_scale, zeros[stop].clone()
         if not self.integer_zeros:
@@ -70,7 +77,12 @@ class Hqq:
         return {"name": self.name, **asdict(self)}
 
     def _iterate(
-        self, groups: torch.Tensor, inverse_scale: torch.Tensor, zeros: torch.Tensor, top: int
+        self,
+        groups: torch.Tensor,
+        inverse_scale: torch.Tensor,
+        covering_zero: torch.Tensor,
+        zeros: torch.Tensor,
+        top: int,
     ) -> torch.Tensor:
         """Fill zeros [1:, groups] from zeros[0] for one block [groups, group_size].
 
@@ -80,13 +92,13 @@ class Hqq:
         scaled = groups.to(torch.float32) * inverse_scale[:, None]
         # sums over transposed groups (axis 0) round differently when there are fewer, which ties would amplify
         leaves_settled = self.kappa == 1 and scaled.is_contiguous()
-        first_zero = zero = zeros[0]
+        zero = zeros[0]
         errors = torch.empty_like(zero)
         error_sums = torch.empty(self.iterations, dtype=torch.float64, device=groups.device)
         moving = torch.arange(len(groups), device=groups.device)
         for iteration in range(self.iterations):
             beta = self.beta * self.kappa**iteration
-            next_zero, errors[moving] = self._step(scaled, inverse_scale, first_zero, zero, top, beta)
+            next_zero, errors[moving] = self._step(scaled, inverse_scale, covering_zero, zero, top, beta)
             zeros[iteration + 1] = zeros[iteration]
             zeros[iteration + 1, moving] = next_zero
             error_sums[iteration] = errors.sum(dtype=torch.float64)
@@ -98,8 +110,8 @@ class Hqq:
                 zeros[iteration + 2 :] = zeros[iteration + 1]
                 error_sums[iteration + 1 :] = error_sums[iteration]
                 break
-            scaled, inverse_scale, first_zero, zero, moving = (
-                values[kept] for values in (scaled, inverse_scale, first_zero, zero, moving)
+            scaled, inverse_scale, covering_zero, zero, moving = (
+                values[kept] for values in (scaled, inverse_scale, covering_zero, zero, moving)
             )
         return error_sums
 
@@ -107,7 +119,7 @@ class Hqq:
         self,
         scaled: torch.Tensor,
         inverse_scale: torch.Tensor,
-        first_zero: torch.Tensor,
+        covering_zero: torch.Tensor,
         zero: torch.Tensor,
         top: int,
         beta: float,
@@ -122,7 +134,7 @@ class Hqq:
         next_zero = residual.mean(1)
         residual.sub_(zero[:, None])  # (quantized - weight) / scale
         # the min-max grid covers its group, so an error beyond half a step needs the zero to have moved
-        largest_error = ((zero - first_zero).abs_() + 0.5).mul_(scale)
+        largest_error = ((zero - covering_zero).abs_() + 0.5).mul_(scale)
         active = (largest_error > self._shrink_threshold(beta)).nonzero().flatten()
         if len(active):
             errors = residual[active].neg_().mul_(scale[active, None])

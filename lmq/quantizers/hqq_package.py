@@ -19,6 +19,7 @@ class HqqPackage:
     integer_zeros: ClassVar[bool] = False
     axis: int = 1
     optimize: bool = True
+    round_zero: bool = False
 
     def __post_init__(self) -> None:
         require_axis(self.axis)
@@ -32,6 +33,7 @@ class HqqPackage:
             nbits=spec.bits,
             group_size=spec.group_size,
             optimize=self.optimize,
+            round_zero=self.round_zero,
             axis=self.axis,
             bitpack=False,
             device=str(weight.device),

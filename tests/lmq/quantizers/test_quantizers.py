@@ -4,12 +4,13 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from hqq.core.quantize import BaseQuantizeConfig
 from hqq.core.quantize import Quantizer as PackageQuantizer
 
 from lmq.errors import InputError
 from lmq.formats.groups import encode, nearest_codes, to_groups
 from lmq.formats.spec import STOPS, QuantSpec
-from lmq.quantizers import QUANTIZERS, Quantizer, quantizer
+from lmq.quantizers import QUANTIZERS, CalibratedQuantizer, Quantizer, quantizer
 from lmq.quantizers.rtn import min_max_grid
 
 
@@ -108,6 +109,19 @@ def test_package_quantizer_has_the_errors_of_the_package(axis: int) -> None:
     assert ours == pytest.approx(_package_error(weight, spec, axis), rel=1e-7)
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_hqq_default_is_the_package_with_its_own_default_configuration(name: str, axis: int) -> None:
+    weight = WEIGHTS[name]
+    for bits in (3, 4, 8):
+        params = BaseQuantizeConfig(nbits=bits, group_size=64, axis=axis)["weight_quant_params"]
+        codes, meta = PackageQuantizer.quantize(weight.float(), device="cpu", bitpack=False, **params)
+        meta["compute_dtype"] = torch.float32
+        expected = float((PackageQuantizer.dequantize(codes, meta) - weight.float()).double().norm())
+        fitted = quantizer("hqq-default", axis=axis).fit(weight, QuantSpec(bits, 64))
+        assert _error(weight, fitted, QuantSpec(bits, 64), axis) == pytest.approx(expected, rel=1e-5)
+
+
 def test_hqq_follows_its_formula_with_the_growing_beta_of_the_papers() -> None:
     """Against the definition in float64, every group shrunk, one matrix, no early stop reached."""
     weight, spec = WEIGHTS["large outliers, where the shrink step acts"], QuantSpec(3, 32)
@@ -151,8 +165,9 @@ def test_hqq_leaves_settled_groups_without_changing_a_bit(name: str) -> None:
 
 def test_fit_leaves_the_weight_alone() -> None:
     weight = WEIGHTS["square"].clone()
-    for name in QUANTIZERS:
-        quantizer(name).fit(weight, QuantSpec(3, 64))
+    for fitter in (quantizer(name) for name in QUANTIZERS):
+        if not isinstance(fitter, CalibratedQuantizer):
+            fitter.fit(weight, QuantSpec(3, 64))
     assert torch.equal(weight, WEIGHTS["square"])
 
 

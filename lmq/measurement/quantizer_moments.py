@@ -1,0 +1,159 @@
+"""Second moments that quantizers find codes with: H = mean over tokens of w_t x_t x_tᵀ of every module of a block.
+
+Fisher-weighted, w_t is the mean over outputs of g_t², where g_t are the gradients at the module's outputs of the loss
+for labels that the model draws itself, averaged over the draws. Then ½ tr(E H Eᵀ) is the token-wise Fisher cost of a
+weight error E in nats per token, but for one weight per token in the place of one per token and output. Plain, w_t = 1.
+
+Only the unquantized model's states and gradients go in, so layers are measured apart, and one H serves every
+configuration. H is symmetric: what is on and above its diagonal is accumulated and stored, by blocks of columns.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lmq.errors import DamagedFile
+from lmq.measurement.second_moments import capture_second_moments
+from lmq.measurement.traces import ModuleTrace, trace_modules
+from lmq.model.streaming import BlockInputs
+
+_COLUMNS = 256
+_TOKENS_AT_ONCE = 2048
+_METADATA_KEY = "lmq.moments"
+
+
+class UpperTriangle:
+    """A symmetric matrix [size, size] by what is on and above its diagonal, in blocks of 256 columns, float32.
+
+    Block k holds the rows of all columns up to its last: [min(size, 256 (k + 1)), columns].
+    """
+
+    def __init__(self, blocks: Sequence[Tensor]):
+        self.blocks = tuple(blocks)
+
+    @classmethod
+    def zeros(cls, size: int, device: torch.device | str = "cpu") -> UpperTriangle:
+        """A matrix of zeros to add to."""
+        return cls(
+            [torch.zeros(columns.stop, columns.stop - columns.start, device=device) for columns in _column_blocks(size)]
+        )
+
+    @classmethod
+    def of(cls, matrix: Tensor) -> UpperTriangle:
+        """That of a symmetric matrix."""
+        return cls([matrix[: columns.stop, columns].contiguous() for columns in _column_blocks(len(matrix))])
+
+    @property
+    def size(self) -> int:
+        """Rows, and columns, of the matrix."""
+        return len(self.blocks[-1])
+
+    def add_products(self, inputs: Tensor, weights: Tensor) -> None:
+        """Add Σ_t w_t x_t x_tᵀ of `inputs` [tokens, size] and `weights` [tokens]."""
+        rows = inputs.float()
+        weighted = rows * weights.to(rows)[:, None]
+        for block, columns in zip(self.blocks, _column_blocks(self.size), strict=True):
+            block.addmm_(weighted[:, : columns.stop].t(), rows[:, columns])
+
+    def divide(self, divisor: float) -> None:
+        """Divide every entry."""
+        for block in self.blocks:
+            block.div_(divisor)
+
+    def matrix(self) -> Tensor:
+        """The whole matrix, float32 [size, size]."""
+        full = torch.empty(self.size, self.size, device=self.blocks[0].device)
+        for block, columns in zip(self.blocks, _column_blocks(self.size), strict=True):
+            full[: columns.stop, columns] = block
+            full[columns, : columns.start] = block[: columns.start].t()
+            square = full[columns, columns]
+            square.copy_(square.triu() + square.triu(1).t())
+        return full
+
+
+def moments_bytes(in_features: int) -> int:
+    """Bytes of the stored moments of a module."""
+    return 4 * sum(columns.stop * (columns.stop - columns.start) for columns in _column_blocks(in_features))
+
+
+def fisher_moments(
+    block: nn.Module, block_inputs: BlockInputs, hidden: Tensor, gradient: Tensor, kinds: Sequence[str]
+) -> dict[str, UpperTriangle]:
+    """Fisher-weighted H of every module, in nats per token.
+
+    `hidden` [sequences, sequence_length, hidden] enters the block, `gradient` [draws · sequences, sequence_length,
+    hidden] leaves `lmq.measurement.sequence_fisher.sampled_loss_gradient` and the backward passes that follow it. The
+    block is replayed a few sequences at a time, and no inputs are kept: memory is half of one H per module.
+    """
+    sequences, sequence_length = hidden.shape[:2]
+    by_draw = gradient.view(-1, *hidden.shape)
+    found: dict[str, UpperTriangle] = {}
+    at_once = max(1, _TOKENS_AT_ONCE // sequence_length)
+    for start in range(0, sequences, at_once):
+        piece = slice(start, start + at_once)
+        gradients = by_draw[:, piece].flatten(0, 1)
+        traces = trace_modules(block, block_inputs, hidden[piece], gradients, kinds, torch.float32)
+        for kind in kinds:
+            trace = traces.pop(kind)
+            if kind not in found:
+                found[kind] = UpperTriangle.zeros(trace.inputs.shape[1], trace.inputs.device)
+            found[kind].add_products(trace.inputs, token_weights(trace))
+    for triangle in found.values():
+        triangle.divide(sequences * sequence_length)
+    return found
+
+
+def token_weights(trace: ModuleTrace) -> Tensor:
+    """w_t: mean over outputs and draws of g_t², float32 [tokens]."""
+    squares = trace.gradients.float().square().mean(1)
+    return squares.view(-1, len(trace.inputs)).mean(0)
+
+
+def input_moments(
+    block: nn.Module, block_inputs: BlockInputs, hidden: Tensor, kinds: Sequence[str]
+) -> dict[str, UpperTriangle]:
+    """Plain H of every module; `hidden` [sequences, sequence_length, hidden] enters the block.
+
+    Modules that share an input share H.
+    """
+    captured = capture_second_moments(block, block_inputs, hidden, kinds)
+    triangles = {moments: UpperTriangle.of(moments.matrix) for moments in set(captured.values())}
+    return {kind: triangles[captured[kind]] for kind in kinds}
+
+
+def save_moments(path: Path, moments: Mapping[str, UpperTriangle]) -> None:
+    """Write the moments of a block's modules, by kind; what modules share is written once."""
+    first_kind: dict[UpperTriangle, str] = {}
+    tensors: dict[str, Tensor] = {}
+    for kind, triangle in moments.items():
+        if first_kind.setdefault(triangle, kind) == kind:
+            tensors |= {f"{kind}.{number}": part.cpu().contiguous() for number, part in enumerate(triangle.blocks)}
+    stored = {kind: [first_kind[triangle], len(triangle.blocks)] for kind, triangle in moments.items()}
+    save_file(tensors, path, metadata={_METADATA_KEY: json.dumps(stored)})
+
+
+def load_moments(path: Path) -> dict[str, UpperTriangle]:
+    """Read what `save_moments` wrote. Raises DamagedFile if it cannot be read."""
+    try:
+        with safe_open(path, "pt") as file:
+            stored: dict[str, tuple[str, int]] = json.loads(file.metadata()[_METADATA_KEY])
+            triangles = {
+                first: UpperTriangle([file.get_tensor(f"{first}.{number}") for number in range(blocks)])
+                for first, blocks in stored.values()
+            }
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise DamagedFile(
+            f"{path} is not a readable file of second moments: {error}; remove it, it will be made again"
+        ) from error
+    return {kind: triangles[first] for kind, (first, _) in stored.items()}
+
+
+def _column_blocks(size: int) -> Iterator[slice]:
+    return (slice(start, min(start + _COLUMNS, size)) for start in range(0, size, _COLUMNS))

@@ -1,0 +1,68 @@
+"""What the quantizers share that use second moments of the inputs: grids weighted by their diagonal, as stored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lmq.errors import InputError
+from lmq.formats.groups import Grid, encode, require_axis, to_groups
+from lmq.formats.spec import QuantSpec
+from lmq.quantizers.error_feedback import Order, feedback_of, round_with_feedback
+from lmq.quantizers.integer_zeros import refit_scale, whole_zeros
+from lmq.quantizers.weighted_grid import fit_weighted
+
+
+def fitted_grid(weight: Tensor, importance: Tensor, spec: QuantSpec, axis: int, *, integer_zeros: bool) -> Grid:
+    """The stored grid of `weight` [out_features, in_features] of least error weighted by `importance` [in_features]."""
+    scale, zero = fit_weighted(weight, importance, spec, axis)
+    if integer_zeros:
+        groups = to_groups(weight, spec.group_size, axis)
+        scale, zero = whole_zeros(groups, scale, zero, spec.bits)
+        scale = refit_scale(groups, scale, zero, spec.bits)
+    return encode(weight, scale, zero, spec, axis, integer_zeros=integer_zeros)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ErrorFeedback:
+    """Options of the quantizers with error feedback.
+
+    `damping` is λ of `lmq.quantizers.error_feedback`, a share of the mean diagonal of H; `order` in which columns are
+    rounded. `weighted_grid` weights the squared error that grids are fitted to by the diagonal of H.
+    """
+
+    axis: int = 1
+    damping: float = 0.01
+    order: Order = "descending"
+    weighted_grid: bool = True
+    integer_zeros: bool = False
+
+    def __post_init__(self) -> None:
+        require_axis(self.axis)
+        if not 0 <= self.damping <= 1:
+            raise InputError(f"damping = {self.damping} is not allowed; give a share of the mean diagonal from 0 to 1")
+        if self.order not in ("descending", "stored"):
+            raise InputError(f"order = {self.order!r} is not allowed; allowed: descending, stored")
+
+    def quantize(self, weights: Tensor, moments: Tensor, menu: Sequence[QuantSpec]) -> list[dict[QuantSpec, Grid]]:
+        """Grid and codes of every matrix for every configuration.
+
+        `weights` [matrices, out_features, in_features], `moments` [matrices, in_features, in_features].
+        """
+        feedbacks = [feedback_of(matrix, damping=self.damping, order=self.order) for matrix in moments]
+        found: list[dict[QuantSpec, Grid]] = [{} for _ in weights]
+        for spec in menu:
+            grids = [
+                fitted_grid(weight, self._importance(matrix), spec, self.axis, integer_zeros=self.integer_zeros)
+                for weight, matrix in zip(weights, moments, strict=True)
+            ]
+            for by_spec, coded in zip(found, round_with_feedback(weights, grids, feedbacks), strict=True):
+                by_spec[spec] = coded
+        return found
+
+    def _importance(self, moments: Tensor) -> Tensor:
+        diagonal = moments.diagonal()
+        return diagonal if self.weighted_grid else torch.ones_like(diagonal)

@@ -1,0 +1,43 @@
+"""Round to nearest on grids weighted by the diagonal of the Fisher-weighted second moments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from lmq.formats.groups import Grid, require_axis
+from lmq.formats.spec import QuantSpec
+from lmq.quantizers.calibrated import fitted_grid
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weighted:
+    """Scale and zero of least Σ_i H_ii (w_i − ŵ_i)², nearest codes; H as `lmq.quantizers.fisher_gptq` has it."""
+
+    name: ClassVar[str] = "weighted"
+    fisher_weighted: ClassVar[bool] = True
+    axis: int = 1
+    integer_zeros: bool = False
+
+    def __post_init__(self) -> None:
+        require_axis(self.axis)
+
+    def quantize(self, weights: Tensor, moments: Tensor, menu: Sequence[QuantSpec]) -> list[dict[QuantSpec, Grid]]:
+        """The grid of every matrix for every configuration.
+
+        `weights` [matrices, out_features, in_features], `moments` [matrices, in_features, in_features].
+        """
+        return [
+            {
+                spec: fitted_grid(weight, matrix.diagonal(), spec, self.axis, integer_zeros=self.integer_zeros)
+                for spec in menu
+            }
+            for weight, matrix in zip(weights, moments, strict=True)
+        ]
+
+    def describe(self) -> dict[str, Any]:
+        """Options as JSON."""
+        return {"name": self.name, **asdict(self)}
