@@ -114,7 +114,7 @@ def _quantize(
 ) -> LayerGrids:
     by_kind = load_layer_weights(directory, model.structure, layer)
     weights = {module.id: by_kind[module.id.kind] for module in model.structure.in_layer(layer)}
-    of_layer = None if moments is None else {module: moments[layer][module.kind].matrix() for module in weights}
+    of_layer = None if moments is None else {module: moments[layer][module.kind] for module in weights}
     return quantize_modules(weights, menu, chosen, of_layer)
 
 

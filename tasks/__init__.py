@@ -29,6 +29,7 @@ STAGES: dict[str, Stage] = {
         states.backward,
         states.sampled_gradient,
         states.sampled_backward,
+        measure.measure_second_moments,
         measure.make_grids,
         *measure.MEASUREMENT_STAGES.values(),
         measure.measure_delta_loss,

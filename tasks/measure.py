@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -12,8 +12,15 @@ from lmq.formats.spec import QuantSpec
 from lmq.measurement.base import LayerReplay, Measurement, Need, cost_row
 from lmq.measurement.delta_loss import DELTA_LOSS
 from lmq.measurement.frobenius import FROBENIUS, frobenius_errors, frobenius_norm
-from lmq.measurement.grids import LayerGrids, fit_grids, load_grids, save_grids
+from lmq.measurement.grids import LayerGrids, load_grids, quantize_modules, save_grids
 from lmq.measurement.quantized_model import QuantizedPoint
+from lmq.measurement.quantizer_moments import (
+    UpperTriangle,
+    fisher_moments,
+    input_moments,
+    load_moments,
+    save_moments,
+)
 from lmq.measurement.registry import MEASUREMENTS, PROFILES
 from lmq.measurement.replay import read_gradients, read_hidden_states
 from lmq.model.structure import ModuleId
@@ -27,6 +34,7 @@ from lmq_tasks.states import GRADIENTS_FILE, HIDDEN_STATES_FILE
 from lmq_tasks.texts import TOKENS_FILE
 
 GRIDS_FILE = "grids.safetensors"
+MOMENTS_FILE = "moments.safetensors"
 TENSORS_FILE = "tensors.safetensors"
 """What a measurement keeps for other stages, beside its table."""
 
@@ -87,27 +95,49 @@ MEASUREMENT_STAGES: Mapping[str, Stage] = {
 """By the name of the measurement."""
 
 
+@stage("second-moments", version=1, schema="second-moments/1")
+def measure_second_moments(job: Job) -> None:
+    """Second moments of one layer's inputs for quantizers, weighted by the gradients of drawn labels where given."""
+    with open_layer(job) as layer:
+        kinds = [module.id.kind for module in layer.modules]
+        if layer.has(Need.DRAWN_GRADIENTS):
+            moments = fisher_moments(layer.block, layer.block_inputs, layer.hidden, layer.gradient, kinds)
+        else:
+            moments = input_moments(layer.block, layer.block_inputs, layer.hidden, kinds)
+    save_moments(job.output / MOMENTS_FILE, moments)
+
+
 @stage("grids", version=1, schema=FROBENIUS.schema.label)
 def make_grids(job: Job) -> None:
-    """Quantization grids of one layer for every configuration of the menu, and their Frobenius errors."""
+    """Quantization grids of one layer for every configuration of the menu, and their Frobenius errors.
+
+    Quantizers that choose codes have these kept beside the grids: what is measured of them is what will be stored.
+    """
     structure = read_structure(job)
     layer = job.config["layer"]
     menu = [QuantSpec.parse(name) for name in job.config["menu"]]
     fitter = quantizer(**job.config["quantizer"])
-    rows, layer_grids = [], {}
-    weights = layer_weights(job, structure, layer)
+    rows = []
+    by_kind = layer_weights(job, structure, layer)
+    weights = {module.id: by_kind[module.id.kind].to(job.device) for module in structure.in_layer(layer)}
+    layer_grids = quantize_modules(weights, menu, fitter, _second_moments(job, weights))
     for module in structure.in_layer(layer):
-        weight = weights[module.id.kind].to(job.device)
-        grids = fit_grids(weight, menu, fitter, str(module.id))
+        weight, grids = weights[module.id], layer_grids[module.id]
         norm = frobenius_norm(weight)
         errors = frobenius_errors(weight, list(grids.values()))
         rows += [
             cost_row(module, spec, frobenius_error=error, frobenius_norm=norm)
             for spec, error in zip(grids, errors, strict=True)
         ]
-        layer_grids[module.id] = grids
     write_rows(job.output / FROBENIUS.file, FROBENIUS.schema, rows)
     save_grids(job.output / GRIDS_FILE, layer_grids)
+
+
+def _second_moments(job: Job, modules: Iterable[ModuleId]) -> dict[ModuleId, UpperTriangle] | None:
+    if not job.has("moments"):
+        return None
+    by_kind = load_moments(job.input("moments", MOMENTS_FILE))
+    return {module: by_kind[module.kind] for module in modules}
 
 
 def grids_by_layer(job: Job) -> Callable[[int], LayerGrids]:

@@ -17,7 +17,7 @@ from lmq.errors import InputError
 from lmq.formats.spec import QuantSpec
 from lmq.measurement.registry import MEASUREMENTS
 from lmq.model.structure import ModuleInfo
-from lmq.quantizers import QUANTIZERS
+from lmq.quantizers import QUANTIZERS, CalibratedQuantizer, quantizer
 from lmq_flows.config.overrides import apply_override
 from lmq_flows.config.problems import problem_texts
 from lmq_flows.config.sections import (
@@ -176,7 +176,7 @@ class RunConfig(Section):
     def quantizer(self) -> dict[str, Any]:
         """Name and options of the quantizer."""
         whole = {"integer_zeros": True} if self.target and target_named(self.target).integer_zeros else {}
-        return {"name": self.measure.quantizer, "axis": self.measure.axis, **whole}
+        return {"name": self.measure.quantizer, "axis": self.measure.axis, **self.measure.quantizer_options, **whole}
 
     def menu_of(self, model: ModelConfig, modules: Sequence[ModuleInfo]) -> tuple[QuantSpec, ...]:
         """The configurations for a model with these modules, smallest first: those of its menu that the target holds.
@@ -215,8 +215,9 @@ class RunConfig(Section):
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether anything is measured on calibration text."""
-        return any(name == TRIALS or MEASUREMENTS[name].on_text for name in self.needs)
+        """Whether anything is measured on calibration text, or the quantizer looks at it."""
+        calibrated = isinstance(quantizer(**self.quantizer), CalibratedQuantizer)
+        return calibrated or any(name == TRIALS or MEASUREMENTS[name].on_text for name in self.needs)
 
     @property
     def calibration_sequences(self) -> int:

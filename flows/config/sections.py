@@ -16,6 +16,7 @@ from lmq.evaluation.baselines import RoundedBaseline
 from lmq.evaluation.zero_shot import STANDARD_TASKS
 from lmq.formats.spec import STOPS, QuantSpec
 from lmq.measurement.registry import MEASUREMENTS
+from lmq.quantizers import quantizer
 from lmq_flows.config.names import slug
 
 T = TypeVar("T")
@@ -129,7 +130,12 @@ class MeasureConfig(Section):
     """What is measured of every module."""
 
     menu: Menu = Field(tuple(spec.name for spec in STOPS), description="Configurations")
-    quantizer: Literal["hqq", "rtn", "hqq-package"] = "hqq"
+    quantizer: Literal["hqq", "hqq-default", "rtn", "weighted", "gptq", "fisher-gptq", "hqq-package"] = Field(
+        "hqq", description="How codes are found; weighted, gptq and fisher-gptq look at the calibration text as well"
+    )
+    quantizer_options: dict[str, Any] = Field(
+        default_factory=dict, description="Options of the quantizer: {damping: 0.01, order: descending} of gptq"
+    )
     axis: Literal[0, 1] = Field(1, description="1: groups along in_features; 0: along out_features, as in the papers")
     label_draws: int = Field(
         default=4, ge=1, description="Draws of labels per calibration sequence, for the sequence-wise Fisher cost"
@@ -142,6 +148,13 @@ class MeasureConfig(Section):
         (), description=f"Measured beside what the strategies need: {', '.join(MEASUREMENTS)}"
     )
     sensitivity_spec: SpecName = Field("b4g64", description="Configuration that activation sensitivity is measured at")
+
+    @model_validator(mode="after")
+    def _quantizer_takes_its_options(self) -> MeasureConfig:
+        if "axis" in self.quantizer_options:
+            raise ValueError("quantizer_options has axis, which is a key of its own: set measure.axis")
+        checked(lambda: quantizer(self.quantizer, axis=self.axis, **self.quantizer_options))
+        return self
 
 
 class StrategyConfig(Section):

@@ -155,9 +155,9 @@ class _ModelGraph(ModelNodes):
         settings = self._settings()
         also = {QuantSpec.parse(settings["spec"])} if SENSITIVITY.name in self._needs else set()
         specs = sorted({*self.model.menu, *also}, key=lambda spec: spec.bits_per_weight)
-        grids = self.grids(specs, self._config.quantizer)
-        measured = MeasuredModel(tables={FROBENIUS.name: grids})
         captured = CapturedText(self, self._config.calibration, self._config.measure.label_draws)
+        grids = self.grids(specs, self._config.quantizer, captured)
+        measured = MeasuredModel(tables={FROBENIUS.name: grids})
         for name, measurement in MEASUREMENTS.items():
             if name in self._needs and name not in measured.tables:
                 measured.tables[name] = self.measurement(measurement, settings, grids, captured)

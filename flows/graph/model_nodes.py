@@ -7,10 +7,15 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from lmq.errors import InputError
 from lmq.formats.spec import QuantSpec
 from lmq.measurement.base import Measurement, Need
 from lmq.measurement.delta_loss import DELTA_LOSS
+from lmq.measurement.quantizer_moments import moments_bytes
 from lmq.model.structure import ModelStructure
+from lmq.quantizers import CalibratedQuantizer
+from lmq.quantizers import quantizer as quantizer_named
+from lmq.quantizers.calibrated import ErrorFeedback
 from lmq_flows.config.sections import CalibrationConfig, ModelConfig, TextConfig
 from lmq_flows.graph.node import Graph, Node
 from lmq_storage import ArtifactRef
@@ -76,10 +81,31 @@ class ModelNodes:
         site = replace(self.model.site, text=identity.location)
         return self.add(stage, what, config, {}, site=site, expected_bytes=12 * sizes["tokens"], here=True)
 
-    def grids(self, specs: Sequence[QuantSpec], quantizer: dict[str, Any]) -> list[Node]:
-        """Grids of every layer for these configurations, with their Frobenius errors."""
-        menu = [spec.name for spec in specs]
-        return self.per_layer("grids", {"menu": menu, "quantizer": quantizer}, self._grid_bytes(specs))
+    def grids(
+        self, specs: Sequence[QuantSpec], quantizer: dict[str, Any], captured: CapturedText | None = None
+    ) -> list[Node]:
+        """Grids of every layer for these configurations, with their Frobenius errors.
+
+        Calibrated quantizers look at what was `captured`. Raises InputError where nothing is.
+        """
+        config = {"menu": [spec.name for spec in specs], "quantizer": quantizer}
+        chosen = quantizer_named(**quantizer)
+        if not isinstance(chosen, CalibratedQuantizer):
+            return self.per_layer("grids", config, self._grid_bytes(specs, coded=False))
+        if captured is None:
+            raise InputError(f"quantizer {chosen.name!r} needs a calibration text here; take hqq or rtn")
+        moments = self._second_moments(captured, fisher_weighted=chosen.fisher_weighted)
+        expected = self._grid_bytes(specs, coded=isinstance(chosen, ErrorFeedback))
+        return self.per_layer("grids", config, expected, moments=moments)
+
+    def _second_moments(self, captured: CapturedText, *, fisher_weighted: bool) -> list[Node]:
+        """Second moments of every module's inputs, weighted by the gradients of drawn labels or plain."""
+        inputs = {Need.STATES.value: captured.entering}
+        if fisher_weighted:
+            inputs[Need.DRAWN_GRADIENTS.value] = captured.drawn_gradients
+        modules = self.model.structure.in_layer(0)
+        expected = sum(moments_bytes(module.in_features) for module in modules)
+        return self.per_layer("second-moments", {}, expected, **inputs)
 
     def measurement(
         self, measurement: Measurement, settings: Mapping[str, Any], grids: list[Node], captured: CapturedText
@@ -98,11 +124,12 @@ class ModelNodes:
         inputs = {"grids": list(grids), "tokens": tokens}
         return [self.add("delta-loss", spec, {"spec": spec}, inputs) for spec in specs]
 
-    def _grid_bytes(self, specs: Sequence[QuantSpec]) -> int:
-        """Bytes of the grids of one layer: all that a stored matrix has but its codes."""
+    def _grid_bytes(self, specs: Sequence[QuantSpec], *, coded: bool) -> int:
+        """Bytes of the grids of one layer: all that a stored matrix has, its codes only where `coded`."""
         modules = self.model.structure.in_layer(0)
-        sizes = [spec.size_bytes(m.parameters) - m.parameters * spec.bits // 8 for spec in specs for m in modules]
-        return sum(sizes)
+        whole = sum(spec.size_bytes(module.parameters) for spec in specs for module in modules)
+        codes = sum(module.parameters * spec.bits // 8 for spec in specs for module in modules)
+        return whole if coded else whole - codes
 
 
 class CapturedText:

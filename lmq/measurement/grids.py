@@ -16,6 +16,7 @@ from lmq.errors import DamagedFile, InputError
 from lmq.formats.coded_grid import CODES_TENSOR, CodedGrid
 from lmq.formats.groups import GRID_TENSORS, Grid, encode
 from lmq.formats.spec import QuantSpec
+from lmq.measurement.quantizer_moments import UpperTriangle
 from lmq.model.structure import ModuleId
 from lmq.numerics import require_finite
 from lmq.quantizers import CalibratedQuantizer, Quantizer
@@ -50,13 +51,13 @@ def quantize_modules(
     weights: Mapping[ModuleId, torch.Tensor],
     menu: Sequence[QuantSpec],
     quantizer: Quantizer,
-    moments: Mapping[ModuleId, torch.Tensor] | None = None,
+    moments: Mapping[ModuleId, UpperTriangle] | None = None,
 ) -> dict[ModuleId, dict[QuantSpec, Grid]]:
     """Grids of a layer's modules for each configuration, with their codes where the quantizer chooses them.
 
-    `weights` are [out_features, in_features], `moments` [in_features, in_features] of each module's inputs, for
-    calibrated quantizers, through which modules of one shape go together. Raises as `fit_grids` does, and InputError
-    for a calibrated quantizer without moments.
+    `weights` are [out_features, in_features], `moments` those of each module's inputs, for calibrated quantizers,
+    through which modules of one shape go together. Raises as `fit_grids` does, and InputError for a calibrated
+    quantizer without moments.
     """
     if not isinstance(quantizer, CalibratedQuantizer):
         return {module: fit_grids(weight, menu, quantizer, str(module)) for module, weight in weights.items()}
@@ -69,9 +70,10 @@ def quantize_modules(
     for modules in _alike(weights):
         for module in modules:
             _require_quantizable(weights[module], menu, str(module))
-            require_finite(moments[module], f"the second moments of the inputs of {module}")
         stacked = torch.stack([weights[module] for module in modules])
-        of_inputs = torch.stack([moments[module] for module in modules])
+        of_inputs = torch.stack([moments[module].matrix().to(stacked.device) for module in modules])
+        for module, matrix in zip(modules, of_inputs, strict=True):
+            require_finite(matrix, f"the second moments of the inputs of {module}")
         found |= zip(modules, quantizer.quantize(stacked, of_inputs, menu), strict=True)
     return {module: found[module] for module in weights}
 

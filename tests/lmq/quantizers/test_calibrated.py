@@ -10,6 +10,7 @@ from lmq.formats.groups import Grid, to_groups
 from lmq.formats.spec import QuantSpec
 from lmq.measurement.frobenius import frobenius_errors
 from lmq.measurement.grids import fit_grids, load_grids, quantize_modules, save_grids
+from lmq.measurement.quantizer_moments import UpperTriangle
 from lmq.model.structure import ModuleId
 from lmq.quantizers import CalibratedQuantizer, quantizer
 from lmq.quantizers.weighted_grid import fit_weighted
@@ -86,7 +87,7 @@ def test_every_step_of_the_recipe_lowers_the_cost(shape: tuple[int, int]) -> Non
     for spec in MENU:
         costs = {}
         for name in ("rtn", "hqq", *CALIBRATED):
-            grids = quantize_modules({module: weight}, [spec], quantizer(name), {module: moments})
+            grids = quantize_modules({module: weight}, [spec], quantizer(name), {module: UpperTriangle.of(moments)})
             costs[name] = _cost(weight, grids[module][spec], moments)
         assert costs["fisher-gptq"] < costs["gptq"] < costs["hqq"]
         assert costs["fisher-gptq"] < costs["weighted"] < costs["rtn"]
@@ -97,7 +98,7 @@ def test_within_groups_of_one_column_there_is_nothing_to_weight() -> None:
     weight, moments, module = _weight(64, 48), _moments(48), ModuleId(0, "q")
     costs = {}
     for name in ("hqq", "gptq", "fisher-gptq"):
-        grids = quantize_modules({module: weight}, MENU, quantizer(name, axis=0), {module: moments})
+        grids = quantize_modules({module: weight}, MENU, quantizer(name, axis=0), {module: UpperTriangle.of(moments)})
         costs[name] = _cost(weight, grids[module][QuantSpec(4, 64)], moments)
     assert costs["fisher-gptq"] == pytest.approx(costs["gptq"], rel=1e-3)
     assert costs["gptq"] < costs["hqq"]
@@ -107,7 +108,7 @@ def test_within_groups_of_one_column_there_is_nothing_to_weight() -> None:
 def test_modules_of_a_layer_come_out_as_each_alone(name: str) -> None:
     shapes = {"q": (64, 64), "k": (32, 64), "v": (32, 64), "o": (64, 64), "down": (64, 96)}
     weights = {ModuleId(1, kind): _weight(*shape, seed=len(kind)) for kind, shape in shapes.items()}
-    moments = {module: _moments(weight.shape[1], seed=7) for module, weight in weights.items()}
+    moments = {module: UpperTriangle.of(_moments(weight.shape[1], seed=7)) for module, weight in weights.items()}
     together = quantize_modules(weights, MENU, quantizer(name), moments)
     assert list(together) == list(weights)
     for module, weight in weights.items():
@@ -120,14 +121,16 @@ def test_modules_of_a_layer_come_out_as_each_alone(name: str) -> None:
 def test_whole_zeros_stay_whole(name: str) -> None:
     weight, moments, module = _weight(64, 128), _moments(128), ModuleId(0, "q")
     menu = [QuantSpec(4, 64), QuantSpec(8, 64)]
-    grids = quantize_modules({module: weight}, menu, quantizer(name, integer_zeros=True), {module: moments})[module]
+    grids = quantize_modules(
+        {module: weight}, menu, quantizer(name, integer_zeros=True), {module: UpperTriangle.of(moments)}
+    )[module]
     assert set(grids[menu[0]].decode()[1].tolist()) <= set(range(16))
     assert set(grids[menu[1]].decode()[1].tolist()) == {128}
 
 
 def test_grids_with_codes_are_read_back_as_they_were(tmp_path: Path) -> None:
     weight, module = _weight(64, 96), ModuleId(3, "q")
-    grids = quantize_modules({module: weight}, MENU, quantizer("gptq"), {module: _moments(96)})
+    grids = quantize_modules({module: weight}, MENU, quantizer("gptq"), {module: UpperTriangle.of(_moments(96))})
     path = tmp_path / "grids.safetensors"
     save_grids(path, grids)
     read = load_grids(path)
@@ -143,7 +146,7 @@ def test_grids_with_codes_are_read_back_as_they_were(tmp_path: Path) -> None:
 def test_the_weights_are_left_alone() -> None:
     weight, moments, module = _weight(64, 96), _moments(96), ModuleId(0, "q")
     kept, kept_moments = weight.clone(), moments.clone()
-    quantize_modules({module: weight}, MENU, quantizer("fisher-gptq"), {module: moments})
+    quantize_modules({module: weight}, MENU, quantizer("fisher-gptq"), {module: UpperTriangle.of(moments)})
     assert torch.equal(weight, kept)
     assert torch.equal(moments, kept_moments)
 
@@ -157,9 +160,11 @@ def test_bad_input_is_named() -> None:
     damaged = _moments(96)
     damaged[3, 3] = torch.nan
     with pytest.raises(NotFiniteError, match=r"second moments of the inputs of layer 2 mlp\.up_proj"):
-        quantize_modules({module: weight}, MENU, quantizer("gptq"), {module: damaged})
+        quantize_modules({module: weight}, MENU, quantizer("gptq"), {module: UpperTriangle.of(damaged)})
     with pytest.raises(InputError, match="b4g64 does not fit a matrix of 96 weights"):
-        quantize_modules({module: weight[:1]}, [QuantSpec(4, 64)], quantizer("gptq"), {module: _moments(96)})
+        quantize_modules(
+            {module: weight[:1]}, [QuantSpec(4, 64)], quantizer("gptq"), {module: UpperTriangle.of(_moments(96))}
+        )
     with pytest.raises(InputError, match=r"damping = 3 is not allowed; give a share of the mean diagonal from 0 to 1"):
         quantizer("gptq", damping=3)
     with pytest.raises(InputError, match="order = 'random' is not allowed; allowed: descending, stored"):
