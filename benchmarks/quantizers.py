@@ -21,9 +21,10 @@ from lmq.formats.spec import QuantSpec
 from lmq.measurement.divergence import divergence
 from lmq.measurement.grids import LayerGrids, quantize_modules
 from lmq.measurement.quantized_model import QuantizedPoint
-from lmq.measurement.quantizer_moments import UpperTriangle, fisher_moments, input_moments
+from lmq.measurement.quantizer_moments import fisher_moments, input_moments
 from lmq.measurement.replay import backward_block, forward_block
 from lmq.measurement.sequence_fisher import sampled_loss_gradient
+from lmq.measurement.upper_triangle import UpperTriangle
 from lmq.model.discovery import discover
 from lmq.model.streaming import StreamedModel, load_layer_weights
 from lmq.quantizers import QUANTIZERS, CalibratedQuantizer, Quantizer, quantizer

@@ -15,7 +15,6 @@ from lmq.measurement.frobenius import FROBENIUS, frobenius_errors, frobenius_nor
 from lmq.measurement.grids import LayerGrids, load_grids, quantize_modules, save_grids
 from lmq.measurement.quantized_model import QuantizedPoint
 from lmq.measurement.quantizer_moments import (
-    UpperTriangle,
     fisher_moments,
     input_moments,
     load_moments,
@@ -23,6 +22,7 @@ from lmq.measurement.quantizer_moments import (
 )
 from lmq.measurement.registry import MEASUREMENTS, PROFILES
 from lmq.measurement.replay import read_gradients, read_hidden_states
+from lmq.measurement.upper_triangle import UpperTriangle
 from lmq.model.structure import ModuleId
 from lmq.outliers import OUTLIERS_SCHEMA, outlier_rows
 from lmq.quantizers import quantizer

@@ -11,7 +11,7 @@ from lmq.errors import InputError
 from lmq.formats.spec import QuantSpec
 from lmq.measurement.base import Measurement, Need
 from lmq.measurement.delta_loss import DELTA_LOSS
-from lmq.measurement.quantizer_moments import moments_bytes
+from lmq.measurement.upper_triangle import triangle_bytes
 from lmq.model.structure import ModelStructure
 from lmq.quantizers import CalibratedQuantizer
 from lmq.quantizers import quantizer as quantizer_named
@@ -104,7 +104,7 @@ class ModelNodes:
         if fisher_weighted:
             inputs[Need.DRAWN_GRADIENTS.value] = captured.drawn_gradients
         modules = self.model.structure.in_layer(0)
-        expected = sum(moments_bytes(module.in_features) for module in modules)
+        expected = sum(triangle_bytes(module.in_features) for module in modules)
         return self.per_layer("second-moments", {}, expected, **inputs)
 
     def measurement(

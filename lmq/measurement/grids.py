@@ -16,7 +16,7 @@ from lmq.errors import DamagedFile, InputError
 from lmq.formats.coded_grid import CODES_TENSOR, CodedGrid
 from lmq.formats.groups import GRID_TENSORS, Grid, encode
 from lmq.formats.spec import QuantSpec
-from lmq.measurement.quantizer_moments import UpperTriangle
+from lmq.measurement.upper_triangle import UpperTriangle
 from lmq.model.structure import ModuleId
 from lmq.numerics import require_finite
 from lmq.quantizers import CalibratedQuantizer, Quantizer

@@ -11,7 +11,7 @@ configuration. H is symmetric: what is on and above its diagonal is accumulated 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -22,65 +22,11 @@ from torch import Tensor, nn
 from lmq.errors import DamagedFile
 from lmq.measurement.second_moments import capture_second_moments
 from lmq.measurement.traces import ModuleTrace, trace_modules
+from lmq.measurement.upper_triangle import UpperTriangle
 from lmq.model.streaming import BlockInputs
 
-_COLUMNS = 256
 _TOKENS_AT_ONCE = 2048
 _METADATA_KEY = "lmq.moments"
-
-
-class UpperTriangle:
-    """A symmetric matrix [size, size] by what is on and above its diagonal, in blocks of 256 columns, float32.
-
-    Block k holds the rows of all columns up to its last: [min(size, 256 (k + 1)), columns].
-    """
-
-    def __init__(self, blocks: Sequence[Tensor]):
-        self.blocks = tuple(blocks)
-
-    @classmethod
-    def zeros(cls, size: int, device: torch.device | str = "cpu") -> UpperTriangle:
-        """A matrix of zeros to add to."""
-        return cls(
-            [torch.zeros(columns.stop, columns.stop - columns.start, device=device) for columns in _column_blocks(size)]
-        )
-
-    @classmethod
-    def of(cls, matrix: Tensor) -> UpperTriangle:
-        """That of a symmetric matrix."""
-        return cls([matrix[: columns.stop, columns].contiguous() for columns in _column_blocks(len(matrix))])
-
-    @property
-    def size(self) -> int:
-        """Rows, and columns, of the matrix."""
-        return len(self.blocks[-1])
-
-    def add_products(self, inputs: Tensor, weights: Tensor) -> None:
-        """Add Σ_t w_t x_t x_tᵀ of `inputs` [tokens, size] and `weights` [tokens]."""
-        rows = inputs.float()
-        weighted = rows * weights.to(rows)[:, None]
-        for block, columns in zip(self.blocks, _column_blocks(self.size), strict=True):
-            block.addmm_(weighted[:, : columns.stop].t(), rows[:, columns])
-
-    def divide(self, divisor: float) -> None:
-        """Divide every entry."""
-        for block in self.blocks:
-            block.div_(divisor)
-
-    def matrix(self) -> Tensor:
-        """The whole matrix, float32 [size, size]."""
-        full = torch.empty(self.size, self.size, device=self.blocks[0].device)
-        for block, columns in zip(self.blocks, _column_blocks(self.size), strict=True):
-            full[: columns.stop, columns] = block
-            full[columns, : columns.start] = block[: columns.start].t()
-            square = full[columns, columns]
-            square.copy_(square.triu() + square.triu(1).t())
-        return full
-
-
-def moments_bytes(in_features: int) -> int:
-    """Bytes of the stored moments of a module."""
-    return 4 * sum(columns.stop * (columns.stop - columns.start) for columns in _column_blocks(in_features))
 
 
 def fisher_moments(
@@ -153,7 +99,3 @@ def load_moments(path: Path) -> dict[str, UpperTriangle]:
             f"{path} is not a readable file of second moments: {error}; remove it, it will be made again"
         ) from error
     return {kind: triangles[first] for kind, (first, _) in stored.items()}
-
-
-def _column_blocks(size: int) -> Iterator[slice]:
-    return (slice(start, min(start + _COLUMNS, size)) for start in range(0, size, _COLUMNS))

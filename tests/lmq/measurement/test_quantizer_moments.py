@@ -6,13 +6,12 @@ from torch import Tensor
 
 from lmq.errors import DamagedFile
 from lmq.measurement.quantizer_moments import (
-    UpperTriangle,
     fisher_moments,
     input_moments,
     load_moments,
-    moments_bytes,
     save_moments,
 )
+from lmq.measurement.upper_triangle import UpperTriangle, triangle_bytes
 from lmq.model.discovery import discover
 from lmq.model.streaming import StreamedModel
 
@@ -81,7 +80,7 @@ def test_a_triangle_is_the_whole_matrix_in_about_half_of_its_bytes(size: int) ->
     assert torch.allclose(triangle.matrix(), matrix)
     assert torch.equal(triangle.matrix(), triangle.matrix().t())
     stored = sum(block.nbytes for block in triangle.blocks)
-    assert stored == moments_bytes(size)
+    assert stored == triangle_bytes(size)
     assert stored <= 2 * size * (size + 256)
     weights = torch.rand(30, generator=torch.Generator().manual_seed(1))
     inputs = torch.randn(30, size, generator=torch.Generator().manual_seed(2))
@@ -101,7 +100,7 @@ def test_a_file_holds_shared_moments_once(tmp_path: Path) -> None:
     assert found["q"] is found["k"]
     for kind, expected in (("q", shared), ("down", own)):
         assert torch.equal(found[kind].matrix(), expected.matrix())
-    assert (tmp_path / "moments").stat().st_size < moments_bytes(300) + moments_bytes(70) + 2000
+    assert (tmp_path / "moments").stat().st_size < triangle_bytes(300) + triangle_bytes(70) + 2000
     (tmp_path / "moments").write_bytes(b"damaged")
     with pytest.raises(DamagedFile, match="is not a readable file of second moments"):
         load_moments(tmp_path / "moments")

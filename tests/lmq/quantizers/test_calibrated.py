@@ -10,7 +10,7 @@ from lmq.formats.groups import Grid, to_groups
 from lmq.formats.spec import QuantSpec
 from lmq.measurement.frobenius import frobenius_errors
 from lmq.measurement.grids import fit_grids, load_grids, quantize_modules, save_grids
-from lmq.measurement.quantizer_moments import UpperTriangle
+from lmq.measurement.upper_triangle import UpperTriangle
 from lmq.model.structure import ModuleId
 from lmq.quantizers import CalibratedQuantizer, quantizer
 from lmq.quantizers.weighted_grid import fit_weighted

@@ -1,0 +1,84 @@
+"""A whole run whose quantizer looks at the calibration text, without Prefect."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import lmq
+from lmq.errors import InputError
+from lmq.formats.coded_grid import CodedGrid
+from lmq.measurement.grids import load_grids
+from lmq_flows.config.run import RunConfig
+from lmq_flows.graph.build import build_graph
+from lmq_flows.graph.node import Graph, Node
+from lmq_flows.run.plan import execute_directly, ready_models
+from lmq_storage import ArtifactStore
+from lmq_tasks.planning import read_choice
+from tests.flows.conftest import tiny_config
+
+
+def _config(model: Path, place: Path, quantizer: str) -> RunConfig:
+    plans = {"strategies": ["uniform", "loss-aware"], "measure__menu": ["b3g64", "b4g64", "b5g64"]}
+    return tiny_config(model, place, measure__quantizer=quantizer, **plans)
+
+
+def _graph(config: RunConfig) -> tuple[Graph, list[Node]]:
+    models, texts = ready_models(config)
+    graph, variants, _ = build_graph(config, models, texts)
+    return graph, [variant.checkpoint for variant in variants if variant.checkpoint is not None]
+
+
+@pytest.mark.slow
+def test_what_is_stored_are_the_codes_that_were_measured(tiny_qwen: Path, tmp_path: Path) -> None:
+    config = _config(tiny_qwen, tmp_path, "fisher-gptq")
+    graph, checkpoints = _graph(config)
+    refs = execute_directly(graph, checkpoints)
+    store = ArtifactStore(config.store)
+    stages = [node.stage.name for node in refs]
+    assert stages.count("second-moments") == stages.count("grids") == 4
+    assert stages.count("sampled-loss-gradient") == 1  # shared with the cost of loss-aware
+    grids = {
+        module: by_spec
+        for node, ref in refs.items()
+        if node.stage.name == "grids"
+        for module, by_spec in load_grids(store.path(ref, "grids.safetensors")).items()
+    }
+    for node in refs:
+        if node.stage.name in ("grids", "second-moments"):
+            manifest = store.manifest(refs[node].stage, refs[node].key)
+            stored = sum(file.size_bytes for file in manifest.files.values())
+            assert node.expected_bytes <= stored <= node.expected_bytes + 40_000  # headers, and the table of errors
+    for checkpoint in checkpoints:
+        (allocation,) = (item.node for item in [checkpoint.inputs["choice"]])
+        choice = read_choice(store.path(refs[allocation], "choice.json"))
+        directory = store.materialize(refs[checkpoint], tmp_path / checkpoint.label.replace(" ", "-"))
+        model = lmq.load(directory, dtype=torch.float32)
+        for module, spec in choice.items():
+            coded = grids[module][spec]
+            assert isinstance(coded, CodedGrid)
+            linear = model.get_submodule(f"model.layers.{module.layer}.{module.kind}")
+            assert torch.equal(linear.dequantize(), coded.round_trip(linear.dequantize()))
+
+
+def test_plain_moments_need_no_gradients(tiny_qwen: Path, tmp_path: Path) -> None:
+    config = _config(tiny_qwen, tmp_path, "gptq").model_copy(update={"strategies": ()})
+    graph, _ = _graph(config)
+    stages = {node.stage.name for node in graph}
+    assert "second-moments" in stages
+    assert not stages & {"sampled-loss-gradient", "sampled-backward", "loss-gradient"}
+
+
+def test_options_are_checked(tiny_qwen: Path, tmp_path: Path) -> None:
+    def config(**options: object) -> RunConfig:
+        return tiny_config(tiny_qwen, tmp_path, measure__quantizer="gptq", measure__quantizer_options=options)
+
+    assert config(damping=0.05).quantizer == {"name": "gptq", "axis": 1, "damping": 0.05}
+    with pytest.raises(InputError, match="damping = 7 is not allowed"):
+        config(damping=7)
+    with pytest.raises(InputError, match="quantizer 'gptq' does not take these options"):
+        config(dampnig=0.1)
+    with pytest.raises(InputError, match=r"set measure\.axis"):
+        config(axis=0)
