@@ -30,7 +30,7 @@ def quantize(job: Job) -> None:
     save_layer(job.output / "layer.safetensors", quantize_layer(structure, weights, on_device, choice))
 
 
-@stage("checkpoint", version=3, schema="checkpoint/1")
+@stage("checkpoint", version=4, schema="checkpoint/1")
 def checkpoint(job: Job) -> None:
     """Join quantized layers with the unquantized tensors into a checkpoint that `lmq.load` opens."""
     structure = read_structure(job)
