@@ -26,19 +26,19 @@ SIZE_FILE = "size.json"
 """What a baseline takes: size_bytes of its matrices, and checkpoint_bytes of its files or null."""
 
 
-@stage("reference", version=2, schema="reference/1")
+@stage("reference", version=3, schema="reference/1")
 def reference(job: Job) -> None:
     """Perplexity of the full-precision model, and the states its predictions follow from."""
     _evaluate(job)
 
 
-@stage("evaluate", version=2, schema=WINDOWS_SCHEMA.label)
+@stage("evaluate", version=3, schema=WINDOWS_SCHEMA.label)
 def evaluate(job: Job) -> None:
     """Perplexity of a variant, and its divergence from the full-precision model."""
     _evaluate(job)
 
 
-@stage("evaluate-without-layers", version=2, schema=WINDOWS_SCHEMA.label)
+@stage("evaluate-without-layers", version=3, schema=WINDOWS_SCHEMA.label)
 def evaluate_without_layers(job: Job) -> None:
     """Perplexity of the full-precision model without the layers `removed`, of which no checkpoint is written."""
     model = open_model(job)
@@ -47,7 +47,7 @@ def evaluate_without_layers(job: Job) -> None:
     write_rows(job.output / WINDOWS_FILE, WINDOWS_SCHEMA, score_windows(model, windows, tokens, states, None))
 
 
-@stage("evaluate-rounded", version=1, schema=WINDOWS_SCHEMA.label)
+@stage("evaluate-rounded", version=2, schema=WINDOWS_SCHEMA.label)
 def evaluate_rounded(job: Job) -> None:
     """Perplexity and divergence of a baseline that rounds every matrix alike, of which no checkpoint is written."""
     baseline = RoundedBaseline.parse(job.config["baseline"])
@@ -61,7 +61,7 @@ def evaluate_rounded(job: Job) -> None:
     _write_size(job, baseline.size_bytes(model.structure), None)
 
 
-@stage("evaluate-other", version=1, schema=WINDOWS_SCHEMA.label)
+@stage("evaluate-other", version=2, schema=WINDOWS_SCHEMA.label)
 def evaluate_other(job: Job) -> None:
     """Perplexity and divergence of a checkpoint that another program made of the model, opened whole."""
     path = Path(job.site.places["checkpoint"])

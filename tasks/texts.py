@@ -7,10 +7,10 @@ import json
 from lmq.text.calibration import (
     TOKENS_SCHEMA,
     TextSource,
-    bos_prefix,
     documents,
     load_tokenizer,
     pack_tokens,
+    text_prefix,
     token_stream,
     write_tokens,
 )
@@ -21,14 +21,15 @@ TOKENS_FILE = "tokens.parquet"
 PREFIX_FILE = "prefix.json"
 
 
-@stage("calibration", version=1, schema=TOKENS_SCHEMA.label)
+@stage("calibration", version=2, schema=TOKENS_SCHEMA.label)
 def draw_calibration(job: Job) -> None:
     """Calibration tokens, packed into sequences; with `skipped`, those that come after as many others."""
     config = job.config
     skipped = config.get("skipped", 0)
+    tokenizer = load_tokenizer(model_dir(job))
     tokens = pack_tokens(
-        documents(_source(job)),
-        load_tokenizer(model_dir(job)),
+        documents(_source(job), tokenizer),
+        tokenizer,
         sequence_length=config["sequence_length"],
         sequences=skipped + config["sequences"],
         seed=config["seed"],
@@ -36,13 +37,13 @@ def draw_calibration(job: Job) -> None:
     write_tokens(job.output / TOKENS_FILE, tokens[skipped:])
 
 
-@stage("evaluation-tokens", version=1, schema=TOKENS_SCHEMA.label)
+@stage("evaluation-tokens", version=2, schema=TOKENS_SCHEMA.label)
 def draw_evaluation(job: Job) -> None:
-    """Evaluation tokens, one stream, and the token that every window begins with (null: none)."""
+    """Evaluation tokens, one stream, and the tokens that every window begins with."""
     tokenizer = load_tokenizer(model_dir(job))
-    tokens = token_stream(documents(_source(job)), tokenizer, job.config["tokens"])
+    tokens = token_stream(documents(_source(job), tokenizer), tokenizer, job.config["tokens"])
     write_tokens(job.output / TOKENS_FILE, tokens[None])
-    (job.output / PREFIX_FILE).write_text(json.dumps(bos_prefix(tokenizer)))
+    (job.output / PREFIX_FILE).write_text(json.dumps(text_prefix(tokenizer)))
 
 
 def _source(job: Job) -> TextSource:

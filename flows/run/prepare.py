@@ -28,6 +28,9 @@ from lmq.text.calibration import (
     pack_tokens,
     token_stream,
 )
+from lmq.text.data_sets import PREFIX as DATA_SET
+from lmq.text.data_sets import identify_data_set
+from lmq.text.files import text_format
 from lmq.text.known_texts import KNOWN_TEXTS
 from lmq_flows.config.run import RunConfig
 from lmq_flows.config.sections import CalibrationConfig, EvaluationConfig, ModelConfig
@@ -63,14 +66,18 @@ def identify_texts(config: RunConfig) -> dict[str, TextIdentity]:
     """Identity and place of every text of a run. Raises InputError for a file that is missing."""
     texts = {}
     for text in (config.calibration, config.evaluation):
-        is_file = is_file_text(text.source)
-        location = str(Path(text.source).expanduser().absolute()) if is_file else text.source
-        texts[text.source] = TextIdentity(identity=_content_identity(location), location=location)
+        if text.source.startswith(DATA_SET):
+            identity, location = identify_data_set(text.source)
+        else:
+            is_file = is_file_text(text.source)
+            location = str(Path(text.source).expanduser().absolute()) if is_file else text.source
+            identity = _content_identity(location)
+        texts[text.source] = TextIdentity(identity=identity, location=location)
     return texts
 
 
 def _content_identity(location: str) -> str:
-    """Digest of a text's content; a data set of the hub goes by its name."""
+    """Digest of a text's content; the known texts are always the same and go by their names."""
     if location == PYDOC_TOPICS:
         return f"{PYDOC_TOPICS}:{text_sha256(canonical_json(documents(TextSource(source=location))))}"
     if not is_file_text(location):
@@ -82,7 +89,7 @@ def _content_identity(location: str) -> str:
             f"there is no text file {path}{nearest_sibling(path)}; "
             f"pass a .txt, .jsonl or .parquet file, or one of {known}"
         )
-    return f"sha256:{file_sha256(path)}{path.suffix}"
+    return f"sha256:{file_sha256(path)}{''.join(text_format(path))}"
 
 
 def check_directory(path: Path, key: str) -> None:
@@ -211,10 +218,11 @@ def check_texts(config: RunConfig, models: list[PreparedModel]) -> None:
     for text in (config.calibration, config.evaluation):
         if text.source != PYDOC_TOPICS and not is_file_text(text.source):
             continue
-        found = documents(TextSource(**text.model_dump(include={"source", "column", "part", "seed"})))
+        source = TextSource(**text.model_dump(include={"source", "column", "part", "seed"}))
         for model in models:
             assert model.site.model is not None
             tokenizer = load_tokenizer(located_dir(open_store(model.site.store_url), model.site.model))
+            found = documents(source, tokenizer)
             if isinstance(text, EvaluationConfig):
                 tokens = token_stream(found, tokenizer, text.tokens)
                 full_windows(len(tokens), text.window, text.stride)

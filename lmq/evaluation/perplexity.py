@@ -45,10 +45,15 @@ def full_windows(tokens: int, window: int, stride: int) -> list[Window]:
     return [Window(0, window, window), *later]
 
 
-def protocol_name(windows: Sequence[Window]) -> str:
-    """`strided 1024/512`, or `non-overlapping 2048` where no token is seen twice."""
+def protocol_name(windows: Sequence[Window], prefix: Sequence[int] = ()) -> str:
+    """`strided 1024/512`, or `non-overlapping 2048` where no token is seen twice.
+
+    With the tokens that every window begins with, if there are any: `strided 1024/512 behind token 2`.
+    """
     length, stride = windows[0].end - windows[0].start, windows[-1].fresh
-    return f"non-overlapping {length}" if stride == length else f"strided {length}/{stride}"
+    name = f"non-overlapping {length}" if stride == length else f"strided {length}/{stride}"
+    tokens = "token" if len(prefix) == 1 else "tokens"
+    return f"{name} behind {tokens} {' '.join(map(str, prefix))}" if prefix else name
 
 
 def infinite_window(windows: Sequence[Window], nll_sums: Sequence[float]) -> Window | None:

@@ -2,25 +2,43 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedModel
 
 from lmq.checkpoint.open import open_model_directory, quantization_method
-from lmq.errors import InputError
+from lmq.errors import InputError, UnsupportedModel
 from lmq.evaluation.perplexity import Window, full_windows
-from lmq.evaluation.windows import Evaluation, last_states, score_windows, summarize, window_row, window_tokens
+from lmq.evaluation.windows import (
+    Evaluation,
+    last_states,
+    prefix_of,
+    score_windows,
+    summarize,
+    window_row,
+    window_tokens,
+)
 from lmq.measurement.divergence import score_tokens
 from lmq.model.discovery import discover
 from lmq.model.streaming import StreamedModel, tokens_at_once
 from lmq.model.structure import ModelStructure
 from lmq.model.tensors import read_headers, size_bytes
-from lmq.text.calibration import TextSource, bos_prefix, documents, load_tokenizer, token_stream
+from lmq.text.calibration import TextSource, documents, load_tokenizer, text_prefix, token_stream
+
+_log = logging.getLogger(__name__)
+
+_SHAPE = ("hidden_size", "num_hidden_layers", "vocab_size")
+_FEW_TOKENS = 8
+_CAUSAL_TOLERANCE = 1e-3
+"""Largest change of what comes before, relative to it, that rounding can make."""
 
 ReferenceLogits = Callable[[int, slice], Tensor]
 """Full-precision logits [positions, vocabulary] of a window (by number) at a slice of what the model saw of it."""
@@ -47,7 +65,7 @@ def score_whole_model(
         for piece, logits in _logits(model, seen, window.scored, tokens_at_once(vocabulary)):
             expected = None if reference is None else reference(index, piece)
             pieces.append(score_tokens(logits, seen[piece.start + 1 : piece.stop + 1], expected))
-        rows.append(window_row(window, pieces))
+        rows.append(window_row(window, pieces, prefix_of(window, seen)))
     return rows
 
 
@@ -55,16 +73,24 @@ def _logits(model: Any, seen: Tensor, scored: int, step: int) -> Iterator[tuple[
     """Logits at the positions before the last `scored` tokens, at most `step` positions at a time.
 
     The cache of keys and values carries a window from piece to piece, so that no more logits are held at once,
-    however large the vocabulary.
+    however large the vocabulary. A model without such a cache (Mamba, RWKV) is run from the start for every piece.
     """
     last = len(seen) - 1
+    takes = inspect.signature(model.forward).parameters
     cache, fed = None, 0
     for start in range(last - scored, last, step):
         piece = slice(start, min(start + step, last))
-        inputs = seen[None, fed : piece.stop].to(model.device)
-        output = model(inputs, past_key_values=cache, use_cache=scored > step, logits_to_keep=piece.stop - piece.start)
-        cache, fed = output.past_key_values, piece.stop
-        yield piece, output.logits[0]
+        count = piece.stop - piece.start
+        options: dict[str, Any] = {"use_cache": scored > step, "logits_to_keep": count}
+        if cache is not None:
+            options["past_key_values"] = cache
+        output = model(
+            seen[None, fed : piece.stop].to(model.device),
+            **{name: value for name, value in options.items() if name in takes},
+        )
+        cache = getattr(output, "past_key_values", None)
+        fed = piece.stop if cache is not None else 0
+        yield piece, output.logits[0, -count:]
 
 
 def evaluate_checkpoint(
@@ -73,27 +99,99 @@ def evaluate_checkpoint(
     """Perplexity of a model directory on the first `tokens` tokens of a text, and its divergence from a `reference`.
 
     `text` and `column` are those of `lmq.text.calibration.TextSource`; the tokenizer is the directory's own. A plain
-    model is read block by block; what is quantized, by lmq or another program, is opened whole, in float32. The
-    reference is the directory of the unquantized model. Raises InputError when there is no such directory, text or
-    window, or the reference is another model; DamagedFile for a damaged checkpoint, LmqError for one that does not
-    open, NotFiniteError for a model that breaks.
+    model is read block by block where that can be done; any other that transformers opens, and what is quantized by lmq
+    or another program, is opened whole, in float32. The reference is the directory of the unquantized model. Raises
+    InputError when there is no such directory, text or window, the model does not predict the next token, or the
+    reference is another model; DamagedFile for a damaged checkpoint, LmqError for one that does not open,
+    NotFiniteError for a model that breaks.
     """
     method = quantization_method(path)
+    require_language_model(path)
     tokenizer = load_tokenizer(path)
-    stream = token_stream(documents(TextSource(source=text, column=column)), tokenizer, tokens)
+    stream = token_stream(documents(TextSource(source=text, column=column), tokenizer), tokenizer, tokens)
     windows = full_windows(len(stream), window, stride)
-    seen = window_tokens(stream, windows, bos_prefix(tokenizer))
-    logits = None
-    if reference is not None:
-        structure = discover(reference, weights_sha256="not needed")
-        require_same_model(path, reference, structure)
-        full = StreamedModel.open(reference, structure)
-        logits = reference_logits(full, last_states(full, seen))
-    if method is None and logits is None:
-        model = StreamedModel.open(path, discover(path, weights_sha256="not needed"))
-        return summarize(score_windows(model, windows, seen, last_states(model, seen), None))
-    whole = open_model_directory(path, dtype=torch.float32, dense=True)
+    seen = window_tokens(stream, windows, text_prefix(tokenizer))
+    logits = None if reference is None else _reference(path, reference, seen)
+    if method is None and logits is None and (rows := _rows_by_block(path, windows, seen)) is not None:
+        return summarize(rows)
+    whole = _open_whole(path, seen)
     return summarize(score_whole_model(whole, windows, seen, logits))
+
+
+def require_language_model(path: Path) -> None:
+    """Raise InputError for encoders and other models of which transformers has none that predicts the next token."""
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except (ValueError, OSError, LookupError):
+        return  # whoever opens the model says why it cannot
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        made_as = ", ".join(config.architectures or ()) or config.model_type
+        raise InputError(
+            f"{path} is a {config.model_type} model ({made_as}), of which transformers has no kind that predicts the "
+            "next token (it is an encoder, or encodes its text first): it has no perplexity; give a language model"
+        )
+
+
+@torch.no_grad()
+def require_causal(run: Callable[[Tensor], Tensor], inputs: Tensor, changed: Tensor, path: Path) -> None:
+    """Raise InputError where what comes last changes what is before it: an encoder, which has seen all it predicts.
+
+    `inputs` and `changed` [1, tokens, ...] differ at the last token alone.
+    """
+    first, second = (run(states)[:, :-1].float() for states in (inputs, changed))
+    distance, size = (first - second).abs().max(), first.abs().max()
+    if distance > _CAUSAL_TOLERANCE * size:
+        raise InputError(
+            f"{path} reads its text both ways, as encoders do: later tokens change what it says of earlier ones, so "
+            "that it has no perplexity; give a model that predicts the next token from those before"
+        )
+
+
+def _rows_by_block(path: Path, windows: Sequence[Window], seen: Tensor) -> list[dict[str, Any]] | None:
+    """Rows of the windows table, block by block; None for a model that can only be run whole."""
+    try:
+        model = StreamedModel.open(path, discover(path, weights_sha256="not needed"))
+        few = model.embed(seen[:1, :_FEW_TOKENS])
+        changed = few.clone()
+        changed[:, -1] = few[:, -1].flip(-1) + 1
+        inputs = model.block_inputs(few.shape[1])[0]
+        with model.block(0) as block:
+            require_causal(lambda states: inputs.run(block, states), few, changed, path)
+        return score_windows(model, windows, seen, last_states(model, seen), None)
+    except UnsupportedModel as error:
+        _log.info("%s is opened whole: %s", path, error)
+        return None
+
+
+def _open_whole(path: Path, seen: Tensor) -> PreTrainedModel:
+    """A model in float32 that predicts the next token."""
+    model: Any = open_model_directory(path, dtype=torch.float32, dense=True)
+    few = seen[:1, :_FEW_TOKENS].long()
+    changed = few.clone()
+    changed[:, -1] = (few[:, -1] + 1) % few.max().clamp(min=2)
+    require_causal(lambda tokens: model(tokens).logits, few, changed, path)
+    opened: PreTrainedModel = model
+    return opened
+
+
+def _reference(path: Path, reference: Path, seen: Tensor) -> ReferenceLogits:
+    """Full-precision logits of the reference: block by block where that can be done, else of the whole model."""
+    try:
+        structure = discover(reference, weights_sha256="not needed")
+        full = StreamedModel.open(reference, structure)
+        states = last_states(full, seen)
+    except UnsupportedModel:
+        require_same_model(path, reference, None)
+        whole: Any = _open_whole(reference, seen)
+
+        @functools.lru_cache(maxsize=1)
+        def of_window(window: int) -> Tensor:
+            logits: Tensor = whole(seen[window : window + 1].long()).logits[0]
+            return logits
+
+        return lambda window, piece: of_window(window)[piece]
+    require_same_model(path, reference, structure)
+    return reference_logits(full, states)
 
 
 def reference_logits(full: StreamedModel, states: Tensor) -> ReferenceLogits:
@@ -101,17 +199,18 @@ def reference_logits(full: StreamedModel, states: Tensor) -> ReferenceLogits:
     return lambda window, piece: full.head_logits(states[window, piece])
 
 
-def require_same_model(path: Path, source: Path, structure: ModelStructure) -> None:
+def require_same_model(path: Path, source: Path, structure: ModelStructure | None) -> None:
     """Raise InputError unless the checkpoint is one of the source model, by its shape and its tokenizer.
 
-    `structure` is the source's. A checkpoint without a tokenizer is taken by its shape alone.
+    `structure` is the source's; None for one that is only opened whole, whose configuration is asked. A checkpoint
+    without a tokenizer is taken by its shape alone.
     """
     config = _text_config(path)
-    expected = {
-        "hidden_size": structure.hidden_size,
-        "num_hidden_layers": structure.layers,
-        "vocab_size": structure.vocabulary_size,
-    }
+    if structure is None:
+        source_config = _text_config(source)
+        expected = {key: source_config[key] for key in _SHAPE if key in source_config}
+    else:
+        expected = dict(zip(_SHAPE, (structure.hidden_size, structure.layers, structure.vocabulary_size), strict=True))
     for key, value in expected.items():
         if config.get(key, value) != value:
             raise InputError(

@@ -28,15 +28,17 @@ from lmq.evaluation.perplexity import (
 from lmq.measurement.divergence import TokenScores, score_tokens
 from lmq.model.streaming import StreamedModel
 from lmq.tables import TableSchema
+from lmq.text.calibration import behind_prefix
 
 WINDOWS_SCHEMA = TableSchema(
     "windows",
-    2,
+    3,
     pa.schema(
         [
             pa.field("start", pa.int64(), nullable=False),
             pa.field("end", pa.int64(), nullable=False),
             pa.field("fresh", pa.int64(), nullable=False),
+            pa.field("prefix", pa.list_(pa.int32()), nullable=False),
             pa.field("nll_sum", pa.float64(), nullable=False),
             pa.field("kl_sum", pa.float64()),
             pa.field("kl", pa.list_(pa.float32())),
@@ -44,7 +46,7 @@ WINDOWS_SCHEMA = TableSchema(
         ]
     ),
 )
-"""Per window, sums over its scored tokens in nats, and `kl` of each of them in order."""
+"""Per window, the tokens it begins with, sums over its scored tokens in nats, and `kl` of each of them in order."""
 
 BlockPreparation = Callable[[nn.Module, int], None]
 """Called with a freshly loaded block and its layer, before it is used: puts quantized weights in place."""
@@ -86,7 +88,7 @@ def score_windows(
 ) -> list[dict[str, Any]]:
     """Rows of the windows table from the last block's states [windows, prefix + window tokens, hidden].
 
-    `tokens` [windows, prefix + window tokens] are what the model saw (a prefix is a BOS token);
+    `tokens` [windows, prefix + window tokens] are what the model saw;
     `reference` are the full-precision model's states of the same shape, or None. Raises NotFiniteError naming
     a window whose logits are not finite.
     """
@@ -100,11 +102,17 @@ def score_windows(
             targets = tokens[index, piece.start + 1 : piece.stop + 1]
             reference_logits = None if reference is None else model.head_logits(reference[index, piece])
             pieces.append(score_tokens(model.head_logits(states[index, piece]), targets, reference_logits))
-        rows.append(window_row(window, pieces))
+        rows.append(window_row(window, pieces, prefix_of(window, tokens[index])))
     return rows
 
 
-def window_row(window: Window, pieces: Sequence[TokenScores]) -> dict[str, Any]:
+def prefix_of(window: Window, seen: Tensor) -> list[int]:
+    """What the model saw in front of a window's tokens, from all that it saw [prefix + window tokens]."""
+    found: list[int] = seen[: len(seen) - (window.end - window.start)].tolist()
+    return found
+
+
+def window_row(window: Window, pieces: Sequence[TokenScores], prefix: Sequence[int]) -> dict[str, Any]:
     """Row of the windows table from the scores of a window's tokens, piece by piece.
 
     Raises NotFiniteError where one is not a number.
@@ -122,6 +130,7 @@ def window_row(window: Window, pieces: Sequence[TokenScores]) -> dict[str, Any]:
         "start": window.start,
         "end": window.end,
         "fresh": window.fresh,
+        "prefix": list(prefix),
         "nll_sum": nll_sum,
         "kl_sum": sum(kl_sums) if kl_sums else None,
         "kl": kl if kl_sums else None,
@@ -129,12 +138,9 @@ def window_row(window: Window, pieces: Sequence[TokenScores]) -> dict[str, Any]:
     }
 
 
-def window_tokens(stream: Tensor, windows: Sequence[Window], prefix: int | None) -> Tensor:
-    """Tokens of equally long windows [windows, tokens], each behind the `prefix` token (BOS) if there is one."""
-    tokens = torch.stack([stream[window.start : window.end] for window in windows])
-    if prefix is None:
-        return tokens
-    return torch.cat([torch.full((len(windows), 1), prefix, dtype=tokens.dtype), tokens], dim=1)
+def window_tokens(stream: Tensor, windows: Sequence[Window], prefix: Sequence[int]) -> Tensor:
+    """Tokens of equally long windows [windows, prefix + tokens], each behind the tokens of the `prefix`."""
+    return behind_prefix(torch.stack([stream[window.start : window.end] for window in windows]), prefix)
 
 
 def paired_difference(rows: Sequence[Mapping[str, Any]], baseline: Sequence[Mapping[str, Any]]) -> Estimate:
@@ -150,8 +156,8 @@ def paired_difference(rows: Sequence[Mapping[str, Any]], baseline: Sequence[Mapp
 class Evaluation:
     """What the windows table says of a model; None where it was not measured.
 
-    `protocol` names the windows, `kl_p99` is the 99th percentile of the tokens' KL. Where perplexity is infinite
-    `broken_window` is the first window that makes it so.
+    `protocol` names the windows and the tokens they begin with, `kl_p99` is the 99th percentile of the tokens' KL.
+    Where perplexity is infinite `broken_window` is the first window that makes it so.
     """
 
     protocol: str
@@ -174,7 +180,7 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> Evaluation:
         agreement = sum(row["top1_agreements"] for row in rows) / sum(scored)
     nll_sums = [row["nll_sum"] for row in rows]
     return Evaluation(
-        protocol=protocol_name(windows),
+        protocol=protocol_name(windows, rows[0]["prefix"]),
         perplexity=strided_perplexity(windows, nll_sums),
         kl_divergence=kl,
         kl_p99=kl_p99,

@@ -6,6 +6,7 @@ with the most parameters; every nn.Linear inside a block is a module that can be
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +22,8 @@ from lmq.model.stored import StoredModel, read_stored_model
 from lmq.model.structure import ModelStructure, ModuleId, ModuleInfo
 from lmq.model.tensors import size_bytes
 
+_log = logging.getLogger(__name__)
+
 _FLOAT_TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -28,7 +31,7 @@ def discover(model_dir: Path, *, weights_sha256: str | None = None) -> ModelStru
     """Discover the structure of a safetensors checkpoint from its configuration and headers.
 
     `weights_sha256` is the digest of the model, computed here when it is not given. Raises UnsupportedModel
-    naming what cannot be quantized (weights of a block outside nn.Linear, such as Conv1D or fused experts; a
+    naming what cannot be quantized (blocks most of whose weights are outside nn.Linear: Conv1D, fused experts; a
     checkpoint that is quantized already; tensors that are missing), InputError for damaged files.
     """
     stored = read_stored_model(model_dir)
@@ -87,18 +90,36 @@ def find_layers(model: PreTrainedModel) -> str:
 def _modules(blocks: nn.Module, layers_path: str, hidden_size: int) -> Iterator[ModuleInfo]:
     for layer, block in enumerate(blocks.children()):
         linear = {path: module for path, module in block.named_modules() if isinstance(module, nn.Linear)}
-        for path, module in block.named_modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                if parameter.ndim > 1 and path not in linear:
-                    raise UnsupportedModel(
-                        f"{layers_path}.{layer}.{path} is a {type(module).__name__} with {name} of shape "
-                        f"{list(parameter.shape)}; lmq quantizes nn.Linear only (no Conv1D, no fused experts)"
-                    )
+        _check_kept_as_they_are(block, linear, block_path=f"{layers_path}.{layer}")
         if not linear:
             raise UnsupportedModel(f"{layers_path}.{layer} ({type(block).__name__}) holds no nn.Linear to quantize")
         parts = _parts(linear, hidden_size, block_path=f"{layers_path}.{layer}")
         for kind, module in linear.items():
             yield ModuleInfo(ModuleId(layer, kind), module.out_features, module.in_features, parts[kind])
+
+
+def _check_kept_as_they_are(block: nn.Module, linear: Mapping[str, nn.Linear], block_path: str) -> None:
+    """Raise UnsupportedModel where most weights of a block are in no nn.Linear (Conv1D, fused experts).
+
+    The few of a hybrid (convolutions and state matrices beside its projections) stay as they are, with a warning.
+    """
+    others = {
+        (path, name): (type(module).__name__, parameter)
+        for path, module in block.named_modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim > 1 and path not in linear
+    }
+    if not others:
+        return
+    weights = sum(module.weight.numel() for module in linear.values())
+    if sum(parameter.numel() for _, parameter in others.values()) >= weights:
+        (path, name), (kind, parameter) = next(iter(others.items()))
+        raise UnsupportedModel(
+            f"{block_path}.{path} is a {kind} with {name} of shape {list(parameter.shape)}; "
+            "lmq quantizes nn.Linear only (no Conv1D, no fused experts), and most weights of this block are in none"
+        )
+    listed = ", ".join(f"{path}.{name} {list(parameter.shape)}" for (path, name), (_, parameter) in others.items())
+    _log.warning("%s keeps as it is what is no nn.Linear: %s", block_path, listed)
 
 
 def _parts(linear: Mapping[str, nn.Linear], hidden_size: int, block_path: str) -> dict[str, str]:

@@ -5,15 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import pydoc_data.topics
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -21,6 +18,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from lmq.errors import InputError, unknown_name
 from lmq.model.source import nearest_sibling
 from lmq.tables import TableSchema, read_table, write_table
+from lmq.text.data_sets import PREFIX as DATA_SET
+from lmq.text.data_sets import read_data_set
+from lmq.text.files import read_text_file
 from lmq.text.known_texts import KNOWN_TEXTS, read_known_text
 
 TOKENS_SCHEMA = TableSchema(
@@ -36,10 +36,9 @@ TOKENS_SCHEMA = TableSchema(
 )
 
 PYDOC_TOPICS = "pydoc-topics"
+_PROBE = "a"
 DOCUMENT_SEPARATOR = "\n\n"
 _PARTS = ("all", "first", "second")
-_PLAIN_SUFFIXES = ("", ".txt", ".text", ".raw", ".tokens", ".md", ".rst")
-_DATASET = re.compile(r"dataset:(?P<name>[\w.-]+(/[\w.-]+)?)(/(?P<config>[\w.-]+))?(:(?P<split>[\w\[\]:%+-]+))?")
 _INSTEAD = f"pass a .txt, .jsonl or .parquet file, {', '.join(KNOWN_TEXTS)} or {PYDOC_TOPICS} instead"
 
 
@@ -48,10 +47,10 @@ class TextSource:
     """Where text comes from, and which of its documents are taken.
 
     `source` is `pydoc-topics` (technical English that comes with Python), one of `lmq.text.known_texts` (wikitext2, c4,
-    ptb), a file, or `dataset:ORG/NAME[/CONFIG][:SPLIT]` of the hub (split `train` unless given). `column` is the field
-    that holds the text of jsonl, parquet and data sets. `part` "first" and "second" are two halves of its distinct
-    documents, drawn by `seed`. A plain file (.txt, .raw, .md, ...) is one document, or, when a part is asked for, its
-    paragraphs are.
+    ptb), a file, or a data set (`lmq.text.data_sets`; split `train` unless given). `column` is the field that holds the
+    text of json, jsonl, parquet and data sets; where it is missing, conversations in `messages` are taken. `part`
+    "first" and "second" are two halves of its distinct documents, drawn by `seed`. A plain file (.txt, .raw, .md, ...)
+    is one document, or, when a part is asked for, its paragraphs are.
     """
 
     source: str = PYDOC_TOPICS
@@ -66,16 +65,16 @@ class TextSource:
 
 def is_file_text(source: str) -> bool:
     """Whether a text is given as a file, and not by one of the names that mean the same on every machine."""
-    return source != PYDOC_TOPICS and source not in KNOWN_TEXTS and not source.startswith("dataset:")
+    return source != PYDOC_TOPICS and source not in KNOWN_TEXTS and not source.startswith(DATA_SET)
 
 
-def documents(source: TextSource) -> list[str]:
+def documents(source: TextSource, tokenizer: PreTrainedTokenizerBase | None = None) -> list[str]:
     """The documents of a source, in its order, of the part that is asked for.
 
-    Raises InputError for a missing file or column, an empty text, a data set that cannot be fetched, and for a
-    part of a single document.
+    Conversations are written out by the chat template of `tokenizer`. Raises InputError for a missing file or column,
+    an empty text, a data set that cannot be fetched, and for a part of a single document.
     """
-    found = _read(source)
+    found = _read(source, tokenizer)
     if not any(text.strip() for text in found):
         raise InputError(f"{source.source} holds no text; {_INSTEAD}")
     if source.part == "all":
@@ -98,11 +97,15 @@ def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def bos_prefix(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token that the tokenizer puts in front of every text, or None when it puts none there."""
-    bos = tokenizer.bos_token_id
-    encoded = tokenizer("a", verbose=False).input_ids
-    return bos if bos is not None and encoded[:1] == [bos] else None
+def text_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that the tokenizer puts in front of every text, found by encoding one: one, several, or none."""
+    token_ids, plain = (tokenizer(_PROBE, add_special_tokens=add, verbose=False).input_ids for add in (True, False))
+    starts = range(len(token_ids) - len(plain) + 1)
+    start = next((start for start in starts if token_ids[start : start + len(plain)] == plain), None)
+    if start is None:  # the first word is another token behind a prefix
+        special = set(tokenizer.all_special_ids)
+        start = next((place for place, token in enumerate(token_ids) if token not in special), 0)
+    return list(token_ids[:start])
 
 
 def pack_tokens(
@@ -115,12 +118,17 @@ def pack_tokens(
 ) -> Tensor:
     """Blocks of tokens int32 [sequences, sequence_length] from documents shuffled by `seed` and joined.
 
-    Every block begins with BOS for a tokenizer that adds it: some models (Gemma) are useless without.
+    Every block begins with what the tokenizer puts in front of a text: some models (Gemma) are useless without.
     Raises InputError with the number of tokens there are and are needed.
     """
     shuffled = [texts[index] for index in _seeded_order(len(texts), seed)]
-    prefix = bos_prefix(tokenizer)
-    text_length = sequence_length if prefix is None else sequence_length - 1
+    prefix = text_prefix(tokenizer)
+    text_length = sequence_length - len(prefix)
+    if text_length < 1:
+        raise InputError(
+            f"sequence_length = {sequence_length} leaves no room for text behind the {len(prefix)} tokens that the "
+            "tokenizer puts in front; make it longer"
+        )
     needed = sequences * text_length
     tokens = _encode(DOCUMENT_SEPARATOR.join(shuffled), tokenizer, needed)
     if len(tokens) < needed:
@@ -128,14 +136,17 @@ def pack_tokens(
             f"the calibration text has {len(tokens):,} tokens where {sequences} sequences of {text_length} need "
             f"{needed:,}; give a longer text, or fewer or shorter sequences"
         )
-    blocks = tokens.view(sequences, text_length)
-    if prefix is None:
-        return blocks
-    return torch.cat([torch.full((sequences, 1), prefix, dtype=torch.int32), blocks], dim=1)
+    return behind_prefix(tokens.view(sequences, text_length), prefix)
+
+
+def behind_prefix(tokens: Tensor, prefix: Sequence[int]) -> Tensor:
+    """Rows of tokens [rows, tokens], each with the tokens of `prefix` put in front."""
+    front = torch.tensor(list(prefix), dtype=tokens.dtype).expand(len(tokens), len(prefix))
+    return torch.cat([front, tokens], dim=1)
 
 
 def token_stream(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_tokens: int | None = None) -> Tensor:
-    """The first `max_tokens` tokens (None: all), int32 [tokens], of documents joined by an empty line, without BOS."""
+    """The first `max_tokens` tokens (None: all), int32 [tokens], of documents joined by an empty line, no prefix."""
     return _encode(DOCUMENT_SEPARATOR.join(texts), tokenizer, max_tokens)
 
 
@@ -179,72 +190,16 @@ def _seeded_order(count: int, seed: int) -> list[int]:
     return sorted(range(count), key=lambda index: hashlib.sha256(f"{seed}/{index}".encode()).digest())
 
 
-def _read(source: TextSource) -> list[str]:
+def _read(source: TextSource, tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
     if source.source == PYDOC_TOPICS:
         return [pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics)]
     if source.source in KNOWN_TEXTS:
         return read_known_text(source.source)
-    if source.source.startswith("dataset:"):
-        return _read_dataset(source)
+    if source.source.startswith(DATA_SET):
+        return read_data_set(source.source, source.column, tokenizer, instead=_INSTEAD)
     path = Path(source.source).expanduser()
     if not path.is_file():
         if not path.suffix and path.parent == Path():
             raise unknown_name("text", source.source, (PYDOC_TOPICS, *KNOWN_TEXTS, "dataset:ORG/NAME", "FILE.txt"))
         raise InputError(f"there is no file {path}{nearest_sibling(path)}")
-    if path.suffix not in (*_PLAIN_SUFFIXES, ".jsonl", ".parquet"):
-        raise InputError(f"{source.source!r} is no text that lmq reads; {_INSTEAD}, or dataset:ORG/NAME")
-    if path.suffix == ".parquet":
-        return _read_parquet(path, source.column)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text: {error}; convert it, or pass a .jsonl or .parquet file") from error
-    if path.suffix == ".jsonl":
-        return list(_jsonl_texts(path, text, source.column))
-    return [text] if source.part == "all" else [part for part in re.split(r"\n\s*\n", text) if part.strip()]
-
-
-def _jsonl_texts(path: Path, text: str, column: str) -> Iterator[str]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"{path} line {number} is not JSON: {error}") from error
-        if not isinstance(record, dict) or not isinstance(record.get(column), str):
-            there = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-            raise InputError(f"{path} line {number} has no text in column {column!r} (it has: {there}); set `column`")
-        yield record[column]
-
-
-def _read_parquet(path: Path, column: str) -> list[str]:
-    try:
-        file = pq.ParquetFile(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"{path} is not a readable Parquet file: {error}") from error
-    with file:
-        fields = {field.name: field.type for field in file.schema_arrow}
-        if column not in fields:
-            raise InputError(f"{path} has no column {column!r} (it has: {', '.join(fields)}); set `column`")
-        if not (pa.types.is_string(fields[column]) or pa.types.is_large_string(fields[column])):
-            raise InputError(f"column {column!r} of {path} holds {fields[column]}, not text; set `column`")
-        return [text for text in file.read(columns=[column]).column(column).to_pylist() if text is not None]
-
-
-def _read_dataset(source: TextSource) -> list[str]:
-    # datasets takes seconds to import, which only this function needs
-    import datasets
-
-    match = _DATASET.fullmatch(source.source)
-    if match is None:
-        raise InputError(f"{source.source!r} does not name a data set; write dataset:ORG/NAME[/CONFIG][:SPLIT]")
-    try:
-        rows = datasets.load_dataset(match["name"], match["config"], split=match["split"] or "train")
-    except (OSError, ValueError, httpx.HTTPError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise InputError(f"{source.source} could not be fetched from the hub ({reason}); {_INSTEAD}") from error
-    if source.column not in rows.column_names:
-        there = ", ".join(rows.column_names)
-        raise InputError(f"{source.source} has no column {source.column!r} (it has: {there}); set `column`")
-    return list(rows[source.column])
+    return read_text_file(path, source.column, tokenizer, paragraphs=source.part != "all", instead=_INSTEAD)

@@ -54,7 +54,7 @@ def tokens(captured: Captured, token_ids: Tensor, tmp_path_factory: pytest.TempP
     """Tokens of calibration, and as a stream to evaluate on."""
     place = tmp_path_factory.mktemp("tokens")
     write_tokens(place / TOKENS_FILE, token_ids)
-    (place / PREFIX_FILE).write_text("null")
+    (place / PREFIX_FILE).write_text("[]")
     return captured.store.publish(
         stage="calibration",
         key="f" * 64,
@@ -162,7 +162,7 @@ def test_layers_left_out_are_as_a_pruned_checkpoint(
 ) -> None:
     stream = token_ids.flatten()
     write_tokens(tmp_path / TOKENS_FILE, stream[None])
-    (tmp_path / PREFIX_FILE).write_text("null")
+    (tmp_path / PREFIX_FILE).write_text("[]")
     files = {name: tmp_path / name for name in (TOKENS_FILE, PREFIX_FILE)}
     tokens = captured.store.publish(
         stage="evaluation-tokens", key="e" * 64, schema="tokens/1", files=files, algorithm_version=1
@@ -171,6 +171,6 @@ def test_layers_left_out_are_as_a_pruned_checkpoint(
     write_pruned(tiny_qwen, discover(tiny_qwen, weights_sha256="0"), [0, 2], tmp_path / "pruned")
     model = StreamedModel.open(tmp_path / "pruned", discover(tmp_path / "pruned", weights_sha256="0"))
     windows = full_windows(len(stream), 8, 4)
-    seen = window_tokens(stream, windows, None)
+    seen = window_tokens(stream, windows, [])
     expected = score_windows(model, windows, seen, last_states(model, seen), None)
     assert read_rows(captured.path(found, WINDOWS_FILE), WINDOWS_SCHEMA) == expected

@@ -1,6 +1,7 @@
 """Strided perplexity with a whole model, the way the transformers documentation computes it."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,11 +12,11 @@ IGNORED_LABEL = -100
 
 @torch.no_grad()
 def plain_perplexity(
-    model: PreTrainedModel, token_ids: Tensor, window: int, stride: int, prefix: int | None = None
+    model: PreTrainedModel, token_ids: Tensor, window: int, stride: int, prefix: Sequence[int] = ()
 ) -> float:
     """Mean losses of the windows' new tokens, each weighted by how many tokens are new in its window.
 
-    With a `prefix` every window follows that token; as without one, the text's first token is not scored, nor is the
+    With a `prefix` every window follows these tokens; as without one, the text's first token is not scored, nor is the
     first of a window that has no context.
     """
     losses, previous_end = [], 0
@@ -26,9 +27,8 @@ def plain_perplexity(
         labels = inputs.clone()
         labels[: len(inputs) - new] = IGNORED_LABEL
         labels[0] = IGNORED_LABEL
-        if prefix is not None:
-            inputs = torch.cat([torch.tensor([prefix]), inputs])
-            labels = torch.cat([torch.tensor([IGNORED_LABEL]), labels])
+        inputs = torch.cat([torch.tensor(prefix, dtype=torch.long), inputs])
+        labels = torch.cat([torch.full((len(prefix),), IGNORED_LABEL), labels])
         losses.append(model(inputs[None], labels=labels[None]).loss.item() * new)
         previous_end = end
         if end == len(token_ids):

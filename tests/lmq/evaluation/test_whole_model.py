@@ -31,7 +31,7 @@ from lmq.model import streaming
 from lmq.model.discovery import discover
 from lmq.model.streaming import StreamedModel
 from lmq.quantizers import quantizer
-from lmq.text.calibration import bos_prefix
+from lmq.text.calibration import text_prefix
 from tests.lmq.evaluation.plain_perplexity import plain_perplexity
 
 TOKENS = 150
@@ -59,7 +59,7 @@ def test_perplexity_of_a_directory_equals_the_plain_loop(tiny_model: Path, kind:
         else quantize(tiny_model, path)
     )
     found = evaluate_checkpoint(path, text="pydoc-topics", column="text", tokens=TOKENS, window=50, stride=25)
-    prefix = bos_prefix(AutoTokenizer.from_pretrained(tiny_model))
+    prefix = text_prefix(AutoTokenizer.from_pretrained(tiny_model))
     expected = plain_perplexity(model, text_tokens(tiny_model), 50, 25, prefix)
     assert found.perplexity.value == pytest.approx(expected, rel=1e-4)
     assert found.perplexity.stderr is not None
@@ -118,7 +118,7 @@ def test_a_whole_model_scores_as_its_blocks_do(
     quantize(tiny_model, tmp_path / "out")
     full = StreamedModel.open(tiny_model, structure)
     windows = full_windows(64, 24, 8)
-    tokens = window_tokens(text_tokens(tiny_model).int(), windows, 0)
+    tokens = window_tokens(text_tokens(tiny_model).int(), windows, [0])
     reference = last_states(full, tokens)
     blocks = QuantizedBlocks(tmp_path / "out", structure)
     expected = score_windows(full, windows, tokens, last_states(full, tokens, blocks.put_in), reference)
@@ -126,6 +126,7 @@ def test_a_whole_model_scores_as_its_blocks_do(
     whole = lmq.load(tmp_path / "out", dtype=torch.float32, dense=True)
     found = score_whole_model(whole, windows, tokens, reference_logits(full, reference))
     for row, one in zip(found, expected, strict=True):
+        assert row.pop("prefix") == one.pop("prefix") == [0]
         assert row.pop("kl") == pytest.approx(one.pop("kl"), rel=1e-3, abs=1e-6)
         assert row == pytest.approx(one, rel=1e-4)
     assert all(row["kl_sum"] > 0 for row in found)

@@ -56,7 +56,7 @@ def perturbed_plain(path: Path) -> PreTrainedModel:
     return model
 
 
-def rows_against_full_precision(path: Path, stream: Tensor, stride: int, prefix: int | None) -> list[dict[str, Any]]:
+def rows_against_full_precision(path: Path, stream: Tensor, stride: int, prefix: list[int]) -> list[dict[str, Any]]:
     model = open_streamed(path)
     windows = full_windows(len(stream), WINDOW, stride)
     tokens = window_tokens(stream, windows, prefix)
@@ -65,14 +65,13 @@ def rows_against_full_precision(path: Path, stream: Tensor, stride: int, prefix:
 
 
 @torch.no_grad()
-def plain_divergence(path: Path, stream: Tensor, stride: int, prefix: int | None) -> tuple[Tensor, float]:
+def plain_divergence(path: Path, stream: Tensor, stride: int, prefix: list[int]) -> tuple[Tensor, float]:
     """KL of every scored token in float64, and top-1 agreement, of the perturbed model with the model."""
     model, perturbed = open_plain(path), perturbed_plain(path)
     kl, agrees = [], []
     for window in full_windows(len(stream), WINDOW, stride):
         inputs = stream[None, window.start : window.end].long()
-        if prefix is not None:
-            inputs = torch.cat([torch.tensor([[prefix]]), inputs], dim=1)
+        inputs = torch.cat([torch.tensor([prefix], dtype=torch.long), inputs], dim=1)
         log_p, log_q = (m(inputs).logits[0, :-1].double().log_softmax(-1) for m in (model, perturbed))
         new = slice(-min(window.fresh, WINDOW - 1), None)
         kl.append(nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)[new])
@@ -80,8 +79,8 @@ def plain_divergence(path: Path, stream: Tensor, stride: int, prefix: int | None
     return torch.cat(kl), torch.cat(agrees).double().mean().item()
 
 
-@pytest.mark.parametrize(("stride", "prefix"), [(STRIDE, None), (WINDOW, None), (STRIDE, 0)])
-def test_scores_equal_those_of_plain_models(tiny_model: Path, stream: Tensor, stride: int, prefix: int | None) -> None:
+@pytest.mark.parametrize(("stride", "prefix"), [(STRIDE, []), (WINDOW, []), (STRIDE, [0]), (STRIDE, [5, 0, 3])])
+def test_scores_equal_those_of_plain_models(tiny_model: Path, stream: Tensor, stride: int, prefix: list[int]) -> None:
     found = summarize(rows_against_full_precision(tiny_model, stream, stride, prefix))
     end = full_windows(len(stream), WINDOW, stride)[-1].end
     expected = plain_perplexity(perturbed_plain(tiny_model), stream[:end], WINDOW, stride, prefix)
@@ -97,7 +96,7 @@ def test_scores_equal_those_of_plain_models(tiny_model: Path, stream: Tensor, st
 def test_the_model_itself_has_no_divergence(tiny_gemma: Path, stream: Tensor) -> None:
     model = open_streamed(tiny_gemma)
     windows = full_windows(len(stream), WINDOW, STRIDE)
-    tokens = window_tokens(stream, windows, 0)
+    tokens = window_tokens(stream, windows, [0])
     states = last_states(model, tokens)
     found = summarize(score_windows(model, windows, tokens, states, states))
     assert found.kl_divergence is not None
@@ -111,19 +110,20 @@ def test_the_model_itself_has_no_divergence(tiny_gemma: Path, stream: Tensor) ->
 def test_a_large_vocabulary_is_scored_piece_by_piece(
     tiny_qwen: Path, stream: Tensor, logits_at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = rows_against_full_precision(tiny_qwen, stream, STRIDE, None)
+    whole = rows_against_full_precision(tiny_qwen, stream, STRIDE, [])
     monkeypatch.setattr(streaming, "_LOGITS_AT_ONCE", logits_at_once)
-    for row, expected in zip(rows_against_full_precision(tiny_qwen, stream, STRIDE, None), whole, strict=True):
+    for row, expected in zip(rows_against_full_precision(tiny_qwen, stream, STRIDE, []), whole, strict=True):
+        assert row.pop("prefix") == expected.pop("prefix") == []
         assert row.pop("kl") == pytest.approx(expected.pop("kl"), rel=1e-4, abs=1e-7)
         assert row == pytest.approx(expected, rel=1e-5)
 
 
 def test_windows_follow_the_prefix(stream: Tensor) -> None:
     windows = full_windows(len(stream), WINDOW, STRIDE)
-    assert window_tokens(stream, windows, None)[1].tolist() == stream[STRIDE : STRIDE + WINDOW].tolist()
-    prefixed = window_tokens(stream, windows, 7)
-    assert prefixed.shape == (len(windows), WINDOW + 1)
-    assert prefixed[1].tolist() == [7, *stream[STRIDE : STRIDE + WINDOW].tolist()]
+    assert window_tokens(stream, windows, [])[1].tolist() == stream[STRIDE : STRIDE + WINDOW].tolist()
+    prefixed = window_tokens(stream, windows, [7, 3])
+    assert prefixed.shape == (len(windows), WINDOW + 2)
+    assert prefixed[1].tolist() == [7, 3, *stream[STRIDE : STRIDE + WINDOW].tolist()]
 
 
 def break_layer_2(block: nn.Module, layer: int) -> None:
@@ -132,7 +132,7 @@ def break_layer_2(block: nn.Module, layer: int) -> None:
 
 
 def test_states_that_are_not_finite_name_layer_and_window(tiny_llama: Path, stream: Tensor) -> None:
-    tokens = window_tokens(stream, full_windows(len(stream), WINDOW, STRIDE), None)
+    tokens = window_tokens(stream, full_windows(len(stream), WINDOW, STRIDE), [])
     with pytest.raises(NotFiniteError, match=r"leave layer 2 are not finite in window 0; .* give this layer more bits"):
         last_states(open_streamed(tiny_llama), tokens, break_layer_2)
 
@@ -140,7 +140,7 @@ def test_states_that_are_not_finite_name_layer_and_window(tiny_llama: Path, stre
 def test_logits_that_are_not_finite_name_the_tokens(tiny_llama: Path, stream: Tensor) -> None:
     model = open_streamed(tiny_llama)
     windows = full_windows(len(stream), WINDOW, STRIDE)
-    tokens = window_tokens(stream, windows, None)
+    tokens = window_tokens(stream, windows, [])
     states = last_states(model, tokens)
     states[1, -2] = torch.inf
     with pytest.raises(NotFiniteError, match="logits of tokens 8 to 32 are not finite"):
@@ -150,7 +150,7 @@ def test_logits_that_are_not_finite_name_the_tokens(tiny_llama: Path, stream: Te
 def row(start: int, nll_sum: float, kl_sum: float | None = None, agreements: int | None = None) -> dict[str, Any]:
     """A window of 10 tokens, of which 5 are new but for the first."""
     fresh = 10 if start == 0 else 5
-    table_row = {"start": start, "end": start + 10, "fresh": fresh, "nll_sum": nll_sum}
+    table_row = {"start": start, "end": start + 10, "fresh": fresh, "prefix": [], "nll_sum": nll_sum}
     kl = None if kl_sum is None else [kl_sum] + [0.0] * (min(fresh, 9) - 1)
     return {**table_row, "kl_sum": kl_sum, "kl": kl, "top1_agreements": agreements}
 
@@ -178,6 +178,8 @@ def test_an_infinite_perplexity_is_a_value() -> None:
 def test_the_protocol_is_named(stride: int, name: str) -> None:
     assert protocol_name(full_windows(4096, 1024, stride)) == name
     assert protocol_name(full_windows(1024, 1024, stride)) == "non-overlapping 1024"
+    assert protocol_name(full_windows(4096, 1024, stride), [2]) == f"{name} behind token 2"
+    assert protocol_name(full_windows(4096, 1024, stride), [7, 0]) == f"{name} behind tokens 7 0"
 
 
 def test_paired_differences_are_those_of_the_same_windows() -> None:
@@ -190,6 +192,6 @@ def test_paired_differences_are_those_of_the_same_windows() -> None:
 
 
 def test_rows_fit_the_windows_table(tiny_llama: Path, stream: Tensor, tmp_path: Path) -> None:
-    rows = rows_against_full_precision(tiny_llama, stream, STRIDE, None)
+    rows = rows_against_full_precision(tiny_llama, stream, STRIDE, [])
     write_rows(tmp_path / "windows.parquet", WINDOWS_SCHEMA, rows)
     assert read_rows(tmp_path / "windows.parquet", WINDOWS_SCHEMA) == rows

@@ -1,6 +1,10 @@
+import bz2
+import gzip
 import json
+import lzma
 import pydoc_data.topics
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -8,20 +12,22 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerBase
+from tokenizers import processors
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lmq.errors import DamagedFile, InputError
 from lmq.text.calibration import (
     TextSource,
-    bos_prefix,
     documents,
     load_tokenizer,
     pack_tokens,
     read_tokens,
+    text_prefix,
     token_stream,
     tokens_fingerprint,
     write_tokens,
 )
+from lmq.text.data_sets import DataSet, identify_data_set
 
 TEXTS = ["First document.", "Second document,\nwith two lines.", "", "Third document."]
 
@@ -83,8 +89,8 @@ def test_the_seed_decides_the_part() -> None:
         ("latin.txt", b"caf\xe9", "all", "is not UTF-8 text"),
         ("single.txt", b"one paragraph", "first", "is one document, of which no part can be taken"),
         ("broken.jsonl", b'{"text": "a"}\n{"text"', "all", r"broken\.jsonl line 2 is not JSON"),
-        ("column.jsonl", b'{"body": "a", "id": 1}', "all", r"no text in column 'text' \(it has: body, id\)"),
-        ("list.jsonl", b"[1]", "all", r"no text in column 'text' \(it has: list\)"),
+        ("column.jsonl", b'{"body": "a", "id": 1}', "all", r"no column 'text' \(it has: body, id\)"),
+        ("list.jsonl", b"[1]", "all", r"list\.jsonl holds no text \(1 list\)"),
         ("broken.parquet", b"PAR1", "all", "is not a readable Parquet file"),
         ("text.pdf", b"%PDF", "all", "is no text that lmq reads; pass a .txt, .jsonl or .parquet file"),
     ],
@@ -114,7 +120,7 @@ def test_a_missing_file_suggests_its_neighbour(tmp_path: Path) -> None:
 def test_a_data_set_that_cannot_be_fetched_says_what_to_pass_instead() -> None:
     with pytest.raises(InputError, match=r"could not be fetched .* pass a \.txt, \.jsonl or \.parquet file"):
         documents(TextSource(source="dataset:no-such/data/config:test"))
-    with pytest.raises(InputError, match=r"write dataset:ORG/NAME\[/CONFIG\]\[:SPLIT\]"):
+    with pytest.raises(InputError, match=r"write dataset:ORG/NAME\[@REVISION\]\[/CONFIG\]\[:SPLIT\]"):
         documents(TextSource(source="dataset:a b"))
 
 
@@ -126,8 +132,8 @@ def test_an_unknown_part_is_refused() -> None:
 def test_bos_is_found_from_what_the_tokenizer_does(
     tokenizer: PreTrainedTokenizerBase, bos_tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    assert bos_prefix(tokenizer) is None
-    assert bos_prefix(bos_tokenizer) == 0
+    assert text_prefix(tokenizer) == []
+    assert text_prefix(bos_tokenizer) == [0]
 
 
 def test_blocks_are_the_shuffled_text_in_one_piece(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -192,3 +198,148 @@ def test_plain_text_has_many_suffixes(tmp_path: Path, name: str) -> None:
     assert documents(TextSource(source=str(tmp_path / name))) == ["one\n\ntwo\n\nthree"]
     halves = [documents(TextSource(source=str(tmp_path / name), part=part)) for part in ("first", "second")]
     assert sorted([*halves[0], *halves[1]]) == ["one", "three", "two"]
+
+
+ROWS = ["one text", None, 7, "", "another \ud800 text", 2.5]
+LEFT = ["one text", "", "another � text"]
+
+
+@pytest.mark.parametrize(
+    "name", ["rows.jsonl", "ROWS.JSONL", "rows.json", "rows.jsonl.gz", "rows.jsonl.zst", "rows.ndjson.xz"]
+)
+def test_rows_without_text_are_left_out_and_counted(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """JSON with a byte order mark, of every suffix and compression; half a surrogate pair is replaced."""
+    records = [{"id": number, "text": value} for number, value in enumerate(ROWS)] + [{"id": 6}]
+    lines = json.dumps(records) if name == "rows.json" else "".join(json.dumps(record) + "\r\n" for record in records)
+    path = tmp_path / name
+    path.write_bytes(_compressed(lines.encode("utf-8-sig"), path.suffix))
+    assert documents(TextSource(source=str(path))) == LEFT
+    assert "4 of 7 rows" in caplog.text
+    assert "2 null" in caplog.text
+
+
+def _compressed(content: bytes, suffix: str) -> bytes:
+    match suffix:
+        case ".gz":
+            return gzip.compress(content)
+        case ".xz":
+            return lzma.compress(content)
+        case ".zst":
+            return pa.compress(content, codec="zstd", asbytes=True)
+    return content
+
+
+@pytest.mark.parametrize("name", ["Wiki.TXT", "wiki.raw.gz", "wiki.zst", "README.MD", "wiki.txt.bz2"])
+def test_plain_text_is_read_by_any_suffix_and_compression(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    content = "\ufeffone\n\ntwo".encode()
+    path.write_bytes(bz2.compress(content) if path.suffix == ".bz2" else _compressed(content, path.suffix))
+    assert documents(TextSource(source=str(path))) == ["one\n\ntwo"]
+
+
+@pytest.mark.parametrize("kind", [pa.dictionary(pa.int32(), pa.string()), pa.string_view(), pa.large_string()], ids=str)
+def test_text_of_every_arrow_type_is_read(kind: pa.DataType, tmp_path: Path) -> None:
+    column = (
+        pa.array(["a", None, "b", "a"]).dictionary_encode()
+        if pa.types.is_dictionary(kind)
+        else pa.array(["a", None, "b", "a"], type=kind)
+    )
+    pq.write_table(pa.table({"text": column}), tmp_path / "texts.parquet")
+    assert documents(TextSource(source=str(tmp_path / "texts.parquet"))) == ["a", "b", "a"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("text.jsonl.gz", b"no gzip"),
+        ("text.txt.zst", b"no zstd"),
+        ("text.json", b'{"text": '),
+        ("text.md.xz", b"no xz"),
+    ],
+)
+def test_damaged_files_are_named(name: str, content: bytes, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=f"{name} (cannot be read|is not JSON)"):
+        documents(TextSource(source=str(tmp_path / name)))
+
+
+CHAT = [
+    [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}],
+    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Where?"}],
+]
+
+
+@pytest.mark.parametrize("name", ["chat.jsonl", "chat.parquet", "shared.json"])
+def test_conversations_are_written_out_by_the_chat_template(name: str, tmp_path: Path, tiny_llama: Path) -> None:
+    path = tmp_path / name
+    if name == "chat.parquet":
+        pq.write_table(pa.table({"messages": CHAT}), path)
+    elif name == "chat.jsonl":
+        path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in CHAT))
+    else:
+        speakers = {"user": "human", "assistant": "gpt", "system": "system"}
+        shared = [[{"from": speakers[m["role"]], "value": m["content"]} for m in messages] for messages in CHAT]
+        path.write_text(json.dumps([{"conversations": messages} for messages in shared]))
+    tokenizer = load_tokenizer(tiny_llama)
+    with pytest.raises(InputError, match="holds conversations, and the model's tokenizer has no chat template"):
+        documents(TextSource(source=str(path)), tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    expected = ["<user>Who?\n<assistant>Me.\n", "<system>Be brief.\n<user>Where?\n"]
+    assert documents(TextSource(source=str(path)), tokenizer) == expected
+    assert documents(TextSource(source=str(path), column="messages"), tokenizer) == expected
+
+
+@pytest.mark.parametrize(
+    ("single", "prefix"),
+    [("<eos> $A", [1]), ("<bos> <eos> <bos> $A", [0, 1, 0]), ("$A <eos>", []), ("<eos> <bos> $A <eos>", [1, 0])],
+)
+def test_the_prefix_is_what_the_tokenizer_puts_in_front(single: str, prefix: list[int], tiny_llama: Path) -> None:
+    """One token that is not bos_token, several, none but one behind, and both."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=single, special_tokens=[("<bos>", 0), ("<eos>", 1)]
+    )
+    assert text_prefix(tokenizer) == prefix
+    blocks = pack_tokens(documents(TextSource()), tokenizer, sequence_length=12, sequences=3)
+    assert blocks.shape == (3, 12)
+    assert blocks[:, : len(prefix)].tolist() == [prefix] * 3
+    with pytest.raises(InputError, match="sequence_length = 0 leaves no room"):
+        pack_tokens(["a text"], tokenizer, sequence_length=0, sequences=1)
+
+
+def _folder(place: Path, *texts: str) -> Path:
+    place.mkdir(exist_ok=True)
+    (place / "train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return place
+
+
+def test_a_folder_is_known_by_its_content(tmp_path: Path) -> None:
+    """Another place with the same files has the same identity; any other byte, or file, has another."""
+    first, _ = identify_data_set(f"dataset:{_folder(tmp_path / 'a', 'one')}")
+    same, source = identify_data_set(f"dataset:{_folder(tmp_path / 'b', 'one')}:train")
+    assert first == same
+    assert source == f"dataset:{tmp_path / 'b'}:train"
+    other, _ = identify_data_set(f"dataset:{_folder(tmp_path / 'b', 'two')}")
+    (tmp_path / "a" / "more.jsonl").write_text("")
+    more, _ = identify_data_set(f"dataset:{tmp_path / 'a'}")
+    test, _ = identify_data_set(f"dataset:{tmp_path / 'b'}:test")
+    assert len({first, other, more, test}) == 4
+
+
+def test_a_data_set_of_the_hub_is_known_and_read_by_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked: list[tuple[str, str | None, str | None]] = []
+
+    def builder(name: str, config: str | None, revision: str | None) -> SimpleNamespace:
+        asked.append((name, config, revision))
+        return SimpleNamespace(hash="ab" * 20)
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", builder)
+    identity, source = identify_data_set("dataset:org/name@v2/small:test")
+    assert asked == [("org/name", "small", "v2")]
+    assert identity == f"dataset@{'ab' * 20}:org/name/small:test"
+    assert source == f"dataset:org/name@{'ab' * 20}/small:test"
+    assert DataSet.parse(source) == DataSet(name="org/name", config="small", split="test", revision="ab" * 20)
