@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from lmq.errors import InputError
+from lmq.text.data_sets import PREFIX as DATA_SET
 from lmq_flows.config.run import RunConfig
 from lmq_flows.config.sections import ModelConfig
 from lmq_flows.graph.build import PreparedModel, TextIdentity, build_graph, resolve_budgets
@@ -133,8 +134,13 @@ class _Ready:
         return ready
 
     def notes(self, config: RunConfig) -> list[str]:
-        """What the target leaves out of the menus of the models."""
-        return [
+        """Which content a data set's name means now, and what the target leaves out of the menus of the models."""
+        data_sets = [
+            f"{source} is read as it is now: {text.identity}"
+            for source, text in self.texts.items()
+            if source.startswith(DATA_SET)
+        ]
+        return data_sets + [
             text for model in self.models for text in config.left_out_of_menu(model.config, model.structure.modules)
         ]
 

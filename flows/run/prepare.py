@@ -21,11 +21,11 @@ from lmq.model.structure import ModelStructure
 from lmq.text.calibration import (
     PYDOC_TOPICS,
     TextSource,
-    bos_prefix,
     documents,
     is_file_text,
     load_tokenizer,
     pack_tokens,
+    text_prefix,
     token_stream,
 )
 from lmq.text.data_sets import PREFIX as DATA_SET
@@ -190,9 +190,8 @@ def read_structure_of(store: ArtifactStore, structure_ref: ArtifactRef) -> Model
 
 
 def check_window(model_dir: Path, window: int, key: str) -> None:
-    """Raise InputError naming the key when a window, and BOS before it where the tokenizer puts one, is too long."""
-    prefix = bos_prefix(load_tokenizer(model_dir))
-    check_context(model_dir, window, key, prefix_tokens=0 if prefix is None else 1)
+    """Raise InputError naming the key when a window is too long, behind what the tokenizer puts in front of a text."""
+    check_context(model_dir, window, key, prefix_tokens=len(text_prefix(load_tokenizer(model_dir))))
 
 
 def check_context(model_dir: Path, tokens: int, key: str, *, prefix_tokens: int = 0) -> None:
