@@ -24,7 +24,7 @@ def open_export(report: ExportReport, format_name: str) -> PreTrainedModel:
     """
     path = report.path
     try:
-        return _OPENERS[format_name](report).eval()
+        return _OPENERS.get(format_name, _open_directory)(report).eval()
     except ImportError as error:
         raise InputError(
             f"{path} is written; the check needs a package that is missing: {error}. "
@@ -90,8 +90,8 @@ def _open_hqq(report: ExportReport) -> PreTrainedModel:
 
 
 _OPENERS: Mapping[str, Callable[[ExportReport], PreTrainedModel]] = {
-    "safetensors": _open_directory,
     "hqq": _open_hqq,
     "gguf": _open_gguf,
     "compressed-tensors": _open_compressed_tensors,
 }
+"""Formats that are not opened as a plain directory of transformers."""

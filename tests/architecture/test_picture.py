@@ -34,9 +34,15 @@ def imported(file: Path) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module in SPLIT:
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            yield from (f"{node.module}.{alias.name}" for alias in node.names if is_module(node.module, alias.name))
         elif isinstance(node, ast.ImportFrom) and node.module:
             yield node.module
+
+
+def is_module(package: str, name: str) -> bool:
+    """Whether a package has a file or folder of this name, not just a function."""
+    place = ROOT / PACKAGES[package] / name
+    return place.is_dir() or place.with_suffix(".py").is_file()
 
 
 @cache
