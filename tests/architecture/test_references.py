@@ -70,12 +70,18 @@ def names(file: Path) -> frozenset[str]:
 
 
 def prose(file: Path) -> Iterator[tuple[int, str]]:
-    """Line and text of every comment and string of a Python file."""
-    kinds = {tokenize.COMMENT, tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", tokenize.STRING)}
+    """Line and text of every comment, docstring and message of a Python file; of tests, comments and docstrings only."""
     with file.open("rb") as stream:
         for token in tokenize.tokenize(stream.readline):
-            if token.type in kinds:
+            if token.type == tokenize.COMMENT:
                 yield token.start[0], token.string
+    tree = ast.parse(file.read_text("utf-8"))
+    nodes: Iterator[ast.AST] = ast.walk(tree)
+    if file.is_relative_to(ROOT / "tests"):  # whose other texts may hold code for modules that are made up
+        nodes = (node.value for node in ast.walk(tree) if isinstance(node, ast.Expr))
+    for node in nodes:
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.lineno, node.value
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: str(file.relative_to(ROOT)))
