@@ -70,7 +70,7 @@ def names(file: Path) -> frozenset[str]:
 
 
 def prose(file: Path) -> Iterator[tuple[int, str]]:
-    """Line and text of every comment, docstring and message of a Python file; of tests, comments and docstrings only."""
+    """Line and text of the comments, docstrings and messages of a file; of tests, comments and docstrings only."""
     with file.open("rb") as stream:
         for token in tokenize.tokenize(stream.readline):
             if token.type == tokenize.COMMENT:
