@@ -48,7 +48,7 @@ from lmq.model.discovery import discover
 from lmq.model.streaming import BlockInputs, StreamedModel, load_layer_weights
 from lmq.numerics import fast_matmul_dtype
 from lmq.quantizers import quantizer
-from lmq_tasks.freed_memory import keep_freed_memory
+from lmq_tasks.process_memory import keep_freed_memory
 
 SETS = 2
 SEQUENCE_LENGTH = 512

@@ -21,8 +21,8 @@ from fsspec.config import conf
 
 from lmq_storage.errors import StoreError
 from lmq_storage.names import checked_url
-from lmq_storage.patience import asking_again, error_code
 from lmq_storage.processes import process_token
+from lmq_storage.retry import asking_again, error_code
 
 _CHUNK_BYTES = 4 << 20
 

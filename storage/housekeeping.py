@@ -10,8 +10,8 @@ from pathlib import Path
 
 from lmq_storage.artifact import Manifest, OtherVersion
 from lmq_storage.errors import DamagedArtifact, StoreError
-from lmq_storage.laying_out import remove_abandoned
 from lmq_storage.leases import HeldLease, NeededRun, needed_runs, read_leases
+from lmq_storage.materialize import remove_abandoned
 from lmq_storage.names import checked_name, is_sha256
 from lmq_storage.processes import is_alive
 from lmq_storage.store import ArtifactStore, blob_path, manifest_path

@@ -30,7 +30,7 @@ from typing import Any
 from lmq_storage.artifact import ArtifactRef, Manifest, StoredFile
 from lmq_storage.errors import DamagedArtifact, StoreError
 from lmq_storage.files import StoreFiles
-from lmq_storage.laying_out import lay_out
+from lmq_storage.materialize import lay_out
 from lmq_storage.names import checked_file_name, checked_name
 from lmq_storage.processes import process_token
 

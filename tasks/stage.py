@@ -21,8 +21,7 @@ from safetensors import SafetensorError
 
 from lmq.errors import InputError, LmqError
 from lmq_storage import ArtifactRef, ArtifactStore, DamagedArtifact, artifact_key
-from lmq_tasks.freed_memory import keep_freed_memory
-from lmq_tasks.peak_memory import PeakMemory
+from lmq_tasks.process_memory import PeakMemory, keep_freed_memory
 
 JsonDict = dict[str, Any]
 """Task parameters are JSON values, so that any worker on any machine can read them."""

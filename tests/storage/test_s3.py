@@ -14,7 +14,7 @@ import fsspec
 import pytest
 import s3fs
 
-from lmq_storage import ArtifactStore, BadStore, DamagedArtifact, StoreError, patience
+from lmq_storage import ArtifactStore, BadStore, DamagedArtifact, StoreError, retry
 from lmq_storage.housekeeping import collect_garbage, list_contents, verify
 from lmq_storage.leases import Lease
 
@@ -31,7 +31,7 @@ def url(s3):
 def quick(monkeypatch):
     """Waits a thousandth as long; as many attempts."""
     waited = []
-    monkeypatch.setattr(patience.time, "sleep", waited.append)
+    monkeypatch.setattr(retry.time, "sleep", waited.append)
     return waited
 
 
@@ -106,9 +106,9 @@ def test_a_storage_that_keeps_failing_is_given_up_with_one_message(s3, url, tmp_
     s3.add("slow down", "PUT", "/blobs/", times=10_000)
     with caplog.at_level(logging.WARNING), pytest.raises(StoreError, match=r"cannot write blobs/.*SlowDown.*6 times"):
         publish(store)
-    assert len(quick) == patience.ATTEMPTS - 1
+    assert len(quick) == retry.ATTEMPTS - 1
     assert all(later > earlier for earlier, later in itertools.pairwise(quick))
-    assert len([record for record in caplog.records if "SlowDown" in record.message]) == patience.ATTEMPTS - 1
+    assert len([record for record in caplog.records if "SlowDown" in record.message]) == retry.ATTEMPTS - 1
     s3.clear()
     assert store.find("kurtosis", "k") is None
     assert list(store.manifests()) == []
