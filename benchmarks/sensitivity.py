@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lmq.measurement.second_moments import module_errors, second_moments
 from lmq.measurement.weights import kurtosis, magnitude_percentiles
+from lmq_tasks.process_memory import keep_freed_memory
 
 CONFIGURATIONS = 12
 KURTOSIS_SIZE = 4096
