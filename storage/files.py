@@ -22,7 +22,7 @@ from fsspec.config import conf
 from lmq_storage.errors import StoreError
 from lmq_storage.names import checked_url
 from lmq_storage.processes import process_token
-from lmq_storage.retry import asking_again, error_code
+from lmq_storage.retry import error_code, retry
 
 _CHUNK_BYTES = 4 << 20
 
@@ -148,7 +148,7 @@ class StoreFiles:
             yield
 
     def _ask(self, what: str, path: str, call: Any) -> Any:
-        return call() if self.is_local else asking_again(f"{what} {path} in {self.url}", call)
+        return call() if self.is_local else retry(f"{what} {path} in {self.url}", call)
 
     def _complain_of_no_bucket(self) -> None:
         """S3 lists a bucket that does not exist as empty; only reading from it tells."""

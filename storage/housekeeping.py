@@ -1,4 +1,4 @@
-"""Looking after a store: what is in it and for which run, what is damaged, and what nobody needs any more."""
+"""What is in a store and for which run, and removing what no run needs any more."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lmq_storage.artifact import Manifest, OtherVersion
-from lmq_storage.errors import DamagedArtifact, StoreError
+from lmq_storage.artifact import Manifest
+from lmq_storage.errors import StoreError
 from lmq_storage.leases import HeldLease, NeededRun, needed_runs, read_leases
 from lmq_storage.materialize import remove_abandoned
 from lmq_storage.names import checked_name, is_sha256
 from lmq_storage.processes import is_alive
-from lmq_storage.store import ArtifactStore, blob_path, manifest_path
+from lmq_storage.store import ArtifactStore, manifest_path
 
 _INSTANT_S = 1e-6
 
@@ -92,29 +92,6 @@ def list_contents(store: ArtifactStore) -> Contents:
         unneeded_artifacts=len(unneeded),
         unneeded_bytes=sum(left_over.values()),
     )
-
-
-def verify(store: ArtifactStore) -> list[str]:
-    """Read every byte that a manifest names, in the storage itself; one line per damage, naming artifact and file."""
-    damages = []
-    states: dict[str, str | None] = {}
-    for stage, key in store.manifest_keys():
-        try:
-            manifest = store.read_manifest(stage, key)
-        except FileNotFoundError:
-            continue  # removed since it was listed
-        except OtherVersion as other:
-            damages.append(f"{stage}/{key} cannot be used: {other}; it will be made again, and gc removes it")
-            continue
-        except DamagedArtifact as damage:
-            damages.append(f"{stage}/{key} has a damaged manifest ({damage}); it will be made again")
-            continue
-        for name, file in manifest.files.items():
-            if file.sha256 not in states:
-                states[file.sha256] = _damage(store, file.sha256, file.size_bytes)
-            if states[file.sha256] is not None:
-                damages.append(f"{stage}/{key} file {name} {states[file.sha256]}; run again to make it anew")
-    return damages
 
 
 def collect_garbage(store: ArtifactStore, *, keep_runs: int, keep_hours: float, dry_run: bool) -> Garbage:
@@ -272,15 +249,3 @@ def _by_stage(manifests: Mapping[str, Manifest]) -> tuple[StageSize, ...]:
         StageSize(stage=stage, artifacts=len(uris), total_bytes=sum(_blobs(manifests, uris).values()))
         for stage, uris in sorted(stages.items())
     )
-
-
-def _damage(store: ArtifactStore, sha256: str, size_bytes: int) -> str | None:
-    """What is wrong with bytes of the store, in words."""
-    try:
-        found = store.storage.sha256(blob_path(sha256))
-    except FileNotFoundError:
-        return "is missing"
-    if found == sha256:
-        return None
-    size = store.storage.size(blob_path(sha256))
-    return "has other bytes than were published" if size == size_bytes else f"has {size} bytes, not {size_bytes}"

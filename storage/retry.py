@@ -1,10 +1,11 @@
-"""Asking a storage again when it stumbles, and saying plainly when that is no use."""
+"""Calling a storage again after an error that may go away by waiting: which errors those are, and how long to wait.
+
+The list of such errors is kept here alone; `lmq_tasks.retries` asks it too, for the hub and for whole tasks.
+"""
 
 from __future__ import annotations
 
 import errno
-import functools
-import importlib
 import logging
 import secrets
 import time
@@ -21,45 +22,69 @@ ATTEMPTS = 6
 FIRST_WAIT_S = 0.5
 """Waits double: 0.5, 1, 2, 4, 8 s, each up to half as long again, so that many workers do not come back at once."""
 
-_PASSING_CODES = {
+_S3_CODES = {
     "SlowDown", "ServiceUnavailable", "InternalError", "RequestTimeout", "IncompleteBody", "BadDigest",
     "XAmzContentSHA256Mismatch", "OperationAborted", "ConditionalRequestConflict", "NoSuchUpload", "Throttling",
     "ThrottlingException", "RequestLimitExceeded", "TooManyRequests", "408", "409", "429", "500", "502", "503", "504",
 }  # fmt: skip
-"""Codes in answers of S3 that pass: throttling, faults of the server, uploads that arrived incomplete."""
+"""Codes in answers of S3: throttling, faults of the server, uploads that arrived incomplete."""
 
-_PASSING_ERRNOS = {
-    None, errno.EIO, errno.EAGAIN, errno.EBUSY, errno.EREMOTEIO, errno.ETIMEDOUT, errno.EPIPE, errno.ECONNRESET,
-    errno.ECONNABORTED, errno.ECONNREFUSED, errno.ENETDOWN, errno.ENETUNREACH, errno.ENETRESET, errno.EHOSTUNREACH,
+_HTTP_STATUSES = {408, 425, 429, 500, 502, 503, 504}
+
+_ERRNOS = {
+    errno.EAGAIN, errno.EBUSY, errno.ECONNABORTED, errno.ECONNREFUSED, errno.ECONNRESET, errno.EHOSTUNREACH, errno.EIO,
+    errno.ENETDOWN, errno.ENETRESET, errno.ENETUNREACH, errno.EPIPE, errno.EREMOTEIO, errno.ESTALE, errno.ETIMEDOUT,
 }  # fmt: skip
+"""Of the operating system, and those that s3fs gives to throttling and server errors."""
 
-_PASSING_ERRORS = (
-    ("botocore.exceptions", "HTTPClientError"),  # closed connections, time-outs
-    ("botocore.exceptions", "ConnectionError"),  # refused connections
-    ("botocore.exceptions", "IncompleteReadError"),
-    ("botocore.exceptions", "ResponseStreamingError"),
-    ("aiohttp", "ClientError"),
-)
-_LASTING_ERRORS = (("botocore.exceptions", "BotoCoreError"), ("botocore.exceptions", "ClientError"))
-"""Errors of storage libraries that are no OSError, by what they mean; a library that is not installed raises none."""
+_CLASSES = {
+    "aiohttp.client_exceptions.ClientError",
+    "botocore.exceptions.ConnectionError",
+    "botocore.exceptions.HTTPClientError",
+    "botocore.exceptions.IncompleteReadError",
+    "botocore.exceptions.ResponseStreamingError",
+    "builtins.ConnectionError",
+    "builtins.TimeoutError",
+    "httpx.TransportError",
+    "requests.exceptions.ConnectionError",
+    "requests.exceptions.Timeout",
+}
+"""By name, since not every one of these packages is installed."""
+
+_OFFLINE_BY_CHOICE = "huggingface_hub.errors.OfflineModeIsEnabled"
+"""A connection error by its class, but one that the user asked for."""
+
+_STORAGE_CLASSES = {"builtins.OSError", "botocore.exceptions.BotoCoreError", "botocore.exceptions.ClientError"}
+"""What a storage raises for what does not go away by waiting."""
 
 
-def asking_again(what: str, call: Callable[[], T], first_wait_s: float = FIRST_WAIT_S) -> T:
-    """Result of `call`, repeated with growing waits while the storage fails in a way that passes.
+def is_transient(error: BaseException) -> bool:
+    """Whether this error may go away by waiting; an answer of S3 is judged by its code, anything else by its kind."""
+    names = _class_names(error)
+    if _OFFLINE_BY_CHOICE in names:
+        return False
+    if (code := error_code(error)) is not None:
+        return code in _S3_CODES or _http_status(error) in _HTTP_STATUSES
+    known_errno = getattr(error, "errno", None) in _ERRNOS
+    return known_errno or bool(names & _CLASSES) or _http_status(error) in _HTTP_STATUSES
 
-    FileNotFoundError and FileExistsError are answers and go to the caller. Raises BadStore at once for what stays, and
-    StoreError after ATTEMPTS.
+
+def retry(what: str, call: Callable[[], T], first_wait_s: float = FIRST_WAIT_S) -> T:
+    """Result of `call`, repeated with growing waits while the storage fails in a way that may go away.
+
+    FileNotFoundError and FileExistsError are answers and go to the caller. Raises BadStore at once for an error that
+    stays, and StoreError after ATTEMPTS.
     """
-    passing = _classes(_PASSING_ERRORS)
-    errors: tuple[type[Exception], ...] = (OSError, *passing, *_classes(_LASTING_ERRORS))
     for attempt in range(1, ATTEMPTS + 1):
         try:
             return call()
-        except errors as error:
-            if error_code(error) == "NoSuchBucket" or not (isinstance(error, passing) or _passes(error)):
-                if isinstance(error, FileNotFoundError | FileExistsError) and error_code(error) != "NoSuchBucket":
-                    raise
-                raise BadStore(f"cannot {what}: {_reason(error)}. {_advice(error)}") from error
+        except Exception as error:
+            if _is_answer(error):
+                raise
+            if not (is_transient(error) or _names_no_cause(error)):
+                if _class_names(error) & _STORAGE_CLASSES:
+                    raise BadStore(f"cannot {what}: {_reason(error)}. {_advice(error)}") from error
+                raise
             if attempt == ATTEMPTS:
                 raise StoreError(
                     f"cannot {what}: {_reason(error)}, {attempt} times over; finished work is kept, run again when "
@@ -82,25 +107,30 @@ def error_code(error: BaseException | None) -> str | None:
     return None
 
 
-def _passes(error: Exception) -> bool:
-    if (code := error_code(error)) is not None:
-        return code in _PASSING_CODES
-    if not isinstance(error, OSError) or isinstance(
-        error, FileNotFoundError | FileExistsError | PermissionError | IsADirectoryError | NotADirectoryError
-    ):
-        return False
-    return isinstance(error, TimeoutError | ConnectionError) or error.errno in _PASSING_ERRNOS
+def _is_answer(error: Exception) -> bool:
+    """Whether the storage says that a file is missing or there already; a missing bucket is no such answer."""
+    return isinstance(error, FileNotFoundError | FileExistsError) and error_code(error) != "NoSuchBucket"
 
 
-@functools.cache
-def _classes(names: tuple[tuple[str, str], ...]) -> tuple[type[Exception], ...]:
-    found = []
-    for module, name in names:
-        try:
-            found.append(getattr(importlib.import_module(module), name))
-        except (ImportError, AttributeError):
-            continue
-    return tuple(found)
+def _names_no_cause(error: Exception) -> bool:
+    """Whether it is an OSError without a number or code, which file systems raise for troubles of the connection."""
+    told = FileNotFoundError | FileExistsError | PermissionError | IsADirectoryError | NotADirectoryError
+    bare = isinstance(error, OSError) and not isinstance(error, told) and error.errno is None
+    return bare and error_code(error) is None
+
+
+def _class_names(error: BaseException) -> set[str]:
+    """Full names of the error's class and of those it derives from."""
+    names = (f"{kind.__module__}.{kind.__qualname__}" for kind in type(error).__mro__)
+    return {name.replace("httpx._exceptions.", "httpx.") for name in names}
+
+
+def _http_status(error: BaseException) -> int | None:
+    """HTTP status of the answer that an error carries, as httpx, requests and botocore keep it."""
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):
+        return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    return getattr(response, "status_code", None)
 
 
 def _reason(error: Exception) -> str:

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from lmq_storage.artifact import ArtifactRef, Manifest, StoredFile
+from lmq_storage.checked_files import CheckedFiles, file_sha256
 from lmq_storage.errors import DamagedArtifact, StoreError
 from lmq_storage.files import StoreFiles
 from lmq_storage.materialize import lay_out
@@ -47,7 +48,7 @@ class ArtifactStore:
         self.storage = StoreFiles(url)
         self.is_local = self.storage.is_local
         self.local_dir = Path(self.storage.root) if self.is_local else (cache_dir or _default_cache_dir(url))
-        self._verified: dict[str, tuple[int, int]] = {}
+        self.checked = CheckedFiles()
 
     def __repr__(self) -> str:
         return f"ArtifactStore({self.url!r})"
@@ -112,7 +113,7 @@ class ArtifactStore:
         there = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
         return (
             there == {*manifest.files, *beside}
-            and all(self._matches(directory / name, file) for name, file in manifest.files.items())
+            and all(self.checked.matches(directory / name, file) for name, file in manifest.files.items())
             and all((directory / name).read_bytes() == file.read_bytes() for name, file in beside.items())
         )
 
@@ -184,13 +185,6 @@ class ArtifactStore:
         parts = (path.split("/") for path in self.storage.find(folder) if path.endswith(".json"))
         return [(part[1], part[2].removesuffix(".json")) for part in parts if len(part) == 3 and part[2][0] != "."]
 
-    def verify(self) -> list[str]:
-        """One line per damage found, naming artifact and file; reads every byte (`lmq_storage.housekeeping.verify`)."""
-        from lmq_storage.housekeeping import verify  # which needs this module
-
-        self._verified.clear()
-        return verify(self)
-
     # ── bytes ────────────────────────────────────────────────────────────────────────────────────────────
 
     def _local_tmp(self) -> Path:
@@ -200,31 +194,12 @@ class ArtifactStore:
 
     def _blob_is_sound(self, file: StoredFile) -> bool:
         if self.is_local:
-            return self._matches(Path(self.storage.full(blob_path(file.sha256))), file)
+            return self.checked.matches(Path(self.storage.full(blob_path(file.sha256))), file)
         return self.storage.size(blob_path(file.sha256)) == file.size_bytes
-
-    def _matches(self, path: Path, file: StoredFile) -> bool:
-        """Whether a local file has the bytes that were published; remembered while size and mtime stay."""
-        try:
-            status = path.stat()
-        except FileNotFoundError:
-            return False
-        if status.st_size != file.size_bytes:
-            return False
-        state = (status.st_size, status.st_mtime_ns)
-        if self._verified.get(str(path)) == state:
-            return True
-        try:
-            if file_sha256(path) != file.sha256:
-                return False
-        except FileNotFoundError:
-            return False
-        self._verified[str(path)] = state
-        return True
 
     def _local_blob(self, file: StoredFile, label: str) -> Path:
         path = self.local_dir / blob_path(file.sha256)
-        if self._matches(path, file):
+        if self.checked.matches(path, file):
             return path
         if self.is_local:
             raise DamagedArtifact(f"{label} is missing or damaged ({path}); run again to make it anew")
@@ -239,15 +214,15 @@ class ArtifactStore:
         partial = self._local_tmp() / f"{process_token()}-{uuid.uuid4().hex[:12]}"
         try:
             self.storage.download(blob_path(file.sha256), partial)
-            if not self._matches(partial, file):
+            if not self.checked.matches(partial, file):
                 return False
             path.parent.mkdir(parents=True, exist_ok=True)
             partial.replace(path)
-            return self._matches(path, file)
+            return self.checked.matches(path, file)
         except FileNotFoundError as error:
             raise DamagedArtifact(f"{label} is missing from {self.url}; run again to make it anew") from error
         finally:
-            self._verified.pop(str(partial), None)
+            self.checked.forget(partial)
             partial.unlink(missing_ok=True)
 
     def _store_blob(self, path: Path) -> StoredFile:
@@ -260,19 +235,15 @@ class ArtifactStore:
         if self.is_local and self._blob_is_sound(file):
             try:
                 os.utime(self.storage.full(target))
-                self._remember(Path(self.storage.full(target)))
+                self.checked.remember(Path(self.storage.full(target)))
                 return file
             except FileNotFoundError:
                 pass  # removed this moment
         path.chmod(0o444)
         self.storage.upload(path, target)
         if self.is_local:
-            self._remember(Path(self.storage.full(target)))
+            self.checked.remember(Path(self.storage.full(target)))
         return file
-
-    def _remember(self, path: Path) -> None:
-        status = path.stat()
-        self._verified[str(path)] = (status.st_size, status.st_mtime_ns)
 
     def _publish_manifest(self, manifest: Manifest) -> ArtifactRef:
         """Write the manifest unless a sound artifact is there; returns the reference of what is there then.
@@ -302,12 +273,6 @@ def manifest_path(stage: str, key: str) -> str:
 def blob_path(sha256: str) -> str:
     """Path of bytes in their store."""
     return f"blobs/{sha256[:2]}/{sha256}"
-
-
-def file_sha256(path: Path) -> str:
-    """Hex sha256 of a file's bytes."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _default_cache_dir(url: str) -> Path:

@@ -1,18 +1,48 @@
-"""`lmq evaluate`: a model directory judged by itself, without a run."""
+"""`lmq evaluate`: a checkpoint or plain model judged by itself, without a run."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from lmq.errors import LmqError
+from lmq.evaluation.options import EvaluationOptions
 from lmq.evaluation.task_scores import TaskScore
-from lmq.evaluation.windows import Evaluation
-from lmq.report.results import format_bytes, format_percent
-from lmq_flows.cli.terminal import console
+from lmq_flows.cli.arguments import add_column, add_list, add_number, at_least
+from lmq_flows.cli.terminal import say
+
+if TYPE_CHECKING:
+    from lmq.evaluation.windows import Evaluation
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `lmq evaluate`."""
+    default = EvaluationOptions()
+    parser.add_argument(
+        "checkpoint", type=Path, metavar="CHECKPOINT", help="directory of a checkpoint, or of an unquantized model"
+    )
+    parser.add_argument(
+        "--text",
+        default=default.source,
+        help="file, wikitext2, c4, ptb, or dataset:NAME to measure perplexity on (default: %(default)s)",
+    )
+    add_column(parser, default.column)
+    add_number(parser, "--tokens", default.tokens, "tokens of the text to use")
+    add_number(parser, "--window", default.window, "tokens that the model sees at once")
+    add_number(parser, "--stride", default.stride, "tokens scored in each window")
+    parser.add_argument(
+        "--reference",
+        type=Path,
+        metavar="MODEL",
+        help="directory of the unquantized model, to measure KL divergence and agreement against",
+    )
+    add_list(parser, "--tasks", [], "zero-shot tasks of lm-eval, by name or as local .yaml files")
+    parser.add_argument("--limit", type=at_least(1), help="questions per task (default: all)")
+    parser.add_argument("--performance", action="store_true", help="also measure memory and speed on this machine")
+    add_number(parser, "--threads", 1, "threads to measure speed with")
+    parser.set_defaults(command=evaluate_command)
 
 
 def evaluate_command(arguments: argparse.Namespace) -> int:
@@ -34,21 +64,23 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
     _print_evaluation(evaluation)
     scores = _task_scores(arguments.checkpoint, arguments.tasks, arguments.limit)
     for score in scores:
-        _say(f"{score.task} {_score(score)}")
+        say(f"{score.task} {_score(score)}")
     if arguments.performance:
         _print_performance(arguments.checkpoint, arguments.threads)
     return 1 if any(score.error for score in scores) else 0
 
 
 def _print_evaluation(found: Evaluation) -> None:
+    from lmq.report.results import format_percent
+
     stderr = f" ± {found.perplexity.stderr:.4f}" if found.perplexity.stderr is not None else ""
-    _say(f"perplexity {found.perplexity.value:.4f}{stderr} ({found.protocol}, {found.scored_tokens:,} tokens scored)")
+    say(f"perplexity {found.perplexity.value:.4f}{stderr} ({found.protocol}, {found.scored_tokens:,} tokens scored)")
     if found.broken_window is not None:
         window = found.broken_window
-        _say(f"no probability is left for a token, first in the window of tokens {window.start} to {window.end}")
+        say(f"no probability is left for a token, first in the window of tokens {window.start} to {window.end}")
     if found.kl_divergence is not None:
         kl_stderr = f" ± {found.kl_divergence.stderr:.4f}" if found.kl_divergence.stderr is not None else ""
-        _say(
+        say(
             f"KL to the reference {found.kl_divergence.value:.4f}{kl_stderr} nats, 99th percentile {found.kl_p99:.4f}, "
             f"top-1 agreement {format_percent(found.top1_agreement)}"
         )
@@ -58,6 +90,8 @@ def _task_scores(checkpoint: Path, tasks: Sequence[str], limit: int | None) -> l
     """Scores of every task; one that cannot be had has its reason in the place of a score."""
     if not tasks:
         return []
+    import torch
+
     from lmq.checkpoint.open import open_model_directory
     from lmq.evaluation.zero_shot import load_task, measure_task
     from lmq.text.calibration import load_tokenizer
@@ -74,6 +108,8 @@ def _task_scores(checkpoint: Path, tasks: Sequence[str], limit: int | None) -> l
 
 
 def _score(score: TaskScore) -> str:
+    from lmq.report.results import format_percent
+
     if score.error is not None:
         return f"was not measured: {score.error}"
     stderr = "" if score.stderr is None else f" ± {format_percent(score.stderr)}"
@@ -82,18 +118,15 @@ def _score(score: TaskScore) -> str:
 
 def _print_performance(checkpoint: Path, threads: int) -> None:
     from lmq.evaluation.performance import measure_performance
+    from lmq.report.results import format_bytes
 
     found = measure_performance(checkpoint, threads=threads)
     disk = sum(file.stat().st_size for file in checkpoint.iterdir() if file.is_file())
-    _say(
+    say(
         f"on disk {format_bytes(disk)}, resident {format_bytes(found.memory_resident_bytes)}, "
         f"at most {format_bytes(found.peak_generation_bytes)} while generating"
     )
-    _say(
+    say(
         f"prompt {found.prompt_tokens_per_second:.1f} tokens/s ({found.prompt_tokens} tokens), "
         f"generation {found.generation_tokens_per_second:.1f} tokens/s; on {found.host}"
     )
-
-
-def _say(text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)

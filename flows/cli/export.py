@@ -1,27 +1,67 @@
-"""Command that writes a checkpoint in the format of another program."""
+"""`lmq export`: a checkpoint in the format of another program."""
 
 from __future__ import annotations
 
 import argparse
 from collections import defaultdict
 from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.table import Table
-from transformers.utils.logging import disable_progress_bar
 
-from lmq.checkpoint.write import verify_checkpoint
 from lmq.errors import InputError
 from lmq.export import FORMATS, export_format, write_export
-from lmq.export.check import Difference, ExportCheck, export_checked
-from lmq.export.report import ExportReport, ModuleStep, overall_relative_error
-from lmq.export.source import QuantizedCheckpoint
-from lmq_flows.cli.terminal import console
+from lmq_flows.cli.arguments import add_checkpoint
+from lmq_flows.cli.terminal import console, say
+
+if TYPE_CHECKING:
+    from lmq.export.check import Difference, ExportCheck
+    from lmq.export.report import ExportReport, ModuleStep
+    from lmq.export.source import QuantizedCheckpoint
 
 _OPTIONS = sorted({option for each in FORMATS.values() for option in each.options})
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `lmq export`."""
+    add_checkpoint(parser)
+    parser.add_argument(
+        "--format",
+        required=True,
+        choices=FORMATS,
+        help="; ".join(f"{name}: {format_.summary}" for name, format_ in FORMATS.items()),
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="PATH", help="directory or .gguf file to write")
+    parser.add_argument(
+        "--dtype",
+        choices=("float16", "bfloat16", "float32"),
+        help="type of the floating-point tensors, for safetensors and hqq "
+        "(default: as in the checkpoint; for hqq, scales in float16)",
+    )
+    parser.add_argument(
+        "--fidelity",
+        choices=("size", "exact"),
+        help="for gguf, size: types of about the checkpoint's size; exact: types that hold its values exactly "
+        "(default: size)",
+    )
+    parser.add_argument(
+        "--tensor-types",
+        metavar="FILE",
+        help="for gguf: also write FILE, the type of every tensor, for llama-quantize --tensor-type-file FILE",
+    )
+    parser.add_argument("--no-check", action="store_true", help="do not open the export and compare it")
+    parser.set_defaults(command=export_command)
+
+
 def export_command(arguments: argparse.Namespace) -> int:
     """Export, check what was written, and print what it is; 1 when the check fails."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from lmq.checkpoint.write import verify_checkpoint
+    from lmq.export.check import export_checked
+    from lmq.export.source import QuantizedCheckpoint
+
     disable_progress_bar()
     verify_checkpoint(arguments.checkpoint)
     checkpoint = QuantizedCheckpoint(arguments.checkpoint)
@@ -29,17 +69,17 @@ def export_command(arguments: argparse.Namespace) -> int:
     if arguments.no_check:
         report = write_export(checkpoint, arguments.output, arguments.format, options)
         _print_report(report, checkpoint, arguments.format)
-        console.print("not checked", highlight=False)
+        say("not checked")
         return 0
     report, check = export_checked(checkpoint, arguments.output, arguments.format, options)
     _print_report(report, checkpoint, arguments.format)
     _print_check(check)
     for failure in check.failures:
-        console.print(f"check failed: {failure}", style="red", highlight=False, soft_wrap=True)
+        say(f"check failed: {failure}", style="red")
     if not check.passed:
-        console.print(f"the export is kept as {report.path}", highlight=False, soft_wrap=True)
+        say(f"the export is kept as {report.path}")
         return 1
-    console.print(f"checked: {report.path}", highlight=False, soft_wrap=True)
+    say(f"checked: {report.path}")
     return 0
 
 
@@ -61,10 +101,9 @@ def _flag(option: str) -> str:
 
 def _print_report(report: ExportReport, checkpoint: QuantizedCheckpoint, format_name: str) -> None:
     files = [file for file in report.path.rglob("*") if file.is_file()] if report.path.is_dir() else [report.path]
-    console.print(
+    say(
         f"{format_name}: {len(files)} file{'s' * (len(files) != 1)}, {report.size_bytes:,} bytes, "
-        f"{len(report.steps)} quantized matrices",
-        highlight=False,
+        f"{len(report.steps)} quantized matrices"
     )
     by_target: dict[str, dict[str, ModuleStep]] = defaultdict(dict)
     for path, step in report.steps.items():
@@ -78,10 +117,12 @@ def _print_report(report: ExportReport, checkpoint: QuantizedCheckpoint, format_
         table.add_row("all", *_errors(report.steps, checkpoint))
     console.print(table)
     for note in report.notes:
-        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+        say(f"note: {note}")
 
 
 def _errors(steps: Mapping[str, ModuleStep], checkpoint: QuantizedCheckpoint) -> tuple[str, str, str]:
+    from lmq.export.report import overall_relative_error
+
     worst = max(steps, key=lambda path: steps[path].relative_error)
     largest = steps[worst].relative_error
     return (

@@ -1,34 +1,55 @@
-"""Command that draws a finished run's frontier: every budget solved from one set of measurements."""
+"""`lmq frontier`: many budgets solved from the measurements of one finished run."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from lmq.report.figures.frontier import frontier_figures
-from lmq.report.figures.standalone import standalone_svg
-from lmq_flows.cli.terminal import console, run_directory
-from lmq_flows.config.names import slug
-from lmq_flows.studies.frontier import FinishedRun, RunFrontier, write_points
+from lmq_flows.cli.arguments import add_number
+from lmq_flows.cli.terminal import console, run_directory, say
+
+if TYPE_CHECKING:
+    from lmq_flows.studies.frontier import RunFrontier
 
 _ROWS = 10
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `lmq frontier`."""
+    parser.add_argument("run", type=Path, metavar="RUN", help="directory of a run (runs/demo), or its name")
+    add_number(parser, "--points", 100, "budgets to solve", least=2)
+    parser.add_argument(
+        "--strategy",
+        default="loss-aware",
+        help="strategy whose costs are minimized, as the run's table names it (default: %(default)s)",
+    )
+    parser.add_argument("--model", metavar="NAME", help="one of the run's models (default: all)")
+    parser.set_defaults(command=frontier_command)
+
+
 def frontier_command(arguments: argparse.Namespace) -> int:
     """Solve many budgets of every model of a run, or of one, and draw predicted cost against bytes."""
+    from lmq_flows.studies.frontier import FinishedRun
+
     run_dir = run_directory(arguments.run)
     run = FinishedRun.open(run_dir)
     for model in [arguments.model] if arguments.model else run.models:
         found = run.frontier(model, arguments.strategy, arguments.points)
         console.print(_table(found))
         for path in _write(found, run_dir):
-            console.print(str(path), highlight=False, soft_wrap=True)
+            say(path)
     return 0
 
 
 def _write(found: RunFrontier, run_dir: Path) -> tuple[Path, Path]:
+    from lmq.report.figures.frontier import frontier_figures
+    from lmq.report.figures.standalone import standalone_svg
+    from lmq_flows.config.names import slug
+    from lmq_flows.studies.frontier import write_points
+
     table, picture = (run_dir / f"frontier-{slug(found.model)}.{ending}" for ending in ("csv", "svg"))
     write_points(table, found)
     figures = frontier_figures(

@@ -1,4 +1,4 @@
-"""Commands about the importance of layers: measure it, and prune a model by it."""
+"""`lmq importance`: how much a model needs each of its layers, by several metrics."""
 
 from __future__ import annotations
 
@@ -10,17 +10,15 @@ from typing import Any
 
 from rich.table import Table
 
-from lmq.evaluation.perplexity import Estimate
 from lmq.layers.importance.correlation import rank_correlations
 from lmq.layers.importance.estimates import ShapleyOptions
 from lmq.report.figures import importance_bands
 from lmq.report.figures.standalone import standalone_svg
 from lmq.report.results import NOT_MEASURED
-from lmq_flows.cli.terminal import console
+from lmq_flows.cli.arguments import add_column, add_model, add_number, add_store, at_least
+from lmq_flows.cli.terminal import console, say
 from lmq_flows.run.prepare import check_directory
 from lmq_flows.studies.importance import ImportanceOptions, MeasuredImportance, measure_importance
-from lmq_flows.studies.pruning import WHOLE, JudgedRemoval, PruningOptions, prune
-from lmq_flows.studies.pruning_metrics import ANGULAR
 from lmq_flows.studies.study import model_names
 
 _HEADINGS = {
@@ -35,48 +33,55 @@ _HEADINGS = {
 }
 
 
-def importance_command(arguments: argparse.Namespace) -> int:
-    """Measure the importance of every layer; print and write it."""
-    (name,) = model_names([arguments.model])
-    out: Path = arguments.out or Path("runs") / f"importance-{name}"
-    check_directory(out, "--out")
-    options = _importance_options(arguments, removal=arguments.without != "removal")
-    found = measure_importance(arguments.model, options, arguments.angular_layers, console)
-    console.print(_layers_table(found))
-    console.print(_correlation_table(found.metrics))
-    for note in (_block_note(found), _work_note(found)):
-        if note:
-            console.print(note, highlight=False, soft_wrap=True)
-    _write(found, out)
-    return 0
-
-
-def prune_command(arguments: argparse.Namespace) -> int:
-    """Write a shallower checkpoint, and print what it is worth beside other choices of as many layers."""
-    options = PruningOptions(
-        metric=arguments.metric,
-        fraction=arguments.fraction,
-        out=arguments.out,
-        evaluation=arguments.evaluation,
-        tokens=arguments.tokens,
-        window=arguments.window,
-        random_draws=arguments.random,
-        seed=arguments.seed,
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `lmq importance`."""
+    add_importance_options(parser)
+    parser.add_argument(
+        "--angular-layers",
+        type=at_least(1),
+        default=1,
+        metavar="N",
+        help="also measure the angular distance over blocks of N layers (default: %(default)s)",
     )
-    found, judged = prune(arguments.model, _importance_options(arguments), options, console)
-    console.print(_judged_table(found, judged))
-    scored = judged[0].evaluation.scored_tokens
-    stride = max(1, options.window // 2)
-    console.print(
-        f"perplexity strided {options.window}/{stride}, {scored:,} tokens of {options.evaluation} scored, "
-        "none of them measured on",
-        highlight=False,
+    parser.add_argument(
+        "--without",
+        choices=("removal",),
+        help="leave out the slow metrics, which remove sub-layers: Shapley values and leave-one-out",
     )
-    console.print(str(options.out), highlight=False, soft_wrap=True)
-    return 0
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="where tables and figure are written (default: runs/importance-MODEL)"
+    )
+    parser.set_defaults(command=importance_command)
 
 
-def _importance_options(arguments: argparse.Namespace, *, removal: bool = True) -> ImportanceOptions:
+def add_importance_options(parser: argparse.ArgumentParser) -> None:
+    """The model, and how its importance is measured."""
+    add_model(parser)
+    default = ImportanceOptions()
+    parser.add_argument(
+        "--text", default=default.text, help="text whose first half is measured on (default: %(default)s)"
+    )
+    add_column(parser, default.column)
+    add_number(parser, "--sequences", default.sequences, "sequences of the text to use")
+    add_number(parser, "--sequence-length", default.sequence_length, "tokens in each sequence", least=8)
+    shapley = parser.add_mutually_exclusive_group()
+    shapley.add_argument(
+        "--level",
+        type=at_least(1),
+        help=f"estimate Shapley values from windows of at most so many sub-layers (default: {ShapleyOptions.level})",
+    )
+    shapley.add_argument(
+        "--permutations",
+        type=at_least(1),
+        metavar="N",
+        help="estimate Shapley values from N random orders instead, with standard errors",
+    )
+    add_number(parser, "--threads", default.threads, "threads to use")
+    add_store(parser)
+
+
+def importance_options(arguments: argparse.Namespace, *, removal: bool = True) -> ImportanceOptions:
+    """The options of `add_importance_options` as they were given; without `removal`, the fast metrics only."""
     level = {} if arguments.level is None else {"level": arguments.level}
     return ImportanceOptions(
         text=arguments.text,
@@ -87,6 +92,22 @@ def _importance_options(arguments: argparse.Namespace, *, removal: bool = True) 
         store=arguments.store,
         threads=arguments.threads,
     )
+
+
+def importance_command(arguments: argparse.Namespace) -> int:
+    """Measure the importance of every layer; print and write it."""
+    (name,) = model_names([arguments.model])
+    out: Path = arguments.out or Path("runs") / f"importance-{name}"
+    check_directory(out, "--out")
+    options = importance_options(arguments, removal=arguments.without != "removal")
+    found = measure_importance(arguments.model, options, arguments.angular_layers, console)
+    console.print(_layers_table(found))
+    console.print(_correlation_table(found.metrics))
+    for note in (_block_note(found), _work_note(found)):
+        if note:
+            say(note)
+    _write(found, out)
+    return 0
 
 
 def _layers_table(found: MeasuredImportance) -> Table:
@@ -147,7 +168,7 @@ def _write(found: MeasuredImportance, out: Path) -> None:
     paths.append(out / "importance.svg")
     paths[-1].write_text(standalone_svg([figure]), encoding="utf-8")
     for path in paths:
-        console.print(str(path), highlight=False, soft_wrap=True)
+        say(path)
 
 
 def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
@@ -156,34 +177,3 @@ def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
         writer.writeheader()
         writer.writerows(rows)
     return path
-
-
-def _judged_table(found: MeasuredImportance, judged: Sequence[JudgedRemoval]) -> Table:
-    count = len(judged[1].layers)
-    table = Table("Chosen by", "Layers removed", title_justify="left")
-    table.title = f"{found.model} without {count} of its {found.structure.layers} layers"
-    for header in ("Perplexity", "Times the whole model's"):
-        table.add_column(header, justify="right")
-    before = judged[0].evaluation.perplexity.value
-    for item in judged:
-        perplexity = item.evaluation.perplexity
-        ratio = NOT_MEASURED if item.chosen_by == WHOLE else f"{perplexity.value / before:,.2f}"
-        chosen_by = f"{ANGULAR} (neighbours)" if item.chosen_by == ANGULAR else item.chosen_by
-        table.add_row(chosen_by, _layer_numbers(item.layers), _with_error(perplexity), ratio)
-    return table
-
-
-def _with_error(estimate: Estimate) -> str:
-    return f"{estimate.value:,.2f}" + (f" ± {estimate.stderr:,.2f}" if estimate.stderr is not None else "")
-
-
-def _layer_numbers(layers: Sequence[int]) -> str:
-    """`21–29`, `3, 5, 8`; a run of neighbours is written as one."""
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    texts = [str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs]
-    return ", ".join(texts) or NOT_MEASURED

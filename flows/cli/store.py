@@ -1,17 +1,49 @@
-"""What `lmq store` does: say what is in a store and for which run, what is damaged, and remove what nobody needs."""
+"""`lmq store`: what is in a store and for which run, what is damaged, and removing what no run needs."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
 from lmq.errors import InputError
-from lmq_flows.cli.terminal import console
-from lmq_storage import ArtifactStore
-from lmq_storage.housekeeping import Contents, collect_garbage, list_contents, verify
-from lmq_tasks.stage import open_store
+from lmq_flows.cli.arguments import add_command, add_store, at_least
+from lmq_flows.cli.terminal import console, say
+from lmq_storage.housekeeping import Contents, collect_garbage, list_contents
+from lmq_storage.verify import verify
+
+if TYPE_CHECKING:
+    from lmq_storage import ArtifactStore
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the actions of `lmq store` with their arguments."""
+    actions = parser.add_subparsers(required=True, metavar="ACTION")
+    ls = add_command(actions, "ls", "list what is there by run and by stage, with its size")
+    ls.set_defaults(command=ls_command)
+    check = add_command(actions, "verify", "read every byte and name what is damaged")
+    check.set_defaults(command=verify_command)
+    gc = add_command(actions, "gc", "remove what the newest runs do not need")
+    gc.add_argument(
+        "--keep-runs",
+        type=at_least(0),
+        default=3,
+        metavar="N",
+        help="newest runs to keep, beside all that are in progress (default: %(default)s)",
+    )
+    gc.add_argument(
+        "--keep-hours",
+        type=at_least(0, float),
+        default=24.0,
+        metavar="H",
+        help="keep artifacts younger than this many hours (default: %(default)s)",
+    )
+    gc.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    gc.set_defaults(command=gc_command)
+    for each in (ls, check, gc):
+        add_store(each, "directory or URL of the store")
 
 
 def ls_command(arguments: argparse.Namespace) -> int:
@@ -23,10 +55,9 @@ def ls_command(arguments: argparse.Namespace) -> int:
         stages.add_row(stage.stage, str(stage.artifacts), _megabytes(stage.total_bytes))
     console.print(stages)
     if contents.unneeded_artifacts:
-        console.print(
-            f"{contents.unneeded_artifacts} artifacts are of no run that is known here: "
-            f"{_megabytes(contents.unneeded_bytes)}, which `lmq store gc` removes once they are old",
-            highlight=False,
+        say(
+            f"{contents.unneeded_artifacts} artifacts belong to no run that this store knows: "
+            f"{_megabytes(contents.unneeded_bytes)}, which `lmq store gc` removes once they are old enough"
         )
     return 0
 
@@ -35,8 +66,8 @@ def verify_command(arguments: argparse.Namespace) -> int:
     """Read every byte of the store."""
     damages = verify(_store(arguments))
     for damage in damages:
-        console.print(damage, highlight=False, markup=False, soft_wrap=True)
-    console.print(f"{len(damages)} damaged" if damages else "every artifact is sound")
+        say(damage)
+    say(f"{len(damages)} damaged" if damages else "every artifact is sound")
     return 1 if damages else 0
 
 
@@ -49,10 +80,10 @@ def gc_command(arguments: argparse.Namespace) -> int:
         dry_run=arguments.dry_run,
     )
     verb = "would remove" if arguments.dry_run else "removed"
-    console.print(f"kept what these runs need: {', '.join(garbage.kept_for) or 'none'}", highlight=False, markup=False)
-    console.print(f"{verb} {len(garbage.uris)} artifacts, {_megabytes(garbage.freed_bytes)}", highlight=False)
+    say(f"kept what these runs need: {', '.join(garbage.kept_for) or 'none'}")
+    say(f"{verb} {len(garbage.uris)} artifacts, {_megabytes(garbage.freed_bytes)}")
     if garbage.leftovers:
-        console.print(f"{verb} {garbage.leftovers} leftovers of dead processes and of what is gone", highlight=False)
+        say(f"{verb} {garbage.leftovers} files left by processes that died or by artifacts that are gone")
     return 0
 
 
@@ -84,6 +115,8 @@ def _age(seconds: float) -> str:
 
 
 def _store(arguments: argparse.Namespace) -> ArtifactStore:
+    from lmq_tasks.stage import open_store
+
     if "://" not in arguments.store and not Path(arguments.store).is_dir():
         raise InputError(f"there is no store {arguments.store}; pass --store DIRECTORY or URL")
     return open_store(arguments.store)

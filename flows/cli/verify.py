@@ -1,4 +1,4 @@
-"""Command that checks a checkpoint and says what its bytes are."""
+"""`lmq verify`: whether a checkpoint is as it was written, and what its bytes are."""
 
 from __future__ import annotations
 
@@ -6,26 +6,32 @@ import argparse
 
 from rich.table import Table
 
-from lmq.checkpoint.verify import checkpoint_sizes, find_damage, read_checksums, read_quantization_config
-from lmq_flows.cli.terminal import console
+from lmq_flows.cli.arguments import add_checkpoint
+from lmq_flows.cli.terminal import console, say
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `lmq verify`."""
+    add_checkpoint(parser)
+    parser.set_defaults(command=verify_command)
 
 
 def verify_command(arguments: argparse.Namespace) -> int:
     """Print every damage and return 1, or print the sizes."""
+    from lmq.checkpoint.verify import checkpoint_sizes, find_damage, read_checksums, read_quantization_config
+
     path = arguments.checkpoint
     damages = list(find_damage(path))
     for damage in damages:
-        console.print(damage, style="red", highlight=False, soft_wrap=True)
+        say(damage, style="red")
     if damages:
-        console.print(f"{len(damages)} damaged; write or download the checkpoint again", highlight=False)
+        say(f"{len(damages)} damaged; write or download the checkpoint again")
         return 1
     recorded = read_checksums(path)
-    console.print(
-        "has no checksums.json: headers and shapes are right, contents were not checked"
+    say(
+        "there is no checksums.json: headers and shapes are right, contents were not checked"
         if recorded is None
-        else f"{len(recorded['tensors'])} tensors and {len(recorded['files'])} files are as they were written (sha256)",
-        highlight=False,
-        soft_wrap=True,
+        else f"{len(recorded['tensors'])} tensors and {len(recorded['files'])} files are as they were written (sha256)"
     )
     sizes = checkpoint_sizes(path)
     table = Table(box=None, header_style="bold")

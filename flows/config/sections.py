@@ -13,6 +13,7 @@ from lmq.allocation.strategies import strategy
 from lmq.allocation.targets import target_named
 from lmq.errors import InputError, unknown_name
 from lmq.evaluation.baselines import RoundedBaseline
+from lmq.evaluation.options import EvaluationOptions
 from lmq.evaluation.zero_shot import STANDARD_TASKS
 from lmq.formats.spec import STOPS, QuantSpec
 from lmq.measurement.registry import MEASUREMENTS
@@ -101,9 +102,9 @@ class EvaluationConfig(TextConfig):
     """Held-out tokens that every variant is judged on."""
 
     part: Literal["all", "first", "second"] = "second"
-    tokens: int = Field(8192, ge=16)
-    window: int = Field(1024, ge=8, description="Tokens the model sees at once")
-    stride: int = Field(512, ge=1, description="Tokens scored per window; the others are context")
+    tokens: int = Field(EvaluationOptions.tokens, ge=16)
+    window: int = Field(EvaluationOptions.window, ge=8, description="Tokens the model sees at once")
+    stride: int = Field(EvaluationOptions.stride, ge=1, description="Tokens scored per window; the others are context")
     performance: bool = Field(False, description="Measure memory and speed of every variant, on this machine")
     tasks: tuple[str, ...] = Field(
         (), description=f"Zero-shot tasks of lm-eval ({', '.join(STANDARD_TASKS)}, ...) or local task files (.yaml)"
@@ -239,7 +240,7 @@ class RunnerConfig(Section):
     )
     workers: int = Field(2, ge=1, description="Stages (with Dask and Ray: tasks) worked on at once")
     threads_per_worker: int = Field(1, ge=1, description="Threads of one stage's tensor work")
-    chunk_seconds: float = Field(20.0, gt=0, description="Work that one task of Dask or Ray carries, where there is it")
+    chunk_seconds: float = Field(20.0, gt=0, description="Seconds of work per Dask or Ray task")
     device: str = Field("auto", description="auto (CUDA when there is one), cpu, or cuda[:n]")
 
     @model_validator(mode="after")

@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from lmq.errors import InputError
+from lmq.evaluation.options import EvaluationOptions
 from lmq.evaluation.windows import WINDOWS_SCHEMA, Evaluation, summarize
 from lmq.layers.prune import (
     check_prunable,
@@ -23,12 +24,28 @@ from lmq_flows.graph.model_nodes import ModelNodes, PreparedModel
 from lmq_flows.graph.node import Graph, Node
 from lmq_flows.run.prepare import check_directory
 from lmq_flows.studies.importance import ImportanceOptions, MeasuredImportance, add_importance, prepare, read_importance
-from lmq_flows.studies.pruning_metrics import ANGULAR, MEASURED_BY_REMOVAL, RANKING_METRICS
 from lmq_flows.studies.study import execute_with_progress
 from lmq_storage import ArtifactRef, ArtifactStore
 from lmq_tasks.evaluation import WINDOWS_FILE
 from lmq_tasks.opened import located_dir
 from lmq_tasks.stage import open_store
+
+RANKING_METRICS = {
+    "avss": "avss",
+    "avss-authors": "avss_pooled",
+    "avss-relative": "avss_relative",
+    "avss-authors-relative": "avss_pooled_relative",
+    "block-influence": "block_influence",
+    "shapley": "shapley",
+    "leave-one-out": "leave_one_out",
+}
+"""Name of a metric that ranks layers one by one → its column in the table of layers."""
+
+ANGULAR = "angular"
+"""The block of neighbouring layers of least angular distance."""
+
+PRUNING_METRICS = (*RANKING_METRICS, ANGULAR)
+MEASURED_BY_REMOVAL = ("shapley", "leave-one-out")
 
 WHOLE = "whole model"
 """Stands where the others say what chose the layers."""
@@ -44,11 +61,11 @@ class PruningOptions:
     """
 
     metric: str
-    fraction: float
+    fraction: float = 0.25
     out: Path
-    evaluation: str = "pydoc-topics"
-    tokens: int = 8192
-    window: int = 1024
+    evaluation: str = EvaluationOptions.source
+    tokens: int = EvaluationOptions.tokens
+    window: int = EvaluationOptions.window
     random_draws: int = 1
     seed: int = 42
 

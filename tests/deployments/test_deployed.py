@@ -21,6 +21,7 @@ from lmq.report.results import read_results
 from lmq_flows.serve.deploy import deployments_dir
 from lmq_storage import ArtifactStore
 from lmq_storage.processes import is_alive
+from lmq_storage.verify import verify
 from tests.deployments.conftest import Server, wait_for
 from tests.flows.conftest import tiny_config
 
@@ -96,7 +97,7 @@ def test_cancelling_ends_native_work_of_the_worker(prefect: Server, wide: Path) 
     sys.stdout.write(f"the process was gone {time.monotonic() - asked_s:.1f} s after cancelling\n")
     wait_for(lambda: look(prefect, run.id).state.name == "Cancelled", 60)
     store = ArtifactStore(str(prefect.home / "store"))
-    assert store.verify() == []
+    assert verify(store) == []
 
 
 def test_a_schedule_yields_runs_and_one_of_them_runs(prefect: Server, tiny_llama: Path, tmp_path: Path) -> None:

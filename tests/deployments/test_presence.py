@@ -12,6 +12,7 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName, Flo
 from prefect.states import Cancelling
 
 from lmq_storage import ArtifactStore
+from lmq_storage.verify import verify
 from tests.deployments.conftest import Server, lmq_run, running, wait_for
 from tests.flows.conftest import tiny_config
 
@@ -74,5 +75,5 @@ def test_cancelling_in_the_ui_ends_native_work_of_a_run_from_a_terminal(prefect,
     (run,) = runs_named(prefect, run.name)
     assert run.state.name == "Cancelled"
     store = ArtifactStore(config.store)
-    assert store.verify() == []
+    assert verify(store) == []
     assert not list(store.manifests("grids"))

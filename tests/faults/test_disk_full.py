@@ -9,6 +9,7 @@ import subprocess
 import pytest
 
 from lmq_storage import ArtifactStore
+from lmq_storage.verify import verify
 from tests.flows.processes import content, finished_work, write_config
 
 
@@ -32,12 +33,12 @@ def test_a_full_disk_ends_the_run_with_a_message_and_loses_nothing(runner, model
         assert "Traceback" not in run.output
         store = ArtifactStore(str(place / "store"))
         there = finished_work(place / "store")
-        assert store.verify() == []
+        assert verify(store) == []
         filler.unlink()
         runner.run(config).finish()
         assert {path: path.stat().st_mtime_ns for path in there} == there, "finished work was repeated"
         assert content(tmp_path / "runs" / "whole") == whole["content"]
-        assert store.verify() == []
+        assert verify(store) == []
         note(f"full with {len(there)} of {whole['artifacts']} artifacts there; 0 lost, results equal")
     finally:
         subprocess.run(["umount", str(place)], check=True)

@@ -9,6 +9,7 @@ import pytest
 
 from lmq_storage import ArtifactStore
 from lmq_storage.housekeeping import collect_garbage
+from lmq_storage.verify import verify
 from tests.flows.processes import content, finished_work, wait_until, write_config
 
 MOMENTS = 20
@@ -29,12 +30,12 @@ def test_a_killed_run_loses_only_what_was_in_work(runner, model, whole, tmp_path
     time.sleep(pause_s)
     in_time = run.kill()
     there = finished_work(tmp_path / "store")
-    assert store.verify() == []
+    assert verify(store) == []
 
     runner.run(config).finish()
     assert {path: path.stat().st_mtime_ns for path in there} == there, "finished work was repeated"
     assert content(tmp_path / "runs" / "whole") == whole["content"]
-    assert store.verify() == []
+    assert verify(store) == []
     collect_garbage(store, keep_runs=1, keep_hours=24, dry_run=False)
     assert list((tmp_path / "store" / "tmp").iterdir()) == [], "files of the dead process are left"
     assert list((tmp_path / "store" / "leases").iterdir()) == []

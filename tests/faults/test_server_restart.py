@@ -11,6 +11,7 @@ import urllib.request
 from contextlib import contextmanager
 
 from lmq_storage import ArtifactStore
+from lmq_storage.verify import verify
 from tests.flows.processes import content, finished_work, forking_runner, wait_until, write_config
 
 
@@ -55,7 +56,7 @@ def test_a_server_that_is_killed_and_started_again_costs_at_most_another_start(m
             there = finished_work(tmp_path / "store")
         with serving(tmp_path, port):
             code = run.wait()
-            assert ArtifactStore(str(tmp_path / "store")).verify() == []
+            assert verify(ArtifactStore(str(tmp_path / "store"))) == []
             if code != 0:
                 runner.run(config).finish()
     assert {path: path.stat().st_mtime_ns for path in there} == there, "finished work was repeated"

@@ -14,6 +14,7 @@ import pytest
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from lmq_storage import ArtifactStore
+from lmq_storage.verify import verify
 from tests.flows.conftest import tiny_config
 from tests.scale.clusters import Processes, finish, made, s3_server, start_dask, start_run, wait_until
 
@@ -71,7 +72,7 @@ def test_two_workers_that_share_only_an_s3_store(model, by_threads, processes, t
             busy.send_signal(signal.SIGKILL)
         finish(processes, run)
         assert different(config, by_threads) == set()
-        assert ArtifactStore(config.store).verify() == []
+        assert verify(ArtifactStore(config.store)) == []
         for number in range(2):
             cache = list((tmp_path / f"tmp-worker-{number}").glob("lmq-cache-*/*/blobs/*/*"))
             assert cache, f"worker {number} read nothing from the store"

@@ -7,9 +7,10 @@ import time
 import pytest
 
 from lmq_storage import ArtifactStore, housekeeping, leases
-from lmq_storage.housekeeping import collect_garbage, list_contents, verify
+from lmq_storage.housekeeping import collect_garbage, list_contents
 from lmq_storage.leases import Lease
 from lmq_storage.processes import is_alive, process_token
+from lmq_storage.verify import verify
 
 
 @pytest.fixture(params=["local", "memory"])

@@ -15,8 +15,9 @@ import pytest
 import s3fs
 
 from lmq_storage import ArtifactStore, BadStore, DamagedArtifact, StoreError, retry
-from lmq_storage.housekeeping import collect_garbage, list_contents, verify
+from lmq_storage.housekeeping import collect_garbage, list_contents
 from lmq_storage.leases import Lease
+from lmq_storage.verify import verify
 
 MEGABYTE = 1 << 20
 

@@ -17,6 +17,7 @@ from lmq.report.results import read_results
 from lmq_flows.run.plan import check_run
 from lmq_flows.run.ui import _key
 from lmq_storage import ArtifactStore
+from lmq_storage.verify import verify
 from tests.flows.conftest import promised, run_and_look, tiny_config
 
 pytestmark = pytest.mark.slow
@@ -212,7 +213,7 @@ def test_damaged_and_deleted_artifacts_are_made_again(again):
     assert before is None
     assert done.ran() == {"sequence-fisher"}
     assert sum(not cached for cached in done.cached.values()) == 2
-    assert ArtifactStore(config.store).verify() == []
+    assert verify(ArtifactStore(config.store)) == []
 
 
 def test_budget_below_the_smallest_is_refused_before_measuring(server, tiny_qwen, tmp_path):

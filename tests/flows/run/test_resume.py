@@ -12,6 +12,7 @@ from prefect.settings import PREFECT_API_URL
 
 from lmq_storage import ArtifactStore
 from lmq_storage.housekeeping import collect_garbage
+from lmq_storage.verify import verify
 from tests.flows.processes import (
     LAYERS,
     content,
@@ -53,7 +54,7 @@ def test_killed_run_goes_on_where_it_was(runner, model, undisturbed, tmp_path, s
     finished = finished_work(store)
     total = 2 * LAYERS if stage == "quantize" else LAYERS
     assert enough <= sum(path.parent.name == stage for path in finished) < total
-    assert ArtifactStore(str(store)).verify() == []
+    assert verify(ArtifactStore(str(store))) == []
 
     runner.run(config).finish()
     assert {path: path.stat().st_mtime_ns for path in finished} == finished, "finished work was repeated"
@@ -88,6 +89,6 @@ def test_two_identical_runs_at_once_on_one_store_while_garbage_is_collected(runn
     assert collected > 0
     for place in places:
         assert content(place / "runs" / "resume") == undisturbed
-    assert store.verify() == []
+    assert verify(store) == []
     assert not any((tmp_path / "store" / "tmp").iterdir())
     assert not any((tmp_path / "store" / "leases").iterdir())

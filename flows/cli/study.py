@@ -1,4 +1,4 @@
-"""Commands that study the measurements: do sensitivity patterns agree, and do cheap costs predict the exact one?"""
+"""`lmq study`: do sensitivity patterns agree, and do cheap costs predict the exact one?"""
 
 from __future__ import annotations
 
@@ -24,9 +24,59 @@ from lmq.report.study import (
     models_by_layers,
     summarize_agreements,
 )
-from lmq_flows.cli.terminal import console
+from lmq_flows.cli.arguments import add_command, add_list, add_number, add_store
+from lmq_flows.cli.terminal import console, say
 from lmq_flows.run.prepare import check_directory
-from lmq_flows.studies.study import CostStudy, Profiles, SensitivityStudy, StudyOptions, stored_bits_per_weight
+from lmq_flows.studies.study import (
+    STUDY_QUANTIZERS,
+    CostStudy,
+    Profiles,
+    SensitivityStudy,
+    StudyOptions,
+    stored_bits_per_weight,
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the studies of `lmq study` with their arguments."""
+    studies = parser.add_subparsers(required=True, metavar="STUDY")
+    text = "does the sensitivity pattern over the layers stay the same across texts, quantizers, bit widths and models?"
+    sensitivity = add_command(studies, "sensitivity", text)
+    sensitivity.add_argument("models", nargs="+", metavar="MODEL", help="any number of models, as for `lmq inspect`")
+    default = SensitivityStudy
+    add_list(sensitivity, "--text", default.texts, "calibration texts")
+    add_list(sensitivity, "--quantizer", default.quantizers, "quantizers", choices=STUDY_QUANTIZERS)
+    add_list(sensitivity, "--config", default.configurations, "configurations")
+    sensitivity.set_defaults(command=sensitivity_command)
+    text = "how well do cheap costs predict the measured divergence of a model with one module quantized?"
+    costs = add_command(studies, "costs", text)
+    _add_costs_arguments(costs)
+    costs.set_defaults(command=costs_command)
+    for study, name in ((sensitivity, "sensitivity"), (costs, "costs")):
+        options = StudyOptions()
+        add_number(study, "--sequences", options.sequences, "calibration sequences")
+        add_number(study, "--sequence-length", options.sequence_length, "tokens in each sequence", least=8)
+        add_number(study, "--threads", options.threads, "threads to use")
+        add_store(study)
+        study.add_argument(
+            "--out",
+            type=Path,
+            default=Path("runs") / f"study-{name}",
+            help="where results are written (default: %(default)s)",
+        )
+
+
+def _add_costs_arguments(parser: argparse.ArgumentParser) -> None:
+    default = CostStudy
+    parser.add_argument("model", metavar="MODEL", help="a model, as for `lmq inspect`")
+    parser.add_argument("--text", default=default.text, help="calibration text (default: %(default)s)")
+    add_list(parser, "--config", default.configurations, "configurations to draw from")
+    add_number(parser, "--pairs", default.pairs, "pairs of a module and a configuration to draw")
+    add_number(parser, "--exact-sequences", default.exact_sequences, "sequences to measure the divergence on")
+    add_number(
+        parser, "--draws", default.label_draws, "draws of labels per sequence, for the sequence-wise Fisher cost"
+    )
+    add_number(parser, "--seed", default.seed, "seed of the drawn pairs", least=0)
 
 
 def sensitivity_command(arguments: argparse.Namespace) -> int:
@@ -45,7 +95,7 @@ def sensitivity_command(arguments: argparse.Namespace) -> int:
     notes = [*_depth_notes(profiles), *_nf4_notes(profiles)]
     _print_summaries(summaries)
     for note in notes:
-        console.print(note, highlight=False, soft_wrap=True)
+        say(note)
     figures = sensitivity_figures(profiles)
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
@@ -193,5 +243,5 @@ def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object
 
 def _say_where(out: Path, names: Sequence[str]) -> int:
     for name in names:
-        console.print(str(out / name), highlight=False, soft_wrap=True)
+        say(out / name)
     return 0

@@ -1,88 +1,66 @@
-"""Commands about a model's size: what it is made of, and what a budget for it becomes."""
+"""`lmq budget`: which sizes a model can have in both storage layouts, and what a budget means in bytes."""
 
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from lmq.allocation.budget import LAYOUTS, Budget, LayoutRange, module_sizes
-from lmq.errors import InputError
-from lmq.formats.spec import STOPS, QuantSpec
-from lmq.model.structure import ModelStructure
-from lmq.model.unquantized import UnquantizedPart, unquantized_parts
-from lmq.report.results import format_percent
-from lmq_flows.cli.terminal import console
-from lmq_flows.run.inspection import inspect_model
+from lmq_flows.cli.arguments import add_model, add_store
+from lmq_flows.cli.inspect import summary
+from lmq_flows.cli.terminal import console, say
+
+if TYPE_CHECKING:
+    from lmq.allocation.budget import Budget, LayoutRange
+    from lmq.formats.spec import QuantSpec
+    from lmq.model.structure import ModelStructure
+    from lmq.model.unquantized import UnquantizedPart
 
 
-def inspect_command(arguments: argparse.Namespace) -> int:
-    """Print a model's modules and the size of every uniform configuration."""
-    structure = inspect_model(arguments.model, arguments.store).structure
-    _print_summary(structure)
-    table = Table("Kind", "Part", "Shape", "Modules", "Weights")
-    for kind in structure.kinds:
-        infos = [info for info in structure.modules if info.id.kind == kind]
-        shapes = sorted({f"{info.out_features} × {info.in_features}" for info in infos})
-        weights = sum(info.parameters for info in infos)
-        table.add_row(kind, infos[0].part, ", ".join(shapes), str(len(infos)), f"{weights:,}")
-    console.print(table)
-    console.print(_uniform_sizes(structure))
-    console.print(
-        f"not quantized (embeddings, head, norms, biases): {structure.other_parameters:,} weights, "
-        f"{structure.other_bytes / 1e6:,.1f} MB",
-        highlight=False,
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `lmq budget`."""
+    add_model(parser)
+    add_store(parser, "where a converted model is kept")
+    parser.add_argument(
+        "budgets", nargs="*", metavar="BUDGET", help="any number of budgets, as in 4.25, '80 MB', 'uniform b3g64 + 2%%'"
     )
-    return 0
+    parser.add_argument("--menu", metavar="b2g128,…", help="configurations to choose from (default: all that fit)")
+    parser.add_argument(
+        "--axis",
+        type=int,
+        choices=(0, 1),
+        default=1,
+        help="axis along which the hqq library groups weights (default: %(default)s)",
+    )
+    parser.set_defaults(command=budget_command, continued_list="budgets")
 
 
 def budget_command(arguments: argparse.Namespace) -> int:
     """Print what sizes a model can have in both storage layouts, and what budgets become; measures nothing."""
-    budgets = [Budget.parse(text) for text in arguments.budgets]
+    from lmq.allocation.budget import LAYOUTS, Budget, LayoutRange, module_sizes
+    from lmq.formats.spec import STOPS, QuantSpec
+    from lmq.model.unquantized import unquantized_parts
+    from lmq_flows.run.inspection import inspect_model
+
+    budgets = {text: Budget.parse(text) for text in arguments.budgets}
     menu = tuple(QuantSpec.parse(name) for name in arguments.menu.split(",")) if arguments.menu else STOPS
     inspected = inspect_model(arguments.model, arguments.store)
     structure = inspected.structure
     if arguments.menu:
         module_sizes(structure.modules, menu)  # a configuration that was asked for must fit
     ranges = [LayoutRange.of(structure.modules, menu, layout, axis=arguments.axis) for layout in LAYOUTS]
-    parts = unquantized_parts(inspected.model_dir, structure)
-    _print_summary(structure)
+    say(summary(structure))
     console.print(_feasible_table(ranges, structure))
     console.print(_stops_table(ranges, menu, structure))
-    console.print(_parts_table(parts, structure))
+    console.print(_parts_table(unquantized_parts(inspected.model_dir, structure), structure))
     if budgets:
-        console.print(_budgets_table(dict(zip(arguments.budgets, budgets, strict=True)), ranges, structure))
-    console.print(
-        "Budgets count the quantized modules as lmq stores them (paper); hqq is what the hqq library stores "
-        f"of the same configuration, axis {arguments.axis}.",
-        highlight=False,
+        console.print(_budgets_table(budgets, ranges, structure))
+    say(
+        "A budget is for the quantized modules as lmq stores them (layout paper). Layout hqq is what the hqq library "
+        f"stores for the same configuration, axis {arguments.axis}."
     )
     return 0
-
-
-def _print_summary(structure: ModelStructure) -> None:
-    console.print(
-        f"{structure.architecture}: {structure.layers} layers, hidden size {structure.hidden_size}, "
-        f"vocabulary {structure.vocabulary_size:,}, {structure.dtype}, "
-        f"{'tied' if structure.tied_embeddings else 'untied'} embeddings; "
-        f"{len(structure.modules)} modules of {structure.parameters:,} weights",
-        highlight=False,
-        soft_wrap=True,
-    )
-
-
-def _uniform_sizes(structure: ModelStructure) -> Table:
-    table = Table("Uniform", "Bits/weight", "Quantized modules", "Whole checkpoint")
-    for spec in STOPS:
-        try:
-            size = sum(spec.size_bytes(info.parameters) for info in structure.modules)
-        except InputError:
-            table.add_row(spec.name, "–", "does not fit every module", "–")
-            continue
-        bits = 8 * size / structure.parameters
-        whole = (size + structure.other_bytes) / 1e6
-        table.add_row(spec.name, f"{bits:.3f}", f"{size / 1e6:,.1f} MB", f"{whole:,.1f} MB")
-    return table
 
 
 def _feasible_table(ranges: list[LayoutRange], structure: ModelStructure) -> Table:
@@ -152,6 +130,8 @@ def _feasibility(found: LayoutRange, budget_bytes: int) -> str:
 
 def _apart(found: LayoutRange, spec: QuantSpec | None, budget_bytes: int) -> str:
     """A uniform configuration with its size relative to the budget."""
+    from lmq.report.results import format_percent
+
     if spec is None:
         return "none"
     size_bytes = found.uniform_bytes[spec]
