@@ -27,10 +27,9 @@ from lmq.formats.spec import STOPS
 from lmq.model.structure import ModelStructure, ModuleId, ModuleInfo
 from lmq_flows.config.run import RunConfig, parse_run_config
 from lmq_flows.graph.build import MeasuredModel, build_graph
-from lmq_flows.graph.chunks import ChunkedWalk
 from lmq_flows.graph.model_nodes import PreparedModel, TextIdentity
 from lmq_flows.graph.node import Graph, Node
-from lmq_flows.graph.walk import Outcome
+from lmq_flows.graph.walk import Outcome, Walk
 from lmq_storage import ArtifactRef
 from lmq_tasks.stage import ModelLocation, Site
 
@@ -54,7 +53,7 @@ def anchored(costs: dict[str, StageCost]) -> dict[str, StageCost]:
     return found
 
 
-class Simulation(ChunkedWalk):
+class Simulation:
     """A walk in simulated time: a task takes its overhead and the seconds of its nodes."""
 
     def __init__(
@@ -69,50 +68,46 @@ class Simulation(ChunkedWalk):
     ):
         self._seconds = seconds
         self._task_overhead_s = task_overhead_s
+        self._workers = workers
         self._ends: list[tuple[float, int, list[Node]]] = []
         self._order_of_ends = itertools.count()
         self.now_s = start_s
         self.tasks = 0
         self.work_s: dict[str, float] = defaultdict(float)
         self.last_s: dict[str, float] = {}
-        super().__init__(graph, lambda *_: None, workers, chunk_seconds)
+        self._walk = Walk(
+            graph, lambda *_: None, in_flight=workers, chunk_seconds=chunk_seconds, is_there=lambda *_: False
+        )
 
     def run(self) -> float:
         """Seconds from the start to the last result."""
-        while self.unfinished:
-            while self.ready and len(self._ends) < self._in_flight:
-                self.submit_next()
+        while self._walk.unfinished:
+            while self._walk.ready and len(self._ends) < self._workers:
+                self._submit_next()
             if self._ends:
-                self.take_one_result()
+                self._take_one_result()
         return self.now_s
 
-    def submit_next(self) -> None:
-        node = heapq.heappop(self.ready)[2]
-        chunk = [node] if node.here else self._chunk_from(node)
+    def _submit_next(self) -> None:
+        chunk = self._walk.next_chunk()
         seconds = sum(map(self._seconds, chunk))
-        self.work_s[node.stage.name] += seconds
+        self.work_s[chunk[0].stage.name] += seconds
         self.tasks += 1
-        if node.here:  # the flow's own process does nothing else meanwhile
+        if chunk[0].here:  # the flow's own process does nothing else meanwhile
             self.now_s += seconds
-            self._settle_all(chunk)
+            self._settle(chunk)
             return
-        self._under_way.update(chunk)
         heapq.heappush(self._ends, (self.now_s + self._task_overhead_s + seconds, next(self._order_of_ends), chunk))
 
-    def take_one_result(self) -> None:
+    def _take_one_result(self) -> None:
         end_s, _, chunk = heapq.heappop(self._ends)
         self.now_s = max(self.now_s, end_s)
-        self._settle_all(chunk)
-        self._under_way.difference_update(chunk)
+        self._settle(chunk)
 
-    def _settle_all(self, chunk: list[Node]) -> None:
+    def _settle(self, chunk: list[Node]) -> None:
         for node in chunk:
-            self._costs.note(node, self._seconds(node))
             self.last_s[node.stage.name] = self.now_s
-            self._settle(node, Outcome("ran", _DONE))
-
-    def _is_there(self, node: Node) -> bool:
-        return False
+            self._walk.settle(node, Outcome("ran", _DONE), self._seconds(node))
 
 
 def critical_path_s(graph: Graph, seconds: Callable[[Node], float]) -> float:

@@ -40,7 +40,7 @@ def run_chunk(label: str, items: list[JsonDict]) -> list[JsonDict]:
     for item in items:
         missing = [outcomes[number] for number in _items_among(item["inputs"]) if "ref" not in outcomes[number]]
         if missing:
-            outcomes.append({"state": NOT_RUN, "message": missing[0]["message"], "seconds": 0.0})
+            outcomes.append({"state": NOT_RUN, "message": missing[0]["message"]})
         else:
             outcomes.append(run_node(**{**item, "inputs": _resolved(item["inputs"], outcomes)}))
     return outcomes
@@ -55,26 +55,45 @@ def run_node(
     tags: Sequence[str] = (),
     **options: Any,
 ) -> JsonDict:
-    """Run one node as a Prefect task here; `{state, seconds}` with its `ref`, or with a `message` when it failed.
+    """Run one node as a Prefect task here; its `node_outcome`, with the `seconds` it took when it ran.
 
-    `state` is "cached" or "ran", or the name of the state that it failed in. `options` are those of the task, such as
-    `result_storage`, which otherwise is that of the task or flow around it.
+    `options` are those of the task, such as `result_storage`, which otherwise is that of the task or flow around it.
     """
+    started = time.perf_counter()
+    carrier, parameters, was_there = node_task(stage, label, site, config, inputs, tags, **options)
+    outcome = node_outcome(carrier(**parameters, return_state=True), was_there)
+    return outcome if was_there else {**outcome, "seconds": time.perf_counter() - started}
+
+
+def node_task(
+    stage: str,
+    label: str,
+    site: JsonDict,
+    config: JsonDict,
+    inputs: JsonDict,
+    tags: Sequence[str] = (),
+    **options: Any,
+) -> tuple[Any, JsonDict, bool]:
+    """The Prefect task of a node, the parameters to call it with, and whether its artifact is there already."""
     from lmq_tasks import STAGES
 
-    started = time.perf_counter()
     store = open_store(Site.from_json(site).store_url)
     key = stage_key(store, STAGES[stage], config, inputs)
     was_there = store.find(stage, key) is not None
-    run: Any = stage_task(stage).with_options(refresh_cache=not was_there, tags=list(tags), **options)
-    state: State[Any] = run(
-        label=f"{stage} {label}", key=key, site=site, config=config, inputs=inputs, return_state=True
-    )
-    seconds = time.perf_counter() - started
+    carrier = stage_task(stage).with_options(refresh_cache=not was_there, tags=list(tags), **options)
+    parameters = {"label": f"{stage} {label}", "key": key, "site": site, "config": config, "inputs": inputs}
+    return carrier, parameters, was_there
+
+
+def node_outcome(state: State[Any], was_there: bool) -> JsonDict:
+    """What became of a node whose task ended in this state: `{state, ref}`, or `{state, message}` when it failed.
+
+    `state` is "cached" or "ran", or the name of the state that the task failed in.
+    """
     if not state.is_completed():
-        return {"state": state.name, "message": state.message or "failed without a message", "seconds": seconds}
+        return {"state": state.name, "message": state.message or "failed without a message"}
     ref = ArtifactRef.from_json(state.result())
-    return {"state": "cached" if was_there else "ran", "ref": ref.to_json(), "seconds": seconds}
+    return {"state": "cached" if was_there else "ran", "ref": ref.to_json()}
 
 
 def _as_list(value: Any) -> Sequence[JsonDict]:

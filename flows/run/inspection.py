@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lmq.model.structure import ModelStructure
 from lmq_flows.config.run import parse_run_config
-from lmq_flows.run.plan import execute_directly
+from lmq_flows.graph.walk import execute_directly
 from lmq_flows.run.prepare import absolute_store_url, identify_models, preparation_graph, read_structure_of
 from lmq_tasks.opened import located_dir
 from lmq_tasks.stage import open_store

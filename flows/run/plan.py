@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from lmq.errors import InputError
@@ -11,8 +10,7 @@ from lmq_flows.config.run import RunConfig
 from lmq_flows.config.sections import ModelConfig
 from lmq_flows.graph.build import PreparedModel, TextIdentity, build_graph, resolve_budgets
 from lmq_flows.graph.explain import PlannedNode, plan_graph
-from lmq_flows.graph.node import Graph, Node, resolve_inputs
-from lmq_flows.graph.walk import Outcome, Watcher
+from lmq_flows.graph.walk import execute_directly
 from lmq_flows.run.failures import failure_of_all
 from lmq_flows.run.prepare import (
     absolute_store_url,
@@ -25,30 +23,8 @@ from lmq_flows.run.prepare import (
     prepared_model,
     resolve_device,
 )
-from lmq_storage import ArtifactRef
 from lmq_tasks.retries import is_transient
-from lmq_tasks.stage import open_store, run_stage, stage_key
-
-
-def execute_directly(
-    graph: Graph, wanted: Sequence[Node] | None = None, *, watch: Watcher | None = None
-) -> dict[Node, ArtifactRef]:
-    """Run nodes one after the other in this thread, without Prefect; errors are raised as they are.
-
-    `wanted` and what they are made from; None: all. `watch` is told of every node that starts and ends.
-    """
-    refs: dict[Node, ArtifactRef] = {}
-    for node in graph if wanted is None else graph.leading_to(wanted):
-        inputs = resolve_inputs(node, {done: ref.to_json() for done, ref in refs.items()})
-        store = open_store(node.site.store_url)
-        key = stage_key(store, node.stage, node.config, inputs)
-        if watch is not None:
-            watch(node, None)
-        was_there = store.find(node.stage.name, key) is not None
-        refs[node] = run_stage(node.stage, key, node.site, node.config, inputs)
-        if watch is not None:
-            watch(node, Outcome("cached" if was_there else "ran", refs[node]))
-    return refs
+from lmq_tasks.stage import open_store
 
 
 def check_run(config: RunConfig) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-import lmq_flows.cli.export
+import lmq.export.check
 from lmq.export.check import Tolerance, export_checked
 from lmq_flows.cli import main
 from tests.lmq.export.small_checkpoints import write_small
@@ -55,7 +55,7 @@ def test_a_failed_check(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     strict = partial(export_checked, tolerance=Tolerance(noise_factor=0, kl_floor=0, ties=0))
-    monkeypatch.setattr(lmq_flows.cli.export, "export_checked", strict)
+    monkeypatch.setattr(lmq.export.check, "export_checked", strict)
     assert _export(checkpoint, tmp_path / "out", "--format", "safetensors", "--dtype", "bfloat16") == 1
     printed = capsys.readouterr().out
     assert "check failed: KL divergence" in printed

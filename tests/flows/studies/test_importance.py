@@ -17,11 +17,12 @@ from lmq.text.calibration import TextSource, documents, read_tokens
 from lmq_flows.cli import main
 from lmq_flows.cli.terminal import console
 from lmq_flows.graph.build import build_graph
-from lmq_flows.run.plan import execute_directly, ready_models
+from lmq_flows.graph.walk import execute_directly
+from lmq_flows.run.plan import ready_models
 from lmq_flows.studies.importance import ImportanceOptions, measure_importance
 from lmq_flows.studies.pruning import WHOLE, PruningOptions, prune
 from lmq_tasks.stage import open_store
-from tests.flows.cli.test_cli import refusal
+from tests.flows.cli.conftest import refusal
 from tests.flows.conftest import tiny_config
 
 SMALL = ["--sequences", "2", "--sequence-length", "16", "--threads", "1"]

@@ -1,6 +1,5 @@
-"""Chunks of nodes: how many share a task, what is lost with one, and that every node keeps its own state."""
+"""Walking a graph: how many nodes share a task, what is lost with one, and that every node keeps its own state."""
 
-import heapq
 import json
 
 import pytest
@@ -11,12 +10,11 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 import lmq_tasks
 from lmq.errors import InputError, LmqError
-from lmq_flows.graph import chunks
-from lmq_flows.graph.chunks import ChunkedWalk
+from lmq_flows.graph import walk as walk_module
 from lmq_flows.graph.node import Graph
-from lmq_flows.graph.walk import DamagedInput, Outcome, execute
-from lmq_storage import ArtifactStore, DamagedArtifact
-from lmq_tasks.chunk import run_chunk
+from lmq_flows.graph.walk import DamagedInput, Outcome, Walk, execute
+from lmq_storage import ArtifactRef, ArtifactStore, DamagedArtifact
+from lmq_tasks.chunk import node_task, run_chunk
 from lmq_tasks.stage import ModelLocation, Site, Stage
 from tests.flows.conftest import recorded_tasks
 
@@ -52,30 +50,16 @@ def a_graph(store, layers, stage=ALONE, variant=None, **config):
     return graph
 
 
-class Planned(ChunkedWalk):
-    """Takes every chunk for done at once, `seconds` for each of its nodes; nothing is run."""
-
-    def __init__(self, graph, seconds, workers, chunk_seconds=20.0):
-        self.chunks, self.seconds = [], seconds
-        super().__init__(graph, lambda *_: None, workers, chunk_seconds)
-
-    def submit_next(self):
-        chunk = self._chunk_from(heapq.heappop(self.ready)[2])
-        self.chunks.append(len(chunk))
-        self._under_way.update(chunk)
+def chunk_sizes(graph, seconds, workers):
+    """Sizes of the chunks when each is taken for done at once, `seconds` for each of its nodes; nothing is run."""
+    walk = Walk(graph, lambda *_: None, in_flight=workers, chunk_seconds=20.0, is_there=lambda *_: False)
+    sizes = []
+    while walk.unfinished:
+        chunk = walk.next_chunk()
+        sizes.append(len(chunk))
         for node in chunk:
-            self._costs.note(node, self.seconds)
-            self._settle(node, Outcome("ran", Site))
-
-    def walked(self):
-        while self.unfinished:
-            self.submit_next()
-        return self.chunks
-
-
-@pytest.fixture
-def nothing_is_there(monkeypatch):
-    monkeypatch.setattr(ChunkedWalk, "_is_there", lambda *_: False)
+            walk.settle(node, Outcome("ran", ArtifactRef("alone/0", "0", "t/1")), seconds)
+    return sizes
 
 
 @pytest.mark.parametrize(
@@ -89,30 +73,35 @@ def nothing_is_there(monkeypatch):
     ],
 )
 def test_first_node_is_tried_alone_then_chunks_hold_a_share_of_the_work(
-    nothing_is_there, tmp_path, stage, layers, seconds, workers, expected
+    tmp_path, stage, layers, seconds, workers, expected
 ):
-    assert Planned(a_graph(tmp_path, layers, stage), seconds, workers).walked() == expected
+    assert chunk_sizes(a_graph(tmp_path, layers, stage), seconds, workers) == expected
 
 
-def test_only_one_stage_and_model_share_a_chunk(nothing_is_there, tmp_path):
+def test_only_one_stage_and_model_share_a_chunk(tmp_path):
     graph, other = a_graph(tmp_path, 4), ModelLocation(kind="directory", place="other")
     for layer in range(4):
         graph.add(ALONE, f"n layer {layer}", Site(store_url=str(tmp_path), model=other), config={"layer": layer})
         graph.add(CHAIN, f"m layer {layer}", Site(store_url=str(tmp_path)), config={"layer": layer})
-    assert Planned(graph, 0.5, 1).walked() == [1, 3, 1, 1, 3, 3]
+    assert chunk_sizes(graph, 0.5, 1) == [1, 3, 1, 1, 3, 3]
 
 
-def walk(graph, tmp_path, workers=2):
-    """Walk a graph in chunks on threads; the flow's state, and (label, state) of every outcome that was watched."""
+def walk(graph, tmp_path, workers=2, chunk_seconds=20.0, outcomes=None):
+    """Walk a graph in chunks on threads; the flow's state, and label → state of every outcome that was watched.
+
+    `outcomes` is filled with label → outcome.
+    """
     watched = []
 
     @flow(name="walk", persist_result=False, task_runner=ThreadPoolTaskRunner(max_workers=workers))
     def chunked():
-        return execute(graph, in_flight=workers, watch=lambda *seen: watched.append(seen), chunk_seconds=20.0)
+        return execute(graph, in_flight=workers, watch=lambda *seen: watched.append(seen), chunk_seconds=chunk_seconds)
 
     with temporary_settings({PREFECT_LOCAL_STORAGE_PATH: tmp_path / "records"}):
         state = chunked(return_state=True)
-    return state, {node.label: outcome.state for node, outcome in watched if outcome is not None}
+    found = {node.label: outcome for node, outcome in watched if outcome is not None}
+    (outcomes if outcomes is not None else {}).update(found)
+    return state, {label: outcome.state for label, outcome in found.items()}
 
 
 def values(store, stage):
@@ -127,13 +116,25 @@ def test_a_chain_is_carried_by_few_tasks_and_every_node_keeps_its_artifact(serve
     assert seen == {f"m layer {layer}": "ran" for layer in range(6)}
     assert values(tmp_path, "chain") == [list(range(length)) for length in range(1, 7)]
     names = [task.name for task in recorded_tasks(state.state_details.flow_run_id)]
-    assert sorted(names) == sorted(
-        ["chain m layer 0", "chain m layer 1 … m layer 5", *(f"chain m layer {layer}" for layer in range(6))]
-    )
+    assert sorted(names) == sorted(["chain m layer 1 … m layer 5", *(f"chain m layer {layer}" for layer in range(6))])
     state, seen = walk(a_graph(tmp_path, 6, CHAIN), tmp_path)
     assert set(seen.values()) == {"cached"}
     tasks = recorded_tasks(state.state_details.flow_run_id)
     assert [task.state_name for task in tasks] == ["Cached"] * 6
+
+
+def test_without_chunks_every_node_is_a_task_that_knows_its_inputs(server, tmp_path):
+    state, seen = walk(a_graph(tmp_path, 3, CHAIN), tmp_path, chunk_seconds=None)
+    assert set(seen.values()) == {"ran"}
+    tasks = {task.name: task for task in recorded_tasks(state.state_details.flow_run_id)}
+    assert set(tasks) == {f"chain m layer {layer}" for layer in range(3)}
+    inputs = [
+        item.id for items in tasks["chain m layer 1"].task_inputs.values() for item in items if hasattr(item, "id")
+    ]
+    assert inputs == [tasks["chain m layer 0"].id]
+    state, seen = walk(a_graph(tmp_path, 3, CHAIN), tmp_path, chunk_seconds=None)
+    assert set(seen.values()) == {"cached"}
+    assert [task.state_name for task in recorded_tasks(state.state_details.flow_run_id)] == ["Cached"] * 3
 
 
 def test_what_was_made_before_is_not_made_again_inside_a_chunk(server, tmp_path):
@@ -142,27 +143,41 @@ def test_what_was_made_before_is_not_made_again_inside_a_chunk(server, tmp_path)
     assert [seen[f"m layer {layer}"] for layer in range(6)] == ["cached"] * 3 + ["ran"] * 3
 
 
-def test_failed_node_leaves_the_others_of_its_chunk_alone(server, tmp_path):
-    _, seen = walk(a_graph(tmp_path, 5, variant="v", how="failed", wrong=[3]), tmp_path)
+@pytest.mark.parametrize("chunk_seconds", [None, 20.0], ids=["nodes", "chunks"])
+def test_failed_node_leaves_the_others_of_its_chunk_alone(server, tmp_path, chunk_seconds):
+    _, seen = walk(a_graph(tmp_path, 5, variant="v", how="failed", wrong=[3]), tmp_path, chunk_seconds=chunk_seconds)
     assert [seen[f"m layer {layer}"] for layer in range(5)] == ["ran", "ran", "ran", "failed", "ran"]
-    _, seen = walk(a_graph(tmp_path, 6, CHAIN, variant="v", how="bad", wrong=[3]), tmp_path)
+    graph = a_graph(tmp_path, 6, CHAIN, variant="v", how="bad", wrong=[3])
+    _, seen = walk(graph, tmp_path, chunk_seconds=chunk_seconds)
     assert [seen[f"m layer {layer}"] for layer in range(6)] == ["ran", "ran", "ran", "failed", "not run", "not run"]
 
 
+@pytest.mark.parametrize("chunk_seconds", [None, 20.0], ids=["nodes", "chunks"])
 @pytest.mark.parametrize(("how", "error"), [("bad", InputError), ("damaged", DamagedInput)])
-def test_what_ends_a_walk_is_raised_from_inside_a_chunk(server, tmp_path, how, error):
-    state, _ = walk(a_graph(tmp_path, 4, how=how, wrong=[2]), tmp_path)
+def test_what_ends_a_walk_is_raised_from_inside_a_chunk(server, tmp_path, how, error, chunk_seconds):
+    state, _ = walk(a_graph(tmp_path, 4, how=how, wrong=[2]), tmp_path, chunk_seconds=chunk_seconds)
     assert isinstance(state.result(raise_on_failure=False), error)
 
 
 def test_nodes_of_a_lost_chunk_are_tried_one_by_one(server, tmp_path, monkeypatch):
     """As when one layer needs more memory than its worker has, which takes the whole chunk with it."""
 
-    def run(label, items):
-        if any(item["config"]["layer"] == 3 for item in items):
+    def out_of_memory(**parameters):
+        if any(item["config"]["layer"] == 3 for item in parameters.get("items", [parameters])):
             return Crashed(message="out of memory")
-        return run_chunk.fn(label, items)
+        return None
 
-    monkeypatch.setattr(chunks, "run_chunk", task(run, name="chunk", persist_result=False))
-    _, seen = walk(a_graph(tmp_path, 5, variant="v"), tmp_path)
+    def chunk(label, items):
+        return out_of_memory(items=items) or run_chunk.fn(label, items)
+
+    def node(**item):
+        carrier, parameters, was_there = node_task(**item)
+        killed = task(lambda **given: out_of_memory(**given), name="killed", persist_result=False)
+        return (killed if item["config"]["layer"] == 3 else carrier), parameters, was_there
+
+    monkeypatch.setattr(walk_module, "run_chunk", task(chunk, name="chunk", persist_result=False))
+    monkeypatch.setattr(walk_module, "node_task", node)
+    outcomes = {}
+    _, seen = walk(a_graph(tmp_path, 5, variant="v"), tmp_path, outcomes=outcomes)
     assert [seen[f"m layer {layer}"] for layer in range(5)] == ["ran", "ran", "ran", "failed", "ran"]
+    assert outcomes["m layer 3"].error == "m layer 3: its worker was lost (Crashed: out of memory)"
