@@ -234,12 +234,14 @@ class Walk:
         was_there = False
         if len(chunk) == 1:
             task, parameters, was_there = node_task(**items[0], **_options(chunk[0]))
+            takes = "inputs"
         else:
             task = run_chunk.with_options(**_options(chunk[0]))
             label = f"{chunk[0].stage.name} {chunk[0].label} … {chunk[-1].label}"
             parameters = {"label": label, "items": items}
+            takes = "items"
         parents = {self._task_runs[parent] for node in chunk for parent in node.parents if parent in self._task_runs}
-        dependencies: dict[str, set[RunInput]] = {"inputs": {TaskRunResult(id=run) for run in parents}}
+        dependencies: dict[str, set[RunInput]] = {takes: {TaskRunResult(id=run) for run in parents}}
         return _Submitted(chunk, context.task_runner.submit(task, parameters, dependencies=dependencies), was_there)
 
     def _items(self, chunk: list[Node]) -> list[dict[str, Any]]:
