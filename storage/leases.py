@@ -21,16 +21,13 @@ from types import TracebackType
 from lmq_storage.errors import StoreError
 from lmq_storage.files import StoreFiles
 from lmq_storage.names import checked_name
-from lmq_storage.processes import is_alive, process_token
+from lmq_storage.processes import counts_as_alive, process_token
 from lmq_storage.store import ArtifactStore
 
 _log = logging.getLogger(__name__)
 
 BEAT_S = 60.0
 """Seconds between signs of life; what was used since goes with them."""
-
-SILENT_AFTER_S = 3600.0
-"""A lease of another machine that was not rewritten for so long has lost its holder."""
 
 
 class Lease:
@@ -149,9 +146,7 @@ def read_lease(files: StoreFiles, path: str, now: float | None) -> HeldLease | N
     except (ValueError, KeyError, TypeError, StoreError) as error:
         _log.warning("%s is no lease: %s", path, error)
         return None
-    alive = is_alive(path.removeprefix(f"leases/{run}."))
-    if alive is None:
-        alive = now is None or now - modified < SILENT_AFTER_S
+    alive = counts_as_alive(path.removeprefix(f"leases/{run}."), 0.0 if now is None else now - modified)
     return HeldLease(
         path=path,
         run=run,

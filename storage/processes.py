@@ -12,6 +12,10 @@ from pathlib import Path
 _TOKEN = re.compile(r"(?P<place>[0-9a-f]{12})-(?P<pid>\d+)-(?P<start>\d+)")
 
 
+SILENT_AFTER_S = 3600.0
+"""A process of another machine that gave no sign of life for so long counts as gone."""
+
+
 def process_token() -> str:
     """Text that identifies this process: where it runs, its number, and when after boot it started."""
     return f"{_place()}-{os.getpid()}-{_start_ticks(os.getpid())}"
@@ -24,6 +28,15 @@ def is_alive(text: str) -> bool | None:
         return None
     pid = int(match["pid"])
     return _exists(pid) and _start_ticks(pid) == int(match["start"])
+
+
+def counts_as_alive(text: str, silent_s: float) -> bool:
+    """Whether to take the process of the token that `text` begins with for alive.
+
+    On its own machine the system tells; of another machine's process it counts how long it gave no sign of life.
+    """
+    alive = is_alive(text)
+    return silent_s < SILENT_AFTER_S if alive is None else alive
 
 
 def _exists(pid: int) -> bool:

@@ -41,7 +41,7 @@ def budget_command(arguments: argparse.Namespace) -> int:
     from lmq.allocation.budget import LAYOUTS, Budget, LayoutRange, module_sizes
     from lmq.formats.spec import STOPS, QuantSpec
     from lmq.model.unquantized import unquantized_parts
-    from lmq_flows.run.inspection import inspect_model
+    from lmq_flows.run.plan import inspect_model
 
     budgets = {text: Budget.parse(text) for text in arguments.budgets}
     menu = tuple(QuantSpec.parse(name) for name in arguments.menu.split(",")) if arguments.menu else STOPS

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def inspect_command(arguments: argparse.Namespace) -> int:
     """Print a model's modules and the size of every uniform configuration."""
-    from lmq_flows.run.inspection import inspect_model
+    from lmq_flows.run.plan import inspect_model
 
     structure = inspect_model(arguments.model, arguments.store).structure
     say(summary(structure))

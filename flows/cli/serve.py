@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def serve_command(arguments: argparse.Namespace) -> int:
     """Serve until Ctrl-C."""
-    from lmq_flows.serve.serving import serve
+    from lmq_flows.serve.deploy import serve
 
     try:
         serve(

@@ -1,8 +1,8 @@
-"""What ties a run on the Prefect server to the process that works on it: signs of life, cancelling, runs cut off.
+"""What ties a run to the process that works on it: signs of life on the Prefect server, and its lease in the store.
 
 A process that is killed cannot tell the server, where its run stays Running for ever. So every run notes which process
 works on it and, now and then, that it lives; the next run marks those whose process is gone as Crashed. Their finished
-work is in the store, and taken over from there.
+work is in the store, which keeps whatever a run in progress uses: the run holds a lease there until it ends.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -40,7 +41,12 @@ from prefect.client.schemas.objects import StateType
 from prefect.exceptions import PrefectException
 from prefect.states import Cancelled, Crashed, State
 
-from lmq_storage.processes import is_alive, process_token
+from lmq_flows.graph.node import Node
+from lmq_flows.graph.walk import Outcome, Watcher
+from lmq_flows.run.prepare import absolute_store_url
+from lmq_storage.leases import Lease
+from lmq_storage.processes import counts_as_alive, process_token
+from lmq_tasks.stage import open_store
 
 PROCESS = "lmq.process"
 HOST = "lmq.host"
@@ -49,15 +55,14 @@ ALIVE_AT = "lmq.alive-at"
 
 _LOOK_EVERY_S = 3.0
 _BEAT_EVERY_S = 30.0
-_SILENT_AFTER_S = 900.0
-"""A run of another machine that did not say that it lives for so long was cut off."""
-
 _UNFINISHED = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
 _SERVER_TROUBLE = (httpx.HTTPError, PrefectException, OSError)
 
+_held: ContextVar[Lease | None] = ContextVar("lease", default=None)
+
 
 @contextmanager
-def presence(flow_run_id: UUID, workspaces: Path) -> Iterator[None]:
+def signs_of_life(flow_run_id: UUID, workspaces: Path) -> Iterator[None]:
     """Say while the block runs that this process works on the flow run, and end it when the run is cancelled.
 
     A worker ends the processes of its runs itself; then nothing is done about cancelling here. `workspaces` is where
@@ -69,7 +74,7 @@ def presence(flow_run_id: UUID, workspaces: Path) -> Iterator[None]:
         _say_alive(client, flow_run_id)
     context = contextvars.copy_context()  # which server: the settings of this thread
     watcher = threading.Thread(
-        target=context.run, args=(_watch, flow_run_id, stop, end), name="lmq presence", daemon=True
+        target=context.run, args=(_watch, flow_run_id, stop, end), name="lmq signs of life", daemon=True
     )
     watcher.start()
     try:
@@ -119,10 +124,7 @@ def _unfinished_runs(client: SyncPrefectClient) -> list[Any]:
 
 
 def _is_cut_off(run: Any) -> bool:
-    alive = is_alive(str(run.labels[PROCESS]))
-    if alive is None:
-        return time.time() - float(run.labels.get(ALIVE_AT, 0)) > _SILENT_AFTER_S
-    return not alive
+    return not counts_as_alive(str(run.labels[PROCESS]), time.time() - float(run.labels.get(ALIVE_AT, 0)))
 
 
 def _say_alive(client: SyncPrefectClient, flow_run_id: UUID) -> None:
@@ -159,3 +161,29 @@ def _end_cancelled(flow_run_id: UUID, workspaces: Path) -> None:
     for left in workspaces.glob(f"{process_token()}-*"):
         shutil.rmtree(left, ignore_errors=True)
     os._exit(1)
+
+
+@contextmanager
+def run_lease(store_url: str, name: str) -> Iterator[Lease]:
+    """The lease that an outer flow holds, else one of our own until the block ends."""
+    outer = _held.get()
+    if outer is not None:
+        yield outer
+        return
+    with Lease(open_store(absolute_store_url(store_url)), name) as lease:
+        token = _held.set(lease)
+        try:
+            yield lease
+        finally:
+            _held.reset(token)
+
+
+def keeping(lease: Lease, watch: Watcher) -> Watcher:
+    """A watcher that notes every artifact in the lease. What was there already: before it is read."""
+
+    def note(node: Node, outcome: Outcome | None) -> None:
+        if outcome is not None and outcome.ref is not None:
+            lease.use([outcome.ref.uri], at_once=outcome.state == "cached")
+        watch(node, outcome)
+
+    return note

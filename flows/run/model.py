@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from prefect import flow
+from prefect.runtime import flow_run
 from prefect.states import Completed, Failed, State
 from rich.console import Console
 
@@ -27,11 +28,9 @@ from lmq_flows.graph.explain import PlannedNode, plan_graph
 from lmq_flows.graph.node import Graph, Node
 from lmq_flows.graph.progress import ArtifactReporter, RunProgress, TerminalReporter
 from lmq_flows.graph.walk import DamagedInput, Outcome, execute
-from lmq_flows.run.finding import find_model
-from lmq_flows.run.holding import keeping, run_lease
+from lmq_flows.run.find import find_model, share_models
+from lmq_flows.run.liveness import keeping, run_lease
 from lmq_flows.run.prepare import absolute_store_url, identify_texts, preparation_graph, prepared_model, resolve_device
-from lmq_flows.run.run_names import model_run_name
-from lmq_flows.run.shared_models import share_models
 from lmq_storage import StoreError
 from lmq_tasks.engine import BAD_INPUT
 
@@ -95,6 +94,13 @@ def variants_made(models: list[ModelOutcome]) -> str:
     if failures:
         text += "; failed: " + "; ".join(f"{', '.join(labels)}: {error}" for error, labels in labels_of.items())
     return text
+
+
+def model_run_name() -> str:
+    """Name of the flow run of one model of a run, from its parameters."""
+    given = flow_run.parameters["config"]
+    config = given if isinstance(given, RunConfig) else RunConfig.model_validate(given)
+    return f"{config.models[0].name} of {config.name}"
 
 
 @flow(name="lmq-model", flow_run_name=model_run_name, persist_result=False)

@@ -1,30 +1,61 @@
-"""Look at models and plan runs without starting Prefect."""
+"""Inspecting models, checking runs and planning them, without starting Prefect."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from lmq.errors import InputError
+from lmq.model.structure import ModelStructure
 from lmq.text.data_sets import PREFIX as DATA_SET
-from lmq_flows.config.run import RunConfig
+from lmq_flows.config.run import RunConfig, parse_run_config
 from lmq_flows.config.sections import ModelConfig
 from lmq_flows.graph.build import PreparedModel, TextIdentity, build_graph, resolve_budgets
 from lmq_flows.graph.explain import PlannedNode, plan_graph
 from lmq_flows.graph.walk import execute_directly
-from lmq_flows.run.failures import failure_of_all
 from lmq_flows.run.prepare import (
     absolute_store_url,
     check_directory,
     check_texts,
+    failure_of_all,
     identify_model,
     identify_models,
     identify_texts,
     preparation_graph,
     prepared_model,
+    read_structure_of,
     resolve_device,
 )
+from lmq_tasks.opened import located_dir
 from lmq_tasks.retries import is_transient
 from lmq_tasks.stage import open_store
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectedModel:
+    """A model's structure, and the directory of its safetensors and configuration on this machine."""
+
+    structure: ModelStructure
+    model_dir: Path
+
+
+def inspect_model(source: str, store: str) -> InspectedModel:
+    """Inspect a model, reading no weights; a GGUF file is converted into the store first."""
+    config = parse_run_config(
+        {
+            "name": "inspect",
+            "models": [{"name": "model", "source": source}],
+            "strategies": ["uniform"],
+            "budgets": ["8 bpw"],
+            "store": store,
+        }
+    )
+    graph, structures = preparation_graph(config, identify_models(config))
+    node = structures["model"]
+    ref = execute_directly(graph)[node]
+    opened = open_store(absolute_store_url(store))
+    assert node.site.model is not None
+    return InspectedModel(structure=read_structure_of(opened, ref), model_dir=located_dir(opened, node.site.model))
 
 
 def check_run(config: RunConfig) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from lmq.allocation.budget import module_sizes
-from lmq.errors import InputError
+from lmq.errors import InputError, LmqError
 from lmq.evaluation.perplexity import full_windows
 from lmq.formats.spec import QuantSpec
 from lmq.model.source import LocatedModel, ModelSource, locate, nearest_sibling, needs_conversion, source_digest
@@ -254,3 +255,12 @@ def _check_context(config: RunConfig, model_dir: Path) -> None:
     check_window(model_dir, config.evaluation.window, "evaluation.window")
     if config.needs_calibration:
         check_context(model_dir, config.calibration.sequence_length, "calibration.sequence_length")
+
+
+def failure_of_all(errors: Sequence[Exception]) -> Exception:
+    """The one error, or all of them as one: an InputError when the user can mend every one of them."""
+    different = list({str(error): error for error in errors}.values())
+    if len(different) == 1:
+        return different[0]
+    kind = InputError if all(isinstance(error, InputError) for error in different) else LmqError
+    return kind("; ".join(str(error) for error in different))

@@ -14,13 +14,10 @@ from lmq.errors import LmqError
 from lmq_flows.config.run import RunConfig
 from lmq_flows.config.sections import ModelConfig
 from lmq_flows.graph.build import failed_variants
-from lmq_flows.run.failures import failure_of_all
-from lmq_flows.run.holding import run_lease
-from lmq_flows.run.liveness import mark_cut_off, presence
+from lmq_flows.run.liveness import mark_cut_off, run_lease, signs_of_life
 from lmq_flows.run.model import SOME_VARIANTS_FAILED, ModelOutcome, heal_damage, quantize_model, variants_made
-from lmq_flows.run.prepare import absolute_store_url, resolve_device
+from lmq_flows.run.prepare import absolute_store_url, failure_of_all, resolve_device
 from lmq_flows.run.report import make_report, write_results
-from lmq_flows.run.run_names import run_tags, run_title
 from lmq_flows.run.runners import check_runner, started_runner
 from lmq_flows.run.ui import publish_results
 from lmq_tasks.engine import GPU_LIMIT
@@ -51,7 +48,7 @@ def quantize_to_the_end(config: RunConfig) -> State[Any]:
         get_run_logger().warning("run %r was cut off; its finished work is taken over", name)
     workspaces = open_store(absolute_store_url(config.store)).local_dir / "tmp"
     held = run_lease(config.store, config.name)
-    with presence(own, workspaces), held, started_runner(config.runner) as runner:
+    with signs_of_life(own, workspaces), held, started_runner(config.runner) as runner:
         models = heal_damage(lambda: _models_and_report(config, runner))
     message = f"{variants_made(models)}; report: {config.run_dir / 'report.html'}"
     if any(model.failures for model in models):
@@ -96,3 +93,30 @@ def _limit_gpu(config: RunConfig) -> None:
     if resolve_device(config.runner.device).startswith("cuda"):
         with get_client(sync_client=True) as client:
             client.upsert_global_concurrency_limit_by_name(GPU_LIMIT, 1)
+
+
+def run_title(config: RunConfig) -> str:
+    """`quantize smollm2-135m loss-aware 4.25` for one variant, else `sweep demo: 1 model × 5 strategies × 1 budget`."""
+    models, strategies, budgets = config.models, config.strategies, config.budgets
+    if len(models) == len(strategies) == len(budgets) == 1:
+        return f"quantize {models[0].name} {strategies[0].label} {budgets[0]}"
+    counted = (
+        _counted(len(models), "model", "models"),
+        _counted(len(strategies), "strategy", "strategies"),
+        _counted(len(budgets), "budget", "budgets"),
+    )
+    return f"sweep {config.name}: {' × '.join(counted)}"
+
+
+def run_tags(config: RunConfig) -> list[str]:
+    """What finds a run in the UI: its name, models, strategies and budgets."""
+    return [
+        f"run:{config.name}",
+        *(f"model:{model.name}" for model in config.models),
+        *(f"strategy:{item.label}" for item in config.strategies),
+        *(f"budget:{text}" for text in config.budgets),
+    ]
+
+
+def _counted(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"

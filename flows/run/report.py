@@ -14,7 +14,7 @@ from lmq_flows.config.names import slug
 from lmq_flows.config.run import RunConfig
 from lmq_flows.graph.build import Variant
 from lmq_flows.graph.node import Graph, Input, Node
-from lmq_flows.run.holding import run_lease
+from lmq_flows.run.liveness import run_lease
 from lmq_flows.run.measured_tables import write_measured_tables
 from lmq_flows.run.model import ModelOutcome, execute_with_progress
 from lmq_flows.run.prepare import absolute_store_url

@@ -30,7 +30,7 @@ from lmq_flows.graph.model_nodes import CapturedText, ModelNodes
 from lmq_flows.graph.node import Graph, Node
 from lmq_flows.graph.progress import RunProgress, TerminalReporter
 from lmq_flows.graph.walk import execute_directly
-from lmq_flows.run.holding import keeping, run_lease
+from lmq_flows.run.liveness import keeping, run_lease
 from lmq_flows.run.plan import ready_models
 from lmq_storage import ArtifactRef
 from lmq_tasks.planning import spec_of

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from lmq_storage import ArtifactStore, housekeeping, leases
+from lmq_storage import ArtifactStore, housekeeping, leases, processes
 from lmq_storage.housekeeping import collect_garbage, list_contents
 from lmq_storage.leases import Lease
 from lmq_storage.processes import is_alive, process_token
@@ -171,7 +171,7 @@ def test_another_machines_lease_counts_while_it_is_renewed(store, monkeypatch):
     store.write_text("leases/night.0123456789ab-1-1-00000000.json", json.dumps(lease))
     assert [item.run.state for item in list_contents(store).runs] == ["in progress"]
     assert collect(store).uris == ()
-    monkeypatch.setattr(leases, "SILENT_AFTER_S", -1e9)
+    monkeypatch.setattr(processes, "SILENT_AFTER_S", -1e9)
     assert collect(store).uris == (ref.uri,)
 
 

@@ -170,10 +170,14 @@ def test_nodes_of_a_lost_chunk_are_tried_one_by_one(server, tmp_path, monkeypatc
     def chunk(label, items):
         return out_of_memory(items=items) or run_chunk.fn(label, items)
 
+    def killed(label, key, site, config, inputs):
+        return out_of_memory(config=config)
+
     def node(**item):
         carrier, parameters, was_there = node_task(**item)
-        killed = task(lambda **given: out_of_memory(**given), name="killed", persist_result=False)
-        return (killed if item["config"]["layer"] == 3 else carrier), parameters, was_there
+        if item["config"]["layer"] == 3:
+            carrier = task(killed, name="killed", persist_result=False)
+        return carrier, parameters, was_there
 
     monkeypatch.setattr(walk_module, "run_chunk", task(chunk, name="chunk", persist_result=False))
     monkeypatch.setattr(walk_module, "node_task", node)

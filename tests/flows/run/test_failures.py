@@ -12,16 +12,16 @@ from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterParentFlowRunId
 
-import lmq_flows.run.finding
+import lmq_flows.run.find
 import lmq_flows.run.prepare
 import lmq_tasks.engine
 from lmq.errors import InputError, LmqError
 from lmq.report.results import read_results
 from lmq_flows.cli import main
 from lmq_flows.graph.records import record_storage
-from lmq_flows.run.failures import failure_of_all
 from lmq_flows.run.plan import plan_run
-from lmq_flows.run.run_names import run_tags, run_title
+from lmq_flows.run.prepare import failure_of_all
+from lmq_flows.run.quantize import run_tags, run_title
 from lmq_flows.run.ui import summary
 from lmq_storage import StoreError
 from lmq_tasks.retries import RETRIES, STORE_RETRIES, STORE_UNAVAILABLE, is_transient
@@ -167,7 +167,7 @@ def test_the_hub_is_asked_again_when_it_cannot_be_reached(
 
     original = lmq_flows.run.prepare.locate
     monkeypatch.setattr(lmq_flows.run.prepare, "locate", locate)
-    monkeypatch.setattr(lmq_flows.run.finding, "_find", lmq_flows.run.finding._find.with_options(retry_delay_seconds=0))
+    monkeypatch.setattr(lmq_flows.run.find, "_find", lmq_flows.run.find._find.with_options(retry_delay_seconds=0))
     done = run_and_look(tiny_config(tiny_llama, tmp_path, strategies=["uniform"], measure__menu=["b4g64"]))
     assert done.state.is_completed() == completed
     assert len(asked) == calls
