@@ -1,4 +1,4 @@
-"""Files of a store on any fsspec file system: whole or not there, asked again when the storage stumbles.
+"""Files of a store on any fsspec file system: whole or not there, with requests repeated when the storage fails.
 
 Two kinds of error leave this module besides FileNotFoundError: BadStore for what no repetition will change
 (no such bucket, no credentials, not allowed), and StoreError when a storage kept failing. Listings are never

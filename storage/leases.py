@@ -65,7 +65,7 @@ class Lease:
             else:
                 self._write(ended=True)
         except (StoreError, OSError) as failure:
-            _log.warning("the lease %s says still that its run is in progress: %s", self._path, failure)
+            _log.warning("the lease %s could not be ended and still says that its run is in progress: %s", self._path, failure)
 
     def use(self, uris: Iterable[str], *, at_once: bool = True) -> None:
         """Note artifacts that the run needs; `at_once`: they are kept from the moment this returns."""
@@ -144,7 +144,7 @@ def read_lease(files: StoreFiles, path: str, now: float | None) -> HeldLease | N
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, StoreError) as error:
-        _log.warning("%s is no lease: %s", path, error)
+        _log.warning("%s cannot be read as a lease and is ignored: %s", path, error)
         return None
     alive = counts_as_alive(path.removeprefix(f"leases/{run}."), 0.0 if now is None else now - modified)
     return HeldLease(

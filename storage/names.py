@@ -15,7 +15,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 def checked_name(name: str) -> str:
     """A name of one part (a stage, a key, a run). Raises StoreError for anything that could leave its directory."""
     if not isinstance(name, str) or _NAME.fullmatch(name) is None:
-        raise StoreError(f"{name!r} is no name of the store: letters, digits, '.', '_' and '-' are allowed")
+        raise StoreError(f"{name!r} is not a valid name in a store: letters, digits, '.', '_' and '-' are allowed")
     return name
 
 
@@ -24,7 +24,7 @@ def checked_file_name(name: str) -> str:
     path = PurePosixPath(name) if isinstance(name, str) else PurePosixPath()
     unsafe = path.is_absolute() or not path.parts or ".." in path.parts or "\\" in name or "\0" in name
     if unsafe or path.as_posix() != name:
-        raise StoreError(f"{name!r} is no name of an artifact's file: it must be a plain relative path")
+        raise StoreError(f"{name!r} is not a valid name for a file of an artifact: it must be a plain relative path")
     return name
 
 

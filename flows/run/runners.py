@@ -146,7 +146,7 @@ def _package(kind: str) -> Any:
 
 def _unreachable(config: RunnerConfig, error: Exception) -> InputError:
     where = config.address or "on this machine"
-    return InputError(f"no {config.kind.capitalize()} cluster could be had at runner.address = {where}: {error}")
+    return InputError(f"no {config.kind.capitalize()} cluster answered at runner.address = {where}: {error}")
 
 
 def _serves_others(api_url: str | None) -> bool:

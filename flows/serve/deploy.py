@@ -111,7 +111,7 @@ def _check_port(host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise InputError(f"{host}:{port} cannot be listened on ({error.strerror}); give another --port") from error
+            raise InputError(f"cannot listen on {host}:{port} ({error.strerror}); give another --port") from error
 
 
 def _wait_until_healthy(url: str, server: subprocess.Popen[bytes]) -> None:

@@ -11,7 +11,7 @@ BAD_PARTS = ["", "..", ".", "../x", "a/b", "/etc", "a\\b", ".hidden", "a\0", "a\
 
 @pytest.mark.parametrize("name", BAD_PARTS)
 def test_a_name_of_one_part_cannot_leave_its_directory(name):
-    with pytest.raises(StoreError, match="is no name of the store"):
+    with pytest.raises(StoreError, match="is not a valid name in a store"):
         checked_name(name)
 
 

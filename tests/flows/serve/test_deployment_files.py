@@ -97,7 +97,7 @@ def test_the_form_takes_the_budgets_that_runs_take(text: str, allowed: bool) -> 
 
 @pytest.mark.parametrize(
     ("changes", "allowed"),
-    [({}, True), ({"menu": ["b3g64"]}, True), ({"menu": ["b5g64"]}, False), ({"strategy": "magic"}, False),
+    [({}, True), ({"menu": ["b3g64"]}, True), ({"menu": ["b7g64"]}, False), ({"strategy": "magic"}, False),
      ({"calibration": {"sequences": 0}}, False), ({"colour": 1}, False), ({"target": "vllm"}, True)],
 )  # fmt: skip
 def test_the_schema_of_the_form_refuses_what_a_run_would(changes: dict[str, Any], allowed: bool) -> None:
