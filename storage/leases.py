@@ -65,7 +65,7 @@ class Lease:
             else:
                 self._write(ended=True)
         except (StoreError, OSError) as failure:
-            _log.warning("the lease %s could not be ended and still says that its run is in progress: %s", self._path, failure)
+            _log.warning("the lease %s could not be ended, so its run still looks in progress: %s", self._path, failure)
 
     def use(self, uris: Iterable[str], *, at_once: bool = True) -> None:
         """Note artifacts that the run needs; `at_once`: they are kept from the moment this returns."""

@@ -34,7 +34,7 @@ class ArtifactRecords(WritableFileSystem):
         """A record. Raises FileNotFoundError when there is none, and StoreError for one that Prefect must not read."""
         content = _files(self.store_url).read(_record_path(path))
         if not is_plain_record(content):
-            raise StoreError(f"{_record_path(path)} in {self.store_url} is not a record that lmq wrote, so it was not read")
+            raise StoreError(f"{_record_path(path)} in {self.store_url} is no record that lmq wrote and was not read")
         return content
 
     def write_path(self, path: str, content: bytes, _sync: bool = True) -> str:  # type: ignore[override]
