@@ -38,7 +38,7 @@ def source_digest(stage: Stage) -> str:
         used, library = _stage_sources(function.__module__, function.__name__)
         parts += used
         modules = modules.union(*(_closure(name) for name in library))
-    parts += [f"{name}:{_normalised(_parse(name))}" for name in sorted(modules)]
+    parts += [_module_digest(name) for name in sorted(modules)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
@@ -126,8 +126,14 @@ def _closure(module: str) -> frozenset[str]:
         name = waiting.pop()
         if name not in found:
             found.add(name)
-            waiting += [place for node in ast.walk(_parse(name)) for place in _library_modules(node)]
+            waiting += _imported_library(name)
     return frozenset(found)
+
+
+@cache
+def _imported_library(module: str) -> tuple[str, ...]:
+    """Library modules that one module imports or names."""
+    return tuple({place for node in ast.walk(_parse(module)) for place in _library_modules(node)})
 
 
 def _library_modules(node: ast.AST) -> Iterator[str]:
@@ -158,6 +164,11 @@ def _parse(module: str) -> ast.Module:
     assert spec is not None, f"no source for {module}"
     assert spec.origin is not None, f"no source for {module}"
     return ast.parse(Path(spec.origin).read_text())
+
+
+@cache
+def _module_digest(name: str) -> str:
+    return f"{name}:{hashlib.sha256(_normalised(_parse(name)).encode()).hexdigest()}"
 
 
 def _normalised(tree: ast.AST) -> str:
