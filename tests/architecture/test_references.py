@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGES = {"lmq": "lmq", "lmq_storage": "storage", "lmq_tasks": "tasks", "lmq_flows": "flows"}
 ELSEWHERE = {"lmq_flows.presets": "deployments/presets", "lmq_flows.deployments": "deployments"}
-LABELS = {"lmq.schema", "lmq.grids", "lmq.process", "lmq.host", "lmq.alive"}
+LABELS = {"lmq.schema", "lmq.grids", "lmq.moments", "lmq.process", "lmq.host", "lmq.alive"}
 """Keys in files and labels of runs, which look like modules."""
 FOLDERS = ("lmq", "storage", "tasks", "flows", "tests", "docs", "benchmarks", "deployments")
 DOCUMENTS = sorted(
