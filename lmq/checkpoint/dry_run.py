@@ -72,9 +72,7 @@ def _try_opening(model: Any, structure: ModelStructure) -> None:
             layer = QuantizedLinear(module.in_features, module.out_features, spec, bias=has_bias, device="meta")
             model.set_submodule(path, layer)
     for part in model.modules():
-        vars(part).pop(
-            "_is_hf_initialized", None
-        )  # else transformers leaves out what it did when the skeleton was built
+        vars(part).pop("_is_hf_initialized", None)  # set when the skeleton was built
     try:
         model.initialize_weights()
     except _FAILURES as error:

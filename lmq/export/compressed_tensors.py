@@ -32,7 +32,7 @@ from lmq.export.report import ExportReport, ModuleStep, directory_bytes, relativ
 from lmq.export.source import QuantizedCheckpoint
 from lmq.formats.groups import Grid, nearest_codes
 from lmq.model.directory import complete_directory, copy_companions, write_json, write_shards
-from lmq.model.tensors import read_headers
+from lmq.model.tensors import headers_of
 from lmq.quantizers.integer_zeros import SYMMETRIC_BITS, nearest_zero, refit_scale, whole_zeros
 
 TARGET = TARGETS["vllm"]
@@ -71,7 +71,11 @@ def export(checkpoint: QuantizedCheckpoint, target: Path) -> ExportReport:
             for path in checkpoint.specs:
                 tensors, steps[path] = _module(checkpoint, path)
                 save_file(tensors, Path(parts) / f"{path}.safetensors")
-            write_shards(directory, {**checkpoint.unquantized, **read_headers(Path(parts))}, DEFAULT_MAX_SHARD_BYTES)
+            write_shards(
+                directory,
+                {**checkpoint.unquantized, **headers_of(sorted(Path(parts).iterdir()))},
+                DEFAULT_MAX_SHARD_BYTES,
+            )
         copy_companions(checkpoint.path, directory)
         config = {**checkpoint.model_config, "quantization_config": quantization_config(checkpoint)}
         write_json(directory / "config.json", config)
