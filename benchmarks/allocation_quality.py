@@ -28,8 +28,8 @@ from lmq.allocation.strategies import STRATEGIES
 from lmq.evaluation.perplexity import full_windows
 from lmq.evaluation.windows import window_tokens
 from lmq.formats.spec import STOPS
-from lmq.measurement.grids import load_grids
-from lmq.measurement.quantized_model import Choice, QuantizedPoint
+from lmq.measurement.grids import Allocation, load_grids
+from lmq.measurement.quantized_model import QuantizedPoint
 from lmq.model.streaming import StreamedModel
 from lmq.text.calibration import read_tokens
 from lmq_flows.config.run import RunConfig, parse_run_config
@@ -38,7 +38,7 @@ from lmq_flows.graph.walk import execute_directly
 from lmq_flows.run.plan import ready_models
 from lmq_storage import ArtifactRef, ArtifactStore
 from lmq_tasks.opened import located_dir
-from lmq_tasks.planning import read_choice
+from lmq_tasks.planning import ALLOCATION_FILE, read_configurations
 from lmq_tasks.stage import open_store
 from lmq_tasks.texts import PREFIX_FILE, TOKENS_FILE
 
@@ -134,17 +134,17 @@ def _model_rows(config: RunConfig) -> Iterator[str]:
     for variant in variants:
         if variant.allocation is None:
             continue
-        choice = read_choice(judge.store.path(refs[variant.allocation], "choice.json"))
-        losses = judge.losses(choice)
+        allocation = read_configurations(judge.store.path(refs[variant.allocation], ALLOCATION_FILE))
+        losses = judge.losses(allocation)
         if variant.strategy is not None and variant.strategy.name == "uniform":
             uniform = losses
-        yield _row(variant, models[0], choice, losses, uniform, full)
+        yield _row(variant, models[0], allocation, losses, uniform, full)
 
 
 def _row(
     variant: Variant,
     model: PreparedModel,
-    choice: Choice,
+    allocation: Allocation,
     losses: np.ndarray,
     uniform: np.ndarray,
     full: np.ndarray,
@@ -152,7 +152,7 @@ def _row(
     """One row; `losses`, `uniform` and `full` are nats per token of every evaluation window."""
     structure = model.structure
     assert variant.strategy is not None
-    size_bytes = sum(choice[module.id].size_bytes(module.parameters) for module in structure.modules)
+    size_bytes = sum(allocation[module.id].size_bytes(module.parameters) for module in structure.modules)
     gap, gain = float((uniform - full).mean()), uniform - losses
     closed, error = 100 * gain.mean() / gap, 100 * gain.std(ddof=1) / len(gain) ** 0.5 / gap
     size = (variant.budget or "").removeprefix("uniform ")
@@ -178,11 +178,11 @@ class _Judge:
         self._tokens = window_tokens(stream, full_windows(stream.numel(), WINDOW, WINDOW), prefix)
         self._known: dict[Any, np.ndarray] = {}
 
-    def losses(self, choice: Choice | None) -> np.ndarray:
+    def losses(self, allocation: Allocation | None) -> np.ndarray:
         """Mean loss of every window in nats per token."""
-        key = None if choice is None else tuple(sorted(choice.items()))
+        key = None if allocation is None else tuple(sorted(allocation.items()))
         if key not in self._known:
-            self._known[key] = self._point.losses(self._tokens, choice).numpy()
+            self._known[key] = self._point.losses(self._tokens, allocation).numpy()
         return self._known[key]
 
 

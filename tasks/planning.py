@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,13 +23,15 @@ from lmq_tasks.measure import measured_rows, read_profile
 from lmq_tasks.opened import read_structure
 from lmq_tasks.stage import Job, stage
 
+ALLOCATION_FILE = "allocation.json"
 
-@stage("allocate", version=1, schema=ALLOCATION_SCHEMA.label)
+
+@stage("allocate", version=2, schema=ALLOCATION_SCHEMA.label)
 def allocate(job: Job) -> None:
     """Choose the configuration of every module under a budget in bytes.
 
-    Files: allocation.parquet (with costs), solution.json (objective, bound), and the bare choice, whole
-    (choice.json) and by layer (layer-000.json, ...), so that equal choices share what follows.
+    Files: allocation.parquet (with costs), solution.json (objective, bound), and the bare configurations, whole
+    (`ALLOCATION_FILE`) and by layer (`layer_file`), so that equal ones share what follows.
     """
     chosen = strategy(job.config["strategy"], **job.config["options"])
     measurements = read_measurements(job, read_structure(job))
@@ -46,10 +49,10 @@ def write_allocation(job: Job, allocation: Allocation, **found: float | None) ->
         **found,
     }
     (job.output / "solution.json").write_text(json.dumps(solution))
-    write_choice(job.output / "choice.json", allocation.specs)
+    write_configurations(job.output / ALLOCATION_FILE, allocation.specs)
     for layer in sorted({module.layer for module in allocation.specs}):
         in_layer = {module: spec for module, spec in allocation.specs.items() if module.layer == layer}
-        write_choice(job.output / f"layer-{layer:03d}.json", in_layer)
+        write_configurations(job.output / layer_file(layer), in_layer)
 
 
 def read_measurements(job: Job, structure: ModelStructure, *, trials: Trials | None = None) -> Measurements:
@@ -78,12 +81,17 @@ def spec_of(row: dict[str, int]) -> QuantSpec:
     return QuantSpec(row["bits"], row["group_size"], row["meta_bits"], row["meta_group_size"])
 
 
-def write_choice(path: Path, choice: dict[ModuleId, QuantSpec]) -> None:
-    """Write module → configuration as JSON; equal choices give equal bytes."""
-    entries = [{**asdict(module), **asdict(spec)} for module, spec in sorted(choice.items())]
+def layer_file(layer: int) -> str:
+    """File of an allocation that holds the configurations of one layer."""
+    return f"layer-{layer:03d}.json"
+
+
+def write_configurations(path: Path, allocation: Mapping[ModuleId, QuantSpec]) -> None:
+    """Write module → configuration as JSON; equal ones give equal bytes."""
+    entries = [{**asdict(module), **asdict(spec)} for module, spec in sorted(allocation.items())]
     path.write_text(json.dumps(entries))
 
 
-def read_choice(path: Path) -> dict[ModuleId, QuantSpec]:
-    """Inverse of `write_choice`."""
+def read_configurations(path: Path) -> dict[ModuleId, QuantSpec]:
+    """Inverse of `write_configurations`."""
     return {ModuleId(entry["layer"], entry["kind"]): spec_of(entry) for entry in json.loads(path.read_text())}

@@ -10,7 +10,7 @@ from lmq.measurement.grids import load_grids
 from lmq.quantizers import quantizer
 from lmq_tasks.measure import GRIDS_FILE
 from lmq_tasks.opened import layer_weights, model_dir, read_structure
-from lmq_tasks.planning import read_choice
+from lmq_tasks.planning import ALLOCATION_FILE, layer_file, read_configurations
 from lmq_tasks.stage import Job, stage
 
 
@@ -19,32 +19,32 @@ def quantize(job: Job) -> None:
     """Quantize and pack the modules of one layer at their chosen configurations."""
     structure = read_structure(job)
     layer = job.config["layer"]
-    choice = read_choice(job.input("choice", f"layer-{layer:03d}.json"))
+    allocation = read_configurations(job.input("allocation", layer_file(layer)))
     grids = load_grids(job.input("grids", GRIDS_FILE))
     by_kind = layer_weights(job, structure, layer)
     weights = {info.id: by_kind[info.id.kind].to(job.device) for info in structure.in_layer(layer)}
     on_device = {
-        module: {spec: grid.to(job.device) for spec, grid in by_spec.items() if spec == choice[module]}
+        module: {spec: grid.to(job.device) for spec, grid in by_spec.items() if spec == allocation[module]}
         for module, by_spec in grids.items()
     }
-    save_layer(job.output / "layer.safetensors", quantize_layer(structure, weights, on_device, choice))
+    save_layer(job.output / "layer.safetensors", quantize_layer(structure, weights, on_device, allocation))
 
 
 @stage("checkpoint", version=4, schema="checkpoint/1")
 def checkpoint(job: Job) -> None:
     """Join quantized layers with the unquantized tensors into a checkpoint that `lmq.load` opens."""
     structure = read_structure(job)
-    choice = read_choice(job.input("choice", "choice.json"))
+    allocation = read_configurations(job.input("allocation", ALLOCATION_FILE))
     target = job.output / "checkpoint"
     assemble_checkpoint(
         target,
         model_dir(job),
         structure,
-        choice,
+        allocation,
         job.inputs("quantized", "layer.safetensors"),
         quantizer=quantizer(**job.config["quantizer"]),
     )
-    counted = sum(choice[info.id].size_bytes(info.parameters) for info in structure.modules)
+    counted = sum(allocation[info.id].size_bytes(info.parameters) for info in structure.modules)
     stored = quantized_bytes(target)
     if stored != counted:
         raise LmqError(f"the checkpoint holds {stored:,} bytes of quantized modules where {counted:,} were counted")

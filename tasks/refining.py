@@ -35,7 +35,7 @@ TRIALS_SCHEMA = TableSchema(
 """Every plan that was tried: `divergence` in nats per token on the validation slice, null where it broke the model."""
 
 
-@stage("refine", version=1, schema=ALLOCATION_SCHEMA.label)
+@stage("refine", version=2, schema=ALLOCATION_SCHEMA.label)
 def refine(job: Job) -> None:
     """Choose the configuration of every module by trying plans on the model, under a budget in bytes.
 

@@ -26,6 +26,7 @@ from lmq_flows.graph.model_nodes import (
     calibration_sizes,
 )
 from lmq_flows.graph.node import FileOf, Graph, Input, Node
+from lmq_tasks.planning import ALLOCATION_FILE, layer_file
 
 FULL_PRECISION = "full-precision"
 
@@ -260,27 +261,20 @@ class _ModelGraph(ModelNodes):
             inputs |= self.measured.trials
         variant.allocation = self.add(stage, what, config, inputs, **own)
         for layer, grids in enumerate(self.measured.grids):
-            choice = FileOf(variant.allocation, layer_choice_file(layer))
-            inputs = {"choice": choice, "grids": grids}
+            inputs = {"allocation": FileOf(variant.allocation, layer_file(layer)), "grids": grids}
             expected = (variant.budget_bytes or 0) // self.model.structure.layers
             node = self.add(
                 "quantize", f"{what} layer {layer}", {"layer": layer}, inputs, expected_bytes=expected, **own
             )
             variant.quantized.append(node)
-        choice = FileOf(variant.allocation, "choice.json")
         variant.checkpoint = self.add(
             "checkpoint",
             what,
             {"quantizer": self._config.quantizer},
-            {"choice": choice, "quantized": list(variant.quantized)},
+            {"allocation": FileOf(variant.allocation, ALLOCATION_FILE), "quantized": list(variant.quantized)},
             expected_bytes=self.model.structure.other_bytes,
             **own,
         )
         inputs = {"tokens": tokens, "reference": reference, "checkpoint": variant.checkpoint}
         variant.evaluation = self.add("evaluate", what, windows, inputs, **own)
         self._judge(variant, Subject(inputs={"checkpoint": variant.checkpoint}))
-
-
-def layer_choice_file(layer: int) -> str:
-    """File of an allocation that holds one layer's choice."""
-    return f"layer-{layer:03d}.json"

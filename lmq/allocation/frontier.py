@@ -43,7 +43,7 @@ def frontier(chosen: Strategy, measurements: Measurements, budgets: Sequence[int
     """Solve the strategy's program for every budget in bytes; points by budget, their objectives never rise.
 
     The unit of the objective is that of the strategy's costs. Raises InputError for a strategy that solves no program
-    or tries plans on the model, InfeasibleBudget as the strategy does.
+    or tries allocations on the model, InfeasibleBudget as the strategy does.
     """
     found: list[FrontierPoint] = []
     for budget_bytes in sorted(budgets):
@@ -64,7 +64,7 @@ def uniform_points(chosen: Strategy, measurements: Measurements) -> dict[QuantSp
 
 def _point(chosen: Strategy, measurements: Measurements, budget_bytes: int) -> FrontierPoint:
     if "trials" in chosen.needs:
-        raise InputError(f"{chosen.name} tries every plan on the model; {_PROGRAMS}")
+        raise InputError(f"{chosen.name} tries every allocation on the model; {_PROGRAMS}")
     allocation: Allocation = chosen.allocate(measurements, budget_bytes)
     if allocation.objective is None or allocation.lower_bound is None:
         raise InputError(f"{chosen.name} solves no program and predicts no cost; {_PROGRAMS}")

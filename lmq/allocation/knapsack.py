@@ -1,15 +1,15 @@
 """Exact multiple-choice knapsack: one configuration per module, least total cost, total size within a capacity.
 
-How it works, with c the costs, w the sizes, C the capacity and one choice per module:
+How it works, with c the costs, w the sizes, C the capacity and one allocation per module:
 
-1. Lagrangian bound. For any multiplier λ >= 0 no feasible choice costs less than
+1. Lagrangian bound. For any multiplier λ >= 0 no feasible allocation costs less than
    L(λ) = Σ min_j (c + λ·w) − λ·C. The λ that maximises L is found exactly, by the secant method.
-2. Excess. Choosing configuration j adds excess_j = (c_j + λ·w_j) − min (c + λ·w) >= 0. A feasible choice costs
-   L(λ) + Σ excess + λ·(unused capacity). So the choices with a total excess of at most E hold every
-   choice that costs at most L(λ) + E.
+2. Excess. Choosing configuration j adds excess_j = (c_j + λ·w_j) − min (c + λ·w) >= 0. A feasible allocation costs
+   L(λ) + Σ excess + λ·(unused capacity). So the allocations with a total excess of at most E hold every
+   allocation that costs at most L(λ) + E.
 3. Dynamic programme over the modules that have an alternative within E, keeping only states that no other state
    beats in size and cost. It runs from two sides and joins them, which keeps both state lists short.
-4. When the best choice found costs at most L(λ) + E it is optimal. Otherwise E grows and step 3 runs again.
+4. When the best allocation found costs at most L(λ) + E it is optimal. Otherwise E grows and step 3 runs again.
 
 Arithmetic is float64 in the costs, exact in the sizes. The optimum is proven to `RELATIVE_ROUNDING`.
 Reference: Kellerer, Pferschy, Pisinger, Knapsack Problems (2004), chapter 11.
@@ -39,7 +39,7 @@ class _TooManyStates(Exception):
 
 @dataclass(frozen=True, eq=False)
 class LagrangianBound:
-    """The best multiplier, the bound that it proves and a choice that fits.
+    """The best multiplier, the bound that it proves and an allocation that fits.
 
     `excess` [modules, configurations] is the excess of every configuration at the multiplier.
     """
@@ -65,7 +65,7 @@ class _Step:
 
 @dataclass(frozen=True, eq=False)
 class _Frontier:
-    """Partial choices that no other beats: `size` rises, `cost` falls. Both count from the least-excess choice."""
+    """Partial allocations that no other beats: `size` rises, `cost` falls. Both count from the one of least excess."""
 
     size: np.ndarray
     excess: np.ndarray
@@ -76,9 +76,9 @@ class _Frontier:
 def solve_knapsack(costs: np.ndarray, sizes: np.ndarray, capacity: int) -> tuple[np.ndarray, float]:
     """Return the configuration of each module [modules] that costs least and fits, and a proven lower bound.
 
-    `costs` float64 and `sizes` int64 [modules, configurations]. The smallest choice must fit `capacity`.
-    The lower bound is below the cost of the choice by what float64 sums may lose, and by more only where
-    the search was given up because it needed too much memory: the choice is then the best one found.
+    `costs` float64 and `sizes` int64 [modules, configurations]. The smallest allocation must fit `capacity`.
+    The lower bound is below the cost of the allocation by what float64 sums may lose, and by more only where
+    the search was given up because it needed too much memory: the allocation is then the best one found.
     """
     least_costs, least_sizes = costs.min(axis=1, keepdims=True), sizes.min(axis=1, keepdims=True)
     costs, sizes, capacity = costs - least_costs, sizes - least_sizes, capacity - int(least_sizes.sum())
@@ -122,9 +122,9 @@ def lagrangian_bound(costs: np.ndarray, sizes: np.ndarray, capacity: int) -> Lag
     return LagrangianBound(multiplier, value, reduced - reduced.min(axis=1, keepdims=True), fits)
 
 
-def total(table: np.ndarray, choice: np.ndarray) -> float:
+def total(table: np.ndarray, columns: np.ndarray) -> float:
     """Sum of the chosen cell of each row; whole where the table is."""
-    return table[np.arange(len(choice)), choice].sum().item()
+    return table[np.arange(len(columns)), columns].sum().item()
 
 
 def _first_limit(excess: np.ndarray) -> float:
@@ -135,7 +135,7 @@ def _first_limit(excess: np.ndarray) -> float:
 
 
 def _search(sizes: np.ndarray, capacity: int, bound: LagrangianBound, limit: float) -> np.ndarray | None:
-    """Find the best feasible choice among those with a total excess of at most `limit`; None if there is none."""
+    """Find the best feasible allocation among those with a total excess of at most `limit`; None if there is none."""
     base = bound.excess.argmin(axis=1)
     room = capacity - int(total(sizes, base))
     left = right = _Frontier(np.zeros(1, np.int64), np.zeros(1), np.zeros(1))
@@ -149,10 +149,10 @@ def _search(sizes: np.ndarray, capacity: int, bound: LagrangianBound, limit: flo
     ends = _join(left, right, room)
     if ends is None:
         return None
-    choice = base.copy()
+    columns = base.copy()
     for frontier, state in zip((left, right), ends, strict=True):
-        _trace(frontier, state, choice)
-    return choice
+        _trace(frontier, state, columns)
+    return columns
 
 
 def _core(excess: np.ndarray, limit: float) -> np.ndarray:
@@ -207,8 +207,8 @@ def _join(left: _Frontier, right: _Frontier, room: int) -> tuple[int, int] | Non
     return int(best), int(partner[best])
 
 
-def _trace(frontier: _Frontier, state: int, choice: np.ndarray) -> None:
-    """Write into `choice` the items that led to a state."""
+def _trace(frontier: _Frontier, state: int, columns: np.ndarray) -> None:
+    """Write into `columns` the items that led to a state."""
     for step in reversed(frontier.steps):
         item, state = divmod(int(step.origins[state]), step.states_before)
-        choice[step.module] = step.items[item]
+        columns[step.module] = step.items[item]

@@ -20,7 +20,7 @@ RELATIVE_GAP = 1e-9
 INTEGRALITY = 1e-9
 """How far from 0 or 1 HiGHS may leave a variable: its own 1e-6, times millions of size units, is over the budget."""
 TYPICAL_OBJECTIVE = 1e3
-"""Costs are scaled so that the smallest choice costs this, far above the absolute tolerances of HiGHS."""
+"""Costs are scaled so that the smallest allocation costs this, far above the absolute tolerances of HiGHS."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,14 +54,14 @@ def solve_milp(
         random_seed=0,
     )
     status = milp.problem.solve(solver)
-    choice = _chosen(milp) if status == pulp.LpStatusOptimal else start
-    if status == pulp.LpStatusInfeasible or not program.keeps(choice, capacity):
+    columns = _chosen(milp) if status == pulp.LpStatusOptimal else start
+    if status == pulp.LpStatusInfeasible or not program.keeps(columns, capacity):
         raise LmqError(
             "HiGHS called a feasible program infeasible, or its allocation breaks the budget or a constraint; "
             "solve with method='knapsack' and without limits"
         )
     bound = milp.problem.solverModel.getInfo().mip_dual_bound / scale + float(least_costs.sum())
-    return choice, bound
+    return columns, bound
 
 
 def _build(program: Program, costs: np.ndarray, capacity: int) -> _Milp:
@@ -81,7 +81,7 @@ def _build(program: Program, costs: np.ndarray, capacity: int) -> _Milp:
 
 
 def _limit_size(milp: _Milp, program: Program, rows: np.ndarray, size_bytes: int) -> None:
-    """Σ size of the rows within `size_bytes`, counted above the smallest choice and in the largest whole unit."""
+    """Σ size of the rows within `size_bytes`, counted above the smallest allocation and in the largest whole unit."""
     smallest = np.take_along_axis(program.sizes, program.smallest[:, None], axis=1)
     extra_size = (program.sizes - smallest)[program.allowed]
     used = np.flatnonzero(np.isin(milp.cells[:, 0], rows) & (extra_size > 0))

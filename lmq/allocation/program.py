@@ -1,4 +1,4 @@
-"""The budget program as numbers: what every choice costs and takes, and the constraints it must keep.
+"""The budget program as numbers: what every allocation costs and takes, and the constraints it must keep.
 
 Rows that must be alike are fused into one whose costs and sizes are their sums, so that every solver keeps them
 alike by construction.
@@ -38,7 +38,7 @@ class Limit:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ProgramConstraints:
-    """What a choice must keep beside the budget. `lmq.allocation.constraints` makes it from names and patterns.
+    """What an allocation must keep beside the budget. `lmq.allocation.constraints` makes it from names and patterns.
 
     allowed: bool [modules, configurations]. groups: rows that share one configuration; groups may overlap.
     most_configurations: how many different configurations may be in use, None for any number.
@@ -90,7 +90,7 @@ class Program:
 
     @property
     def is_constrained(self) -> bool:
-        """Whether anything but the budget limits a choice."""
+        """Whether anything but the budget limits an allocation."""
         alike = len(self.costs) < len(self.row_of)
         return alike or not self.allowed.all() or self.binding_count is not None or bool(self.limits)
 
@@ -104,18 +104,18 @@ class Program:
         """The largest allowed configuration of every row [rows]."""
         return np.where(self.allowed, self.sizes, -1).argmax(axis=1)
 
-    def size_bytes(self, choice: np.ndarray, rows: Sequence[int] | None = None) -> int:
-        """Total size of a choice [rows], or of some of its rows."""
-        size = np.take_along_axis(self.sizes, choice[:, None], axis=1)
+    def size_bytes(self, columns: np.ndarray, rows: Sequence[int] | None = None) -> int:
+        """Total size of an allocation [rows], or of some of its rows."""
+        size = np.take_along_axis(self.sizes, columns[:, None], axis=1)
         return int(size.sum() if rows is None else size[list(rows)].sum())
 
-    def keeps(self, choice: np.ndarray, capacity: int) -> bool:
-        """Whether a choice [rows] is within the capacity and keeps every constraint."""
+    def keeps(self, columns: np.ndarray, capacity: int) -> bool:
+        """Whether an allocation [rows] is within the capacity and keeps every constraint."""
         return (
-            bool(np.take_along_axis(self.allowed, choice[:, None], axis=1).all())
-            and self.size_bytes(choice) <= capacity
-            and (self.most_configurations is None or len(np.unique(choice)) <= self.most_configurations)
-            and all(self.size_bytes(choice, limit.rows) <= limit.size_bytes for limit in self.limits)
+            bool(np.take_along_axis(self.allowed, columns[:, None], axis=1).all())
+            and self.size_bytes(columns) <= capacity
+            and (self.most_configurations is None or len(np.unique(columns)) <= self.most_configurations)
+            and all(self.size_bytes(columns, limit.rows) <= limit.size_bytes for limit in self.limits)
         )
 
     def within(self, columns: np.ndarray) -> Program:
@@ -185,18 +185,18 @@ def solve_column_sets(program: Program, capacity: int) -> tuple[np.ndarray, floa
     for bound, part in sorted(zip(bounds, parts, strict=True), key=itemgetter(0)):
         if bound >= best_cost:
             break
-        choice, lower_bound = solve_knapsack(*part.as_knapsack(capacity), capacity)
+        columns, lower_bound = solve_knapsack(*part.as_knapsack(capacity), capacity)
         proven = min(proven, lower_bound)
-        if (cost := total(program.costs, choice)) < best_cost:
-            best, best_cost = choice, cost
+        if (cost := total(program.costs, columns)) < best_cost:
+            best, best_cost = columns, cost
     assert best is not None
     return best, proven
 
 
 def smallest_choice(program: Program) -> np.ndarray | None:
-    """The choice [rows] of the smallest size that keeps every constraint; None if there is none."""
+    """The allocation [rows] of the smallest size that keeps every constraint; None if there is none."""
     candidates = [part.smallest for part in map(program.within, program.column_sets())]
-    kept = [choice for choice in candidates if program.keeps(choice, program.size_bytes(choice))]
+    kept = [columns for columns in candidates if program.keeps(columns, program.size_bytes(columns))]
     return min(kept, key=program.size_bytes, default=None)
 
 

@@ -1,6 +1,6 @@
 """Refine an allocation by measured loss: cautious steps, each kept only when the loss on a validation slice falls.
 
-Around the current choice p the loss of another choice c is, to second order in the weight errors,
+Around the current allocation p the loss of another allocation c is, to second order in the weight errors,
 
     L(c) ≈ L(p) + Σ_m first_order[m, c_m] + Σ_m second_order[m, c_m] + cross terms of modules that change together.
 
@@ -27,7 +27,8 @@ from lmq.allocation.program import ProgramConstraints
 from lmq.allocation.solver import solve
 from lmq.errors import InputError
 from lmq.formats.spec import QuantSpec
-from lmq.measurement.quantized_model import Choice, QuantizedPoint
+from lmq.measurement.grids import Allocation
+from lmq.measurement.quantized_model import QuantizedPoint
 from lmq.model.structure import ModuleId
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ logger = logging.getLogger(__name__)
 UNIFORM = "uniform"
 
 MeasuredLosses = Callable[[np.ndarray], np.ndarray]
-"""Loss of a choice [modules] on each sequence of the validation slice [sequences], in nats per token."""
+"""Loss of an allocation [modules] on each sequence of the validation slice [sequences], in nats per token."""
 
 LossChanges = Mapping[tuple[ModuleId, QuantSpec], np.ndarray]
 """⟨∇_W L, Ŵ − W⟩ of every module and configuration [draws · sequences], from `lmq.measurement.sequence_fisher`."""
@@ -46,7 +47,7 @@ class LocalCosts:
     """What changing one module does to the loss, others kept: [modules, configurations], nats per token.
 
     `first_order` is the inner product of the loss gradient at the quantized point with the change of weights,
-    `second_order` (not negative) the curvature along that change; both are 0 at the current choice.
+    `second_order` (not negative) the curvature along that change; both are 0 at the current allocation.
     """
 
     first_order: np.ndarray
@@ -54,19 +55,19 @@ class LocalCosts:
 
 
 class Trials(Protocol):
-    """Plans (module → configuration) tried on the model itself; `lmq.allocation.refine.ModelTrials` is one."""
+    """Allocations (module → configuration) tried on the model itself; `lmq.allocation.refine.ModelTrials` is one."""
 
-    def divergences(self, plan: Mapping[ModuleId, QuantSpec]) -> np.ndarray:
+    def divergences(self, allocation: Allocation) -> np.ndarray:
         """Loss on each sequence of the validation slice [sequences], nats per token."""
         ...
 
-    def local_costs(self, plan: Mapping[ModuleId, QuantSpec], menu: Sequence[QuantSpec]) -> LocalCosts:
-        """Local costs around the plan, [modules of the plan, menu]."""
+    def local_costs(self, allocation: Allocation, menu: Sequence[QuantSpec]) -> LocalCosts:
+        """Local costs around the allocation, [modules of the allocation, menu]."""
         ...
 
 
 MeasuredLocalCosts = Callable[[np.ndarray], LocalCosts]
-"""Local costs around a choice [modules], measured on calibration text outside the validation slice."""
+"""Local costs around an allocation [modules], measured on calibration text outside the validation slice."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,13 +91,13 @@ class RefineOptions:
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """A choice that was measured, and its losses [sequences].
+    """An allocation that was measured, and its losses [sequences].
 
     `origin` is a candidate's name or `round 1, caution 3`.
     """
 
     origin: str
-    choice: np.ndarray
+    columns: np.ndarray
     changed_modules: int
     losses: np.ndarray
 
@@ -119,9 +120,9 @@ class Step:
 
 @dataclass(frozen=True, eq=False)
 class Refinement:
-    """The best choice that was measured, its loss, that of uniform at the same budget, and all that was tried."""
+    """The best allocation that was measured, its loss, that of uniform at the same budget, and all that was tried."""
 
-    choice: np.ndarray
+    columns: np.ndarray
     loss: float
     uniform_loss: float
     tried: tuple[Step, ...]
@@ -148,8 +149,8 @@ def refine(
 ) -> Refinement:
     """The candidate of least measured loss, improved by cautious steps while its measured loss falls.
 
-    `candidates` are choices [modules] of columns of `sizes_bytes` [modules, configurations] that keep the budget and
-    the constraints: what is returned is never worse than any of them, as measured. `uniform` is the choice that the
+    `candidates` are columns [modules] of `sizes_bytes` [modules, configurations] that keep the budget and
+    the constraints: what is returned is never worse than any of them, as measured. `uniform` is the allocation that the
     gain is stated against; it need not be a candidate. Raises InputError where there is no candidate, and for one of
     the wrong shape or over the budget.
     """
@@ -158,26 +159,26 @@ def refine(
     if not candidates:
         raise InputError("there are no candidates to choose among; give one or more")
     losses_of = _measured_once(measured_losses)
-    tried = [Step(name, choice, 0, losses_of(choice)) for name, choice in candidates.items()]
+    tried = [Step(name, columns, 0, losses_of(columns)) for name, columns in candidates.items()]
     best = _least(tried)
     for number in range(1, options.rounds + 1):
-        costs = local_costs(best.choice)
-        steps = _cautious_steps(best.choice, costs, sizes_bytes, budget_bytes, options.cautions, constraints)
+        costs = local_costs(best.columns)
+        steps = _cautious_steps(best.columns, costs, sizes_bytes, budget_bytes, options.cautions, constraints)
         measured = [
             Step(
                 f"round {number}, caution {caution:g}",
-                choice,
-                int((choice != best.choice).sum()),
-                losses_of(choice),
+                columns,
+                int((columns != best.columns).sum()),
+                losses_of(columns),
             )
-            for caution, choice in steps.items()
+            for caution, columns in steps.items()
         ]
         tried += measured
         if not measured or not _least(measured).is_better_than(best):
             break
         best = _least(measured)
         logger.info("%s changed %d modules: loss %.4f", best.origin, best.changed_modules, best.loss)
-    return Refinement(best.choice, best.loss, float(losses_of(uniform).mean()), tuple(tried))
+    return Refinement(best.columns, best.loss, float(losses_of(uniform).mean()), tuple(tried))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -189,10 +190,10 @@ class Slice:
 
 
 class ModelTrials:
-    """Divergence of plans on a validation slice, and local costs around a plan on the calibration slice.
+    """Divergence of allocations on a validation slice, and local costs around an allocation on the calibration slice.
 
     The curvature comes from the loss changes of the calibration slice, the slope from a pass over it back through
-    the model as the plan quantizes it.
+    the model as the allocation quantizes it.
     """
 
     def __init__(self, point: QuantizedPoint, *, calibration: Slice, validation: Slice, loss_changes: LossChanges):
@@ -201,37 +202,37 @@ class ModelTrials:
         self._validation = validation
         self._loss_changes = loss_changes
 
-    def divergences(self, plan: Choice) -> np.ndarray:
+    def divergences(self, allocation: Allocation) -> np.ndarray:
         """Mean KL from full precision on each sequence of the validation slice, nats per token.
 
         Float64 [sequences]. Raises NotFiniteError.
         """
         slice_ = self._validation
-        return self._point.divergences(slice_.token_ids, slice_.reference_states, plan).numpy()
+        return self._point.divergences(slice_.token_ids, slice_.reference_states, allocation).numpy()
 
-    def local_costs(self, plan: Choice, menu: Sequence[QuantSpec]) -> LocalCosts:
-        """Slopes and curvatures [modules of the plan, menu]; both are 0 at the plan itself. Raises NotFiniteError."""
+    def local_costs(self, allocation: Allocation, menu: Sequence[QuantSpec]) -> LocalCosts:
+        """Slopes and curvatures [modules, menu]; both are 0 at the allocation itself. Raises NotFiniteError."""
         slice_ = self._calibration
-        slopes = self._point.slopes(slice_.token_ids, slice_.reference_states, plan, menu)
+        slopes = self._point.slopes(slice_.token_ids, slice_.reference_states, allocation, menu)
         predicted = slice_.token_ids.shape[1] - 1
         curvatures = [
             [
                 0.5 * float(np.square(self._loss_changes[module, spec] - self._loss_changes[module, now]).mean())
                 for spec in menu
             ]
-            for module, now in plan.items()
+            for module, now in allocation.items()
         ]
         return LocalCosts(slopes, np.array(curvatures) / predicted)
 
 
 def _measured_once(measured_losses: MeasuredLosses) -> MeasuredLosses:
-    """The same losses, measured once for equal choices."""
+    """The same losses, measured once for equal allocations."""
     known: dict[bytes, np.ndarray] = {}
 
-    def losses_of(choice: np.ndarray) -> np.ndarray:
-        key = choice.astype(np.int64).tobytes()
+    def losses_of(columns: np.ndarray) -> np.ndarray:
+        key = columns.astype(np.int64).tobytes()
         if key not in known:
-            known[key] = measured_losses(choice)
+            known[key] = measured_losses(columns)
         return known[key]
 
     return losses_of
@@ -245,15 +246,15 @@ def _cautious_steps(
     cautions: tuple[float, ...],
     constraints: ProgramConstraints | None,
 ) -> dict[float, np.ndarray]:
-    """The different choices that each caution proposes, but for the current one."""
+    """The different allocations that each caution proposes, but for the current one."""
     proposals: dict[float, np.ndarray] = {}
     for caution in cautions:
         change = costs.first_order + caution * costs.second_order
         # the solver's gap is relative to the objective, which therefore must not be near 0
         above_zero = change - change.min(axis=1, keepdims=True) + np.abs(change).mean()
-        choice = solve(above_zero, sizes_bytes, budget_bytes, constraints=constraints).choice
-        if not any(np.array_equal(choice, known) for known in (current, *proposals.values())):
-            proposals[caution] = choice
+        columns = solve(above_zero, sizes_bytes, budget_bytes, constraints=constraints).choice
+        if not any(np.array_equal(columns, known) for known in (current, *proposals.values())):
+            proposals[caution] = columns
     return proposals
 
 
@@ -262,12 +263,12 @@ def _least(steps: list[Step]) -> Step:
 
 
 def _check(candidates: Mapping[str, np.ndarray], sizes_bytes: np.ndarray, budget_bytes: int) -> None:
-    for name, choice in candidates.items():
-        if choice.shape != (len(sizes_bytes),):
+    for name, columns in candidates.items():
+        if columns.shape != (len(sizes_bytes),):
             raise InputError(
-                f"candidate {name!r} has shape {choice.shape}; give one column per module: ({len(sizes_bytes)},)"
+                f"candidate {name!r} has shape {columns.shape}; give one column per module: ({len(sizes_bytes)},)"
             )
-        size_bytes = int(np.take_along_axis(sizes_bytes, choice[:, None], axis=1).sum())
+        size_bytes = int(np.take_along_axis(sizes_bytes, columns[:, None], axis=1).sum())
         if size_bytes > budget_bytes:
             raise InputError(
                 f"candidate {name!r} takes {size_bytes:,} bytes of a budget of {budget_bytes:,}; "

@@ -164,7 +164,7 @@ def solve(
     gap of 1e-9: `knapsack` in milliseconds (`lmq.allocation.knapsack`), `highs` through PuLP in seconds to minutes
     (`lmq.allocation.milp`). Where the knapsack search would need too much memory, and for constraints with limits,
     HiGHS takes over for at most two minutes; `gap` says what is proven. Source: MXQ equations 1 to 3.
-    Raises InfeasibleBudget if even the smallest choice is over the budget or a limit, InputError for costs that are
+    Raises InfeasibleBudget if even the smallest allocation is over the budget or a limit, InputError for costs that are
     not finite, sizes that are not positive whole numbers, shapes that differ, or constraints that contradict.
     """
     if method not in METHODS:
@@ -182,14 +182,14 @@ def solve(
     if program.limits:
         milp = solve_milp(program, capacity, smallest, time_limit_s=TIME_LIMIT_S)
         return _solution(cost_table, size_table, program, *milp)
-    choice, lower_bound = solve_column_sets(program, capacity)
-    solution = _solution(cost_table, size_table, program, choice, lower_bound)
+    columns, lower_bound = solve_column_sets(program, capacity)
+    solution = _solution(cost_table, size_table, program, columns, lower_bound)
     unproven = solution.objective - solution.lower_bound
     if unproven <= PROVEN_GAP * max(abs(solution.objective), float(np.abs(cost_table).max())):
         return solution  # relative to the costs where they cancel to an objective near 0
     logger.warning("knapsack search needs too much memory at a gap of %.1e; continuing with HiGHS", solution.gap)
-    found, bound = solve_milp(program, capacity, choice, time_limit_s=TIME_LIMIT_S)
-    better = min(found, choice, key=lambda candidate: total(program.costs, candidate))
+    found, bound = solve_milp(program, capacity, columns, time_limit_s=TIME_LIMIT_S)
+    better = min(found, columns, key=lambda candidate: total(program.costs, candidate))
     return _solution(cost_table, size_table, program, better, max(bound, lower_bound))
 
 
@@ -200,7 +200,10 @@ def check_feasible_program(sizes_bytes: ArrayLike, budget_bytes: int, constraint
 
 
 def check_budget(budget_bytes: int, sizes_bytes: np.ndarray, *, what: str = "the budget") -> None:
-    """Raise InfeasibleBudget if no choice of sizes [modules, configurations] fits, InputError if it is no number."""
+    """Raise InfeasibleBudget if no allocation fits, InputError for a budget that is no number.
+
+    `sizes_bytes` are [modules, configurations].
+    """
     if not math.isfinite(budget_bytes):
         raise InputError(f"a budget of {budget_bytes} bytes is not a number of bytes; give a positive whole number")
     smallest, largest = int(sizes_bytes.min(axis=1).sum()), int(sizes_bytes.max(axis=1).sum())
@@ -216,11 +219,11 @@ def relative_gap(objective: float, lower_bound: float) -> float:
 
 
 def _smallest_within(program: Program, budget_bytes: int) -> np.ndarray:
-    """The smallest choice [rows] that keeps the constraints, checked to be within the budget and every limit."""
+    """The smallest allocation [rows] that keeps the constraints, checked to be within the budget and every limit."""
     if not math.isfinite(budget_bytes):
         raise InputError(f"a budget of {budget_bytes} bytes is not a number of bytes; give a positive whole number")
     for limit in program.limits:
-        least, most = (program.size_bytes(choice, limit.rows) for choice in (program.smallest, program.largest))
+        least, most = (program.size_bytes(columns, limit.rows) for columns in (program.smallest, program.largest))
         if limit.size_bytes < least:
             raise InfeasibleBudget(limit.size_bytes, least, most, limit.name)
     smallest = smallest_choice(program)
@@ -238,7 +241,7 @@ def _smallest_within(program: Program, budget_bytes: int) -> np.ndarray:
 
 
 def _largest_bytes(program: Program, smallest: np.ndarray) -> int:
-    """The largest size of any choice that keeps the constraints."""
+    """The largest size of any allocation that keeps the constraints."""
     by_size = replace(program, costs=-program.sizes.astype(np.float64))
     capacity = program.size_bytes(program.largest)
     if program.limits:
@@ -249,9 +252,9 @@ def _largest_bytes(program: Program, smallest: np.ndarray) -> int:
 def _solution(
     costs: np.ndarray, sizes: np.ndarray, program: Program, choice_of_rows: np.ndarray, lower_bound: float
 ) -> Solution:
-    choice = choice_of_rows[program.row_of]
-    objective = float(total(costs, choice))
-    return Solution(choice, objective, min(lower_bound, objective), int(total(sizes, choice)))
+    columns = choice_of_rows[program.row_of]
+    objective = float(total(costs, columns))
+    return Solution(columns, objective, min(lower_bound, objective), int(total(sizes, columns)))
 
 
 def _checked_costs(costs: ArrayLike) -> np.ndarray:

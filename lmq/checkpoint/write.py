@@ -36,8 +36,7 @@ from lmq.checkpoint.verify import (
 )
 from lmq.errors import DamagedFile, InputError
 from lmq.formats.packed_layer import quantize_weight, quantized_tensor_shapes
-from lmq.formats.spec import QuantSpec
-from lmq.measurement.grids import LayerGrids, fit_grids
+from lmq.measurement.grids import Allocation, LayerGrids, fit_grids
 from lmq.model.directory import complete_directory, copy_companions, write_json, write_shards
 from lmq.model.stored import StoredModel, read_stored_model
 from lmq.model.streaming import StreamedModel, load_layer_weights
@@ -57,22 +56,20 @@ __all__ = [
 
 DEFAULT_MAX_SHARD_BYTES = 5 * 10**9
 
-Choice = Mapping[ModuleId, QuantSpec]
-
 
 def quantize_layer(
-    structure: ModelStructure, weights: Mapping[ModuleId, torch.Tensor], grids: LayerGrids, choice: Choice
+    structure: ModelStructure, weights: Mapping[ModuleId, torch.Tensor], grids: LayerGrids, allocation: Allocation
 ) -> dict[str, torch.Tensor]:
     """The checkpoint's tensors of the modules in `weights`, each on its grid of the chosen configuration, on the CPU.
 
-    `weights` [out_features, in_features] each. Raises InputError for a module without a choice or a grid.
+    `weights` [out_features, in_features] each. Raises InputError for a module without a configuration or a grid.
     """
     tensors: dict[str, torch.Tensor] = {}
     for module, weight in weights.items():
-        grid = grids.get(module, {}).get(choice[module]) if module in choice else None
+        grid = grids.get(module, {}).get(allocation[module]) if module in allocation else None
         if grid is None:
             raise InputError(
-                f"no grid for {module} at {choice.get(module, 'no chosen configuration')}; "
+                f"no grid for {module} at {allocation.get(module, 'no chosen configuration')}; "
                 "fit the grids of the whole menu and give every module of the layer a configuration"
             )
         for name, tensor in quantize_weight(weight, grid).items():
@@ -89,7 +86,7 @@ def assemble_checkpoint(
     path: Path,
     source_dir: Path,
     structure: ModelStructure,
-    choice: Choice,
+    allocation: Allocation,
     layer_files: Sequence[Path],
     *,
     quantizer: Quantizer,
@@ -97,8 +94,8 @@ def assemble_checkpoint(
 ) -> None:
     """Join quantized layers (files of `save_layer`) with the unquantized tensors of the source model.
 
-    Modules without a choice stay as they are in the source. Peak memory is one shard of at most `max_shard_bytes`,
-    or one tensor where that is larger. Before the checkpoint gets its name it is opened, as its users open it, and its
+    Modules without a configuration stay as they are in the source. Peak memory is one shard of at most
+    `max_shard_bytes`, or one tensor where that is larger. Before the checkpoint gets its name it is opened, as its users open it, and its
     logits are compared with those of the blocks that evaluation measures (see `lmq.checkpoint.reopen`).
 
     Raises:
@@ -109,9 +106,9 @@ def assemble_checkpoint(
     """
     source = read_stored_model(source_dir)
     quantized = _layer_tensors(layer_files)
-    _check_quantized(quantized, _expected_tensors(structure, choice))
-    kept = _unquantized(source, structure, choice, source_dir)
-    config = _quantized_config(source_dir, structure, choice, quantizer)
+    _check_quantized(quantized, _expected_tensors(structure, allocation))
+    kept = _unquantized(source, structure, allocation, source_dir)
+    config = _quantized_config(source_dir, structure, allocation, quantizer)
     with complete_directory(path) as directory:
         records = write_shards(directory, kept | quantized, max_shard_bytes, record=tensor_record)
         copy_companions(source_dir, directory)
@@ -126,7 +123,7 @@ def write_checkpoint(
     path: Path,
     source_dir: Path,
     structure: ModelStructure,
-    choice: Choice,
+    allocation: Allocation,
     quantizer: Quantizer,
     *,
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
@@ -135,17 +132,17 @@ def write_checkpoint(
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.layers.") as layers_dir:
         layer_files = []
         for layer in range(structure.layers):
-            chosen = [info.id for info in structure.in_layer(layer) if info.id in choice]
+            chosen = [info.id for info in structure.in_layer(layer) if info.id in allocation]
             by_kind = load_layer_weights(source_dir, structure, layer)
             weights = {module: by_kind[module.kind] for module in chosen}
             grids = {
-                module: fit_grids(weight, [choice[module]], quantizer, str(module))
+                module: fit_grids(weight, [allocation[module]], quantizer, str(module))
                 for module, weight in weights.items()
             }
             layer_files.append(Path(layers_dir) / f"layer-{layer:05d}.safetensors")
-            save_layer(layer_files[-1], quantize_layer(structure, weights, grids, choice))
+            save_layer(layer_files[-1], quantize_layer(structure, weights, grids, allocation))
         assemble_checkpoint(
-            path, source_dir, structure, choice, layer_files, quantizer=quantizer, max_shard_bytes=max_shard_bytes
+            path, source_dir, structure, allocation, layer_files, quantizer=quantizer, max_shard_bytes=max_shard_bytes
         )
 
 
@@ -159,15 +156,15 @@ def _layer_tensors(layer_files: Sequence[Path]) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _expected_tensors(structure: ModelStructure, choice: Choice) -> dict[str, tuple[str, tuple[int, ...]]]:
+def _expected_tensors(structure: ModelStructure, allocation: Allocation) -> dict[str, tuple[str, tuple[int, ...]]]:
     """dtype and shape of every quantized tensor, by name."""
     infos = {info.id: info for info in structure.modules}
-    unknown = [str(module) for module in choice if module not in infos]
+    unknown = [str(module) for module in allocation if module not in infos]
     if unknown:
-        raise InputError(f"the choice names {unknown[0]}, which the model does not have")
+        raise InputError(f"the allocation names {unknown[0]}, which the model does not have")
     return {
         f"{structure.path(module)}.{name}": (DTYPE_NAMES[dtype], shape)
-        for module, spec in choice.items()
+        for module, spec in allocation.items()
         for name, (shape, dtype) in quantized_tensor_shapes(
             spec, infos[module].out_features, infos[module].in_features
         ).items()
@@ -184,17 +181,17 @@ def _check_quantized(found: Mapping[str, StoredTensor], expected: Mapping[str, t
         tensor = found[name]
         if (tensor.dtype, tensor.shape) != (dtype, shape):
             raise InputError(
-                f"{tensor.file}: {name} is {tensor.dtype} {list(tensor.shape)} where the choice needs "
-                f"{dtype} {list(shape)}; quantize the layer again with this choice"
+                f"{tensor.file}: {name} is {tensor.dtype} {list(tensor.shape)} where the allocation needs "
+                f"{dtype} {list(shape)}; quantize the layer again with this allocation"
             )
 
 
 def _unquantized(
-    source: StoredModel, structure: ModelStructure, choice: Choice, source_dir: Path
+    source: StoredModel, structure: ModelStructure, allocation: Allocation, source_dir: Path
 ) -> dict[str, StoredTensor]:
     """The stored tensors that no quantized matrix replaces, surplus ones among them."""
     replaced = set()
-    for module in choice:
+    for module in allocation:
         name = f"{structure.path(module)}.weight"
         if name not in source.tensors:
             raise InputError(f"{source_dir} has no tensor {name}; the structure describes another model")
@@ -203,12 +200,14 @@ def _unquantized(
 
 
 def _quantized_config(
-    source_dir: Path, structure: ModelStructure, choice: Choice, quantizer: Quantizer
+    source_dir: Path, structure: ModelStructure, allocation: Allocation, quantizer: Quantizer
 ) -> dict[str, Any]:
     config = read_config(source_dir)
     if config.get("quantization_config") is not None:
         raise InputError(f"{source_dir} is quantized already; give the unquantized model")
     shapes = {info.id: [info.out_features, info.in_features] for info in structure.modules}
-    modules = {structure.path(module): {"shape": shapes[module], **asdict(choice[module])} for module in sorted(choice)}
+    modules = {
+        structure.path(module): {"shape": shapes[module], **asdict(spec)} for module, spec in sorted(allocation.items())
+    }
     lmq_config = LmqConfig(modules=modules, axis=quantizer.axis, quantizer=quantizer.describe())
     return {**config, "quantization_config": lmq_config.to_dict()}

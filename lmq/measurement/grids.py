@@ -21,6 +21,9 @@ from lmq.model.structure import ModuleId
 from lmq.numerics import require_finite
 from lmq.quantizers import CalibratedQuantizer, Quantizer
 
+Allocation = Mapping[ModuleId, QuantSpec]
+"""Configuration of every module."""
+
 LayerGrids = Mapping[ModuleId, Mapping[QuantSpec, Grid]]
 
 _METADATA_KEY = "lmq.grids"

@@ -1,7 +1,7 @@
 """A model quantized one way and another, without writing checkpoints: how far its predictions move, and why.
 
-The model is streamed block by block. Each block's weights are rounded to the grids of a choice as it is loaded,
-so that trying a choice costs one pass over the model; the gradient of the divergence costs one more, backwards.
+The model is streamed block by block. Each block's weights are rounded to the grids of an allocation as it is loaded,
+so that trying an allocation costs one pass over the model; the gradient of the divergence costs one more, backwards.
 The full-precision model's predictions are kept as the states that leave its last block.
 """
 
@@ -18,12 +18,10 @@ from torch import Tensor, nn
 from lmq.formats.groups import Grid
 from lmq.formats.spec import QuantSpec
 from lmq.measurement.divergence import divergence
+from lmq.measurement.grids import Allocation
 from lmq.model.streaming import BlockInputs, StreamedModel
 from lmq.model.structure import ModuleId
 from lmq.numerics import fast_products, require_finite
-
-Choice = Mapping[ModuleId, QuantSpec]
-"""Configuration of every module."""
 
 GridsOfLayer = Callable[[int], Mapping[ModuleId, Mapping[QuantSpec, Grid]]]
 """Grids of a layer's modules under every configuration of the menu."""
@@ -36,7 +34,7 @@ _STATES_AT_ONCE = 1 << 28
 
 
 class QuantizedPoint:
-    """Runs a model with the weights of a choice, over token ids [sequences, sequence_length].
+    """Runs a model with the weights of an allocation, over token ids [sequences, sequence_length].
 
     Products are taken in `matmul_dtype`: unless given, bfloat16 where the processor is fast at it. Compare only
     what was run with the same.
@@ -48,25 +46,25 @@ class QuantizedPoint:
         self._matmul_dtype = matmul_dtype
 
     @torch.no_grad()
-    def last_states(self, token_ids: Tensor, choice: Choice | None = None) -> Tensor:
+    def last_states(self, token_ids: Tensor, allocation: Allocation | None = None) -> Tensor:
         """States that leave the last block, float32 [sequences, sequence_length, hidden]; None: full precision.
 
         Raises NotFiniteError naming the layer.
         """
-        return self._entering_states(token_ids, choice, keep_all=False)[-1]
+        return self._entering_states(token_ids, allocation, keep_all=False)[-1]
 
-    def divergences(self, token_ids: Tensor, reference_states: Tensor, choice: Choice) -> Tensor:
+    def divergences(self, token_ids: Tensor, reference_states: Tensor, allocation: Allocation) -> Tensor:
         """Mean KL(p ‖ p_choice) per token of each sequence in nats, float64 [sequences].
 
         The last position of a sequence predicts nothing.
         """
-        return self._divergences([self.last_states(token_ids, choice)], reference_states)[0]
+        return self._divergences([self.last_states(token_ids, allocation)], reference_states)[0]
 
     @torch.no_grad()
-    def losses(self, token_ids: Tensor, choice: Choice | None = None) -> Tensor:
+    def losses(self, token_ids: Tensor, allocation: Allocation | None = None) -> Tensor:
         """Mean next-token loss of each sequence in nats, float64 [sequences]; None: full precision."""
         step = self._model.tokens_at_once
-        states = self.last_states(token_ids, choice)[:, :-1].flatten(0, 1).split(step)
+        states = self.last_states(token_ids, allocation)[:, :-1].flatten(0, 1).split(step)
         targets = token_ids[:, 1:].flatten().to(self._model.device).long().split(step)
         found = [
             -self._log_probabilities(piece).gather(1, target[:, None])[:, 0].double()
@@ -101,7 +99,7 @@ class QuantizedPoint:
         return self._divergences(states, reference_states)
 
     def slopes(
-        self, token_ids: Tensor, reference_states: Tensor, choice: Choice, menu: Sequence[QuantSpec]
+        self, token_ids: Tensor, reference_states: Tensor, allocation: Allocation, menu: Sequence[QuantSpec]
     ) -> np.ndarray:
         """⟨∇_W KL(p ‖ p_choice), Ŵ_c − Ŵ_choice⟩: float64 [modules, configurations], nats per token, model order.
 
@@ -113,7 +111,7 @@ class QuantizedPoint:
         sums = [
             self._gradient_products(
                 token_ids,
-                choice,
+                allocation,
                 functools.partial(self._divergence_gradient, reference_states=reference),
                 functools.partial(_slopes, menu=menu),
             )
@@ -121,16 +119,17 @@ class QuantizedPoint:
         ]
         return np.sum(sums, axis=0) / _predicted(token_ids)
 
-    def delta_losses(self, token_ids: Tensor, choice: Choice) -> np.ndarray:
+    def delta_losses(self, token_ids: Tensor, allocation: Allocation) -> np.ndarray:
         """|⟨∇_Ŵ L, W − Ŵ⟩| of the next-token loss L, gradient at the quantized point.
 
         Float64 [modules] in model order, nats per token: to first order what putting one module back to full precision
         does to the loss, as Intel AutoRound's choice of schemes takes it. Raises NotFiniteError naming the layer.
         """
         pieces = token_ids.split(self._sequences_at_once(token_ids))
+        gradients = [functools.partial(self._loss_gradient, token_ids=piece) for piece in pieces]
         sums = [
-            self._gradient_products(piece, choice, functools.partial(self._loss_gradient, token_ids=piece), _way_back)
-            for piece in pieces
+            self._gradient_products(piece, allocation, gradient, _way_back)
+            for piece, gradient in zip(pieces, gradients, strict=True)
         ]
         return np.abs(np.sum(sums, axis=0))[:, 0] / _predicted(token_ids)
 
@@ -141,7 +140,7 @@ class QuantizedPoint:
     def _gradient_products(
         self,
         token_ids: Tensor,
-        choice: Choice,
+        allocation: Allocation,
         last_gradient: Callable[[Tensor], Tensor],
         products: ModuleProducts,
     ) -> np.ndarray:
@@ -150,29 +149,27 @@ class QuantizedPoint:
         `last_gradient` makes the gradient at the states that leave the last block from these.
         """
         inputs = self._model.block_inputs(token_ids.shape[1])
-        entering = self._entering_states(token_ids, choice, keep_all=True)
+        entering = self._entering_states(token_ids, allocation, keep_all=True)
         gradient = last_gradient(entering.pop())
         by_layer: list[list[list[float]]] = []
         for layer in reversed(range(self._model.structure.layers)):
-            with self._block(layer, choice) as (block, weights):
+            with self._block(layer, allocation) as (block, weights):
                 gradient, weight_gradients = self._backward(block, weights, inputs[layer], entering.pop(), gradient)
                 require_finite(gradient, f"the gradient at the states that enter layer {layer}")
                 grids = self._grids(layer)
+                ids = [module.id for module in self._model.structure.in_layer(layer)]
                 by_layer.append(
-                    [
-                        products(weight_gradients[module.id], weights[module.id], grids[module.id], choice[module.id])
-                        for module in self._model.structure.in_layer(layer)
-                    ]
+                    [products(weight_gradients[id_], weights[id_], grids[id_], allocation[id_]) for id_ in ids]
                 )
         return np.array([row for layer_rows in reversed(by_layer) for row in layer_rows])
 
-    def _entering_states(self, token_ids: Tensor, choice: Choice | None, *, keep_all: bool) -> list[Tensor]:
+    def _entering_states(self, token_ids: Tensor, allocation: Allocation | None, *, keep_all: bool) -> list[Tensor]:
         """States that enter every block, then those that leave the last; or these alone."""
         inputs = self._model.block_inputs(token_ids.shape[1])
         states = [self._model.embed(token_ids)]
         for layer in range(self._model.structure.layers):
             leaving = states[-1].clone() if keep_all else states.pop()
-            with self._block(layer, choice) as (block, _), torch.no_grad(), self._autocast():
+            with self._block(layer, allocation) as (block, _), torch.no_grad(), self._autocast():
                 states.append(self._run(block, inputs[layer], leaving, layer))
         return states
 
@@ -197,15 +194,15 @@ class QuantizedPoint:
         return torch.cat(found, dim=1).view(len(states), len(reference_states), -1).mean(dim=2).cpu()
 
     @contextmanager
-    def _block(self, layer: int, choice: Choice | None) -> Iterator[tuple[nn.Module, dict[ModuleId, Tensor]]]:
-        """A block with the weights of a choice, and the weights it had."""
+    def _block(self, layer: int, allocation: Allocation | None) -> Iterator[tuple[nn.Module, dict[ModuleId, Tensor]]]:
+        """A block with the weights of an allocation, and the weights it had."""
         with self._model.block(layer) as block:
             weights: dict[ModuleId, Tensor] = {}
-            if choice is not None:
+            if allocation is not None:
                 for module, by_spec in self._grids(layer).items():
                     linear = block.get_submodule(module.kind)
                     weights[module] = linear.get_parameter("weight").detach()
-                    grid = by_spec[choice[module]].to(self._model.device)
+                    grid = by_spec[allocation[module]].to(self._model.device)
                     linear.weight = nn.Parameter(grid.round_trip(weights[module]))
             yield block, weights
 

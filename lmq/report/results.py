@@ -28,8 +28,8 @@ class VariantResult:
     quantized modules as stored, `checkpoint_bytes` its directory but for the model card. `perplexity` and
     `kl_divergence` (nats per token, to full precision) carry standard errors, `kl_p99` is the 99th percentile over
     tokens; `top1_agreement` is a share in 0..1; `tokens` were scored in `seconds`, in windows that `protocol` names.
-    `objective`, `lower_bound` and `gap` are the solver's. A strategy that tries plans on the model (auto) has their
-    divergence on the validation slice of the calibration text, its own and that of uniform at the same budget.
+    `objective`, `lower_bound` and `gap` are the solver's. A strategy that tries allocations on the model (auto) has
+    their divergence on the validation slice of the calibration text, its own and that of uniform at the same budget.
     `error` is the message of a variant that failed.
 
     `predicted_bytes` is what the weights take by the plan, unquantized tensors included. Memory and speed are of a

@@ -1,4 +1,4 @@
-"""Measured choice: the best of several plans, refined while the measured divergence falls."""
+"""Measured: the best of several allocations, refined while the measured divergence falls."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ CANDIDATES: tuple[Strategy, ...] = (Uniform(), Structural(), KurtBoost(paid=True
 
 @dataclass(frozen=True, kw_only=True)
 class Auto:
-    """Plans of several strategies at the same bytes, the best of them refined by measured divergence.
+    """Allocations of several strategies at the same bytes, the best of them refined by measured divergence.
 
     Divergence from full precision is measured on a validation slice of the calibration text, which nothing else
-    was measured on. Uniform is among the plans, so the result is never worse than uniform on that slice; under
-    constraints only plans that keep them are candidates, and uniform is what the gain is stated against.
-    rounds: how often the best plan's local costs are measured anew and steps from it are tried; 0 only chooses.
+    was measured on. Uniform is among the allocations, so the result is never worse than uniform on that slice; under
+    constraints only allocations that keep them are candidates, and uniform is what the gain is stated against.
+    rounds: how often the best allocation's local costs are measured anew and steps from it are tried; 0 only chooses.
     """
 
     name: ClassVar[str] = "auto"
-    summary: ClassVar[str] = "best of several plans by measured divergence, refined while it falls"
+    summary: ClassVar[str] = "best of several allocations by measured divergence, refined while it falls"
     source: ClassVar[str] = "lmq; slopes at the quantized point, true Fisher curvature, knapsack steps"
     keeps_constraints: ClassVar[bool] = True
 
@@ -48,44 +48,44 @@ class Auto:
         return frozenset({TRIALS}).union(*(candidate.needs for candidate in CANDIDATES))
 
     def allocate(self, measurements: Measurements, budget_bytes: int) -> Allocation:
-        """The refined plan. Raises InfeasibleBudget, InputError, NotFiniteError."""
+        """The refined allocation. Raises InfeasibleBudget, InputError, NotFiniteError."""
         return self.refine(measurements, budget_bytes)[0]
 
     def refine(self, measurements: Measurements, budget_bytes: int) -> tuple[Allocation, Refinement]:
-        """The refined plan, and every plan that was tried with its divergence; raises as `allocate` does."""
+        """The refined allocation, and all that were tried with their divergence; raises as `allocate` does."""
         trials = measurements.trials
         if trials is None:
-            raise InputError("the strategy auto tries plans on the model; give measurements with trials")
+            raise InputError("the strategy auto tries allocations on the model; give measurements with trials")
         choices = Choices.by_size(measurements)
         constraints = measurements.constraints.compile(choices.modules, choices.specs)
         check_feasible_program(choices.sizes_bytes, budget_bytes, constraints)
         free = measurements.constraints.is_empty
-        plans = {each.name: each for each in CANDIDATES if free or each.keeps_constraints}
+        candidates = {each.name: each for each in CANDIDATES if free or each.keeps_constraints}
         column_of = {spec: column for column, spec in enumerate(choices.specs)}
 
-        def columns(plan: dict[ModuleId, QuantSpec]) -> np.ndarray:
-            return np.array([column_of[plan[module.id]] for module in choices.modules])
+        def columns_of(allocation: dict[ModuleId, QuantSpec]) -> np.ndarray:
+            return np.array([column_of[allocation[module.id]] for module in choices.modules])
 
-        def plan(columns: np.ndarray) -> dict[ModuleId, QuantSpec]:
+        def allocation_of(columns: np.ndarray) -> dict[ModuleId, QuantSpec]:
             pairs = zip(choices.modules, columns.tolist(), strict=True)
             return {module.id: choices.specs[column] for module, column in pairs}
 
         refinement = refine(
-            {name: columns(each.allocate(measurements, budget_bytes).specs) for name, each in plans.items()},
+            {name: columns_of(each.allocate(measurements, budget_bytes).specs) for name, each in candidates.items()},
             choices.sizes_bytes,
             budget_bytes,
-            uniform=columns(Uniform().allocate(measurements, budget_bytes).specs),
-            measured_losses=lambda choice: _divergences(trials, plan(choice)),
-            local_costs=lambda choice: trials.local_costs(plan(choice), choices.specs),
+            uniform=columns_of(Uniform().allocate(measurements, budget_bytes).specs),
+            measured_losses=lambda columns: _divergences(trials, allocation_of(columns)),
+            local_costs=lambda columns: trials.local_costs(allocation_of(columns), choices.specs),
             options=RefineOptions(rounds=self.rounds),
             constraints=None if free else constraints,
         )
-        return choices.allocation(refinement.choice), refinement
+        return choices.allocation(refinement.columns), refinement
 
 
-def _divergences(trials: Trials, plan: dict[ModuleId, QuantSpec]) -> np.ndarray:
-    """Divergence of a plan on each sequence; infinite when it breaks the model."""
+def _divergences(trials: Trials, allocation: dict[ModuleId, QuantSpec]) -> np.ndarray:
+    """Divergence of an allocation on each sequence; infinite when it breaks the model."""
     try:
-        return trials.divergences(plan)
+        return trials.divergences(allocation)
     except NotFiniteError:
         return np.array([np.inf])

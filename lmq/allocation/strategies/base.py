@@ -95,17 +95,17 @@ class Choices:
         specs = tuple(sorted(measurements.menu, key=lambda spec: spec.bits_per_weight))
         return cls(measurements.modules, specs, module_sizes(measurements.modules, specs))
 
-    def size_bytes(self, choice: np.ndarray) -> int:
-        """Total bytes of a choice [modules]."""
-        return int(self.sizes_bytes[np.arange(len(choice)), choice].sum())
+    def size_bytes(self, columns: np.ndarray) -> int:
+        """Total bytes of an allocation, its columns [modules]."""
+        return int(self.sizes_bytes[np.arange(len(columns)), columns].sum())
 
     def largest_uniform(self, budget_bytes: int) -> int:
         """Column of the largest configuration that fits the budget when every module has it."""
         return int(np.flatnonzero(self.sizes_bytes.sum(axis=0) <= budget_bytes).max())
 
-    def allocation(self, choice: np.ndarray, *, boosted: np.ndarray | None = None) -> Allocation:
-        """Allocation of a choice [modules] that no program was solved for; `boosted` [modules] bool."""
-        is_boosted = np.zeros(len(choice), bool) if boosted is None else boosted
+    def allocation(self, columns: np.ndarray, *, boosted: np.ndarray | None = None) -> Allocation:
+        """Allocation of columns [modules] that no program was solved for; `boosted` [modules] bool."""
+        is_boosted = np.zeros(len(columns), bool) if boosted is None else boosted
         return Allocation(
             assignments=tuple(
                 Assignment(
@@ -115,20 +115,20 @@ class Choices:
                     int(self.sizes_bytes[row, column]),
                     boosted=bool(is_boosted[row]),
                 )
-                for row, (module, column) in enumerate(zip(self.modules, choice.tolist(), strict=True))
+                for row, (module, column) in enumerate(zip(self.modules, columns.tolist(), strict=True))
             )
         )
 
 
 def reduce_to_fit(
-    choices: Choices, choice: np.ndarray, turns: Sequence[Sequence[int]], budget_bytes: int
+    choices: Choices, columns: np.ndarray, turns: Sequence[Sequence[int]], budget_bytes: int
 ) -> np.ndarray:
-    """Move modules down the menu, one configuration at a time, until the choice fits the budget.
+    """Move modules down the menu, one configuration at a time, until the allocation fits the budget.
 
     Each group of `turns` gives way in its order, one step each and round again, until it is at the smallest
     configuration; then the next group does. Together the groups hold every module, so a feasible budget is reached.
     """
-    reduced = choice.copy()
+    reduced = columns.copy()
     over_bytes = choices.size_bytes(reduced) - budget_bytes
     for turn in turns:
         for _ in range(len(choices.specs)):

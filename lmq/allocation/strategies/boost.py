@@ -56,10 +56,10 @@ class _Boost:
         signal = module_profile(measurements, self.signal, choices.modules)
         outliers = profile_outliers(self.signal, signal, self.top_m)
         base = choices.largest_uniform(budget_bytes)
-        choice = boost(choices, base, outliers, self.boost_stop)
+        columns = boost(choices, base, outliers, self.boost_stop)
         if self.paid:
-            choice = _pay(choices, choice, base, signal, budget_bytes)
-        return choices.allocation(choice, boosted=choice > base)
+            columns = _pay(choices, columns, base, signal, budget_bytes)
+        return choices.allocation(columns, boosted=columns > base)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,8 +122,8 @@ class RandomBoost:
             count = min(len(found[SIGNAL[self.like]][kind]), len(others))
             drawn[kind] = generator.choice(np.array(others, int), count, replace=False).tolist()
         base = choices.largest_uniform(budget_bytes)
-        choice = boost(choices, base, drawn, self.boost_stop)
-        return choices.allocation(choice, boosted=choice > base)
+        columns = boost(choices, base, drawn, self.boost_stop)
+        return choices.allocation(columns, boosted=columns > base)
 
 
 def check_boost_options(boost_stop: int, top_m: int) -> None:
@@ -134,7 +134,7 @@ def check_boost_options(boost_stop: int, top_m: int) -> None:
 
 
 def boost(choices: Choices, base: int, layers: Mapping[str, list[int]], boost_stop: int) -> np.ndarray:
-    """Choice [modules] with every module at column `base`, and those in the layers of their kind boosted."""
+    """Columns [modules] with every module at column `base`, and those in the layers of their kind boosted."""
     up = boosted_column(choices.specs, base, boost_stop)
     return np.array([up if module.id.layer in layers[module.id.kind] else base for module in choices.modules])
 
@@ -151,13 +151,13 @@ def boosted_column(specs: tuple[QuantSpec, ...], base: int, boost_stop: int) -> 
 
 
 def _pay(
-    choices: Choices, choice: np.ndarray, base: int, signal: Mapping[ModuleId, float | None], budget_bytes: int
+    choices: Choices, columns: np.ndarray, base: int, signal: Mapping[ModuleId, float | None], budget_bytes: int
 ) -> np.ndarray:
     """Move modules down until the budget holds: the least sensitive first, the boosted ones last.
 
     A matrix without a number is constant, loses nothing, and so gives first.
     """
-    by_signal = sorted(range(len(choice)), key=lambda row: signal[choices.modules[row].id] or 0.0)
-    others = [row for row in by_signal if choice[row] <= base]
-    boosted = [row for row in by_signal if choice[row] > base]
-    return reduce_to_fit(choices, choice, [others, boosted], budget_bytes)
+    by_signal = sorted(range(len(columns)), key=lambda row: signal[choices.modules[row].id] or 0.0)
+    others = [row for row in by_signal if columns[row] <= base]
+    boosted = [row for row in by_signal if columns[row] > base]
+    return reduce_to_fit(choices, columns, [others, boosted], budget_bytes)

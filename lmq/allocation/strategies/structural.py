@@ -38,8 +38,8 @@ class Structural:
         choices = Choices.of(measurements, budget_bytes)
         base = choices.largest_uniform(budget_bytes)
         up, down = min(base + 1, len(choices.specs) - 1), max(base - 1, 0)
-        choice = np.full(len(choices.modules), base)
-        afforded_bytes = budget_bytes - choices.size_bytes(choice)
+        columns = np.full(len(choices.modules), base)
+        afforded_bytes = budget_bytes - choices.size_bytes(columns)
         afforded_bytes += int((choices.sizes_bytes[:, base] - choices.sizes_bytes[:, down]).sum())
         protected: list[int] = []
         for row in _fragile_first(choices):
@@ -47,10 +47,10 @@ class Structural:
             if afforded_bytes < 0:
                 break
             protected.append(row)
-        choice[protected] = up
+        columns[protected] = up
         rest = sorted(set(range(len(choices.modules))) - set(protected))
-        choice = reduce_to_fit(choices, choice, [_spread(rest), protected], budget_bytes)
-        return choices.allocation(choice, boosted=choice > base)
+        columns = reduce_to_fit(choices, columns, [_spread(rest), protected], budget_bytes)
+        return choices.allocation(columns, boosted=columns > base)
 
 
 def _fragile_first(choices: Choices) -> list[int]:

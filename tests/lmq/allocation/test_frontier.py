@@ -118,7 +118,7 @@ def test_what_has_no_frontier_is_refused() -> None:
     measurements = measured(costs())
     with pytest.raises(InputError, match=r"uniform solves no program .* such as loss-aware or mxq"):
         frontier(strategy("uniform"), measurements, budget_steps(measurements, 3))
-    with pytest.raises(InputError, match=r"tries tries every plan on the model"):
+    with pytest.raises(InputError, match=r"tries tries every allocation on the model"):
         frontier(TriesPlans(), measurements, budget_steps(measurements, 3))
     with pytest.raises(InputError, match="points = 1 draws no curve"):
         budget_steps(measurements, 1)

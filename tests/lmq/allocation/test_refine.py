@@ -26,15 +26,15 @@ class QuadraticLoss:
         self.errors = scale * (generator.normal(size=(MODULES, CONFIGURATIONS, 6)) + shared)
         self.asked: list[tuple[int, ...]] = []
 
-    def loss(self, choice: np.ndarray) -> float:
-        self.asked.append(tuple(choice))
-        return 0.5 * float(np.square(self.errors[ROWS, choice].sum(axis=0)).sum())
+    def loss(self, columns: np.ndarray) -> float:
+        self.asked.append(tuple(columns))
+        return 0.5 * float(np.square(self.errors[ROWS, columns].sum(axis=0)).sum())
 
-    def losses(self, choice: np.ndarray) -> np.ndarray:
-        return np.array([self.loss(choice)])
+    def losses(self, columns: np.ndarray) -> np.ndarray:
+        return np.array([self.loss(columns)])
 
-    def local_costs(self, choice: np.ndarray) -> LocalCosts:
-        now = self.errors[ROWS, choice]
+    def local_costs(self, columns: np.ndarray) -> LocalCosts:
+        now = self.errors[ROWS, columns]
         change = self.errors - now[:, None]
         return LocalCosts(change @ now.sum(axis=0), 0.5 * np.square(change).sum(axis=2))
 
@@ -50,13 +50,13 @@ class QuadraticLoss:
         )
 
 
-def size_bytes(choice: np.ndarray) -> int:
-    return int(SIZES_BYTES[ROWS, choice].sum())
+def size_bytes(columns: np.ndarray) -> int:
+    return int(SIZES_BYTES[ROWS, columns].sum())
 
 
 def least_loss(problem: QuadraticLoss) -> float:
-    choices = (np.array(choice) for choice in itertools.product(range(CONFIGURATIONS), repeat=MODULES))
-    return min(problem.loss(choice) for choice in choices if size_bytes(choice) <= BUDGET_BYTES)
+    choices = (np.array(columns) for columns in itertools.product(range(CONFIGURATIONS), repeat=MODULES))
+    return min(problem.loss(columns) for columns in choices if size_bytes(columns) <= BUDGET_BYTES)
 
 
 @given(st.integers(0, 10_000))
@@ -64,8 +64,8 @@ def test_result_fits_the_budget_and_is_never_worse_than_a_candidate(seed: int) -
     problem = QuadraticLoss(seed)
     other = np.array([2, 0, 2, 0, 1])
     refined = problem.refine(other=other)
-    assert size_bytes(refined.choice) <= BUDGET_BYTES
-    assert refined.loss == problem.loss(refined.choice)
+    assert size_bytes(refined.columns) <= BUDGET_BYTES
+    assert refined.loss == problem.loss(refined.columns)
     assert refined.loss <= min(problem.loss(MIDDLE), problem.loss(other))
     assert refined.gain_over_uniform == pytest.approx(problem.loss(MIDDLE) - refined.loss)
     assert refined.loss >= least_loss(problem) - 1e-12
@@ -85,16 +85,16 @@ def test_no_rounds_choose_among_the_candidates() -> None:
     problem = QuadraticLoss(1)
     candidates = {"a": np.array([2, 0, 2, 0, 1]), "b": np.array([0, 2, 1, 1, 1])}
     refined = problem.refine(rounds=0, **candidates)
-    assert refined.loss == min(problem.loss(choice) for choice in (MIDDLE, *candidates.values()))
+    assert refined.loss == min(problem.loss(columns) for columns in (MIDDLE, *candidates.values()))
     assert [step.origin for step in refined.tried] == ["uniform", "a", "b"]
 
 
 def test_a_choice_that_nothing_improves_is_kept_without_measuring_it_again() -> None:
     problem = QuadraticLoss(2)
-    best = problem.refine(rounds=20).choice
+    best = problem.refine(rounds=20).columns
     problem.asked.clear()
     again = problem.refine(best=best)
-    assert np.array_equal(again.choice, best)
+    assert np.array_equal(again.columns, best)
     assert problem.asked.count(tuple(best)) == 1
 
 
@@ -105,10 +105,10 @@ def test_the_measured_loss_decides_even_where_the_costs_promise_a_gain() -> None
         SIZES_BYTES,
         BUDGET_BYTES,
         uniform=MIDDLE,
-        measured_losses=lambda choice: np.array([float((choice != 1).sum())]),
+        measured_losses=lambda columns: np.array([float((columns != 1).sum())]),
         local_costs=lambda _: promise,
     )
-    assert np.array_equal(refined.choice, MIDDLE)
+    assert np.array_equal(refined.columns, MIDDLE)
     assert refined.gain_over_uniform == 0.0
     assert len(refined.tried) > 1
 
@@ -122,7 +122,7 @@ def test_a_fall_within_its_standard_error_is_no_step() -> None:
             SIZES_BYTES,
             BUDGET_BYTES,
             uniform=MIDDLE,
-            measured_losses=lambda choice: np.full(3, 5.0) - np.array(falls) * (choice != 1).any(),
+            measured_losses=lambda columns: np.full(3, 5.0) - np.array(falls) * (columns != 1).any(),
             local_costs=lambda _: promise,
             options=RefineOptions(rounds=1),
         )
@@ -167,11 +167,11 @@ def test_constraints_are_kept_and_uniform_is_only_what_the_gain_is_stated_agains
             local_costs=problem.local_costs,
             constraints=ProgramConstraints(allowed=allowed),
         )
-        assert refined.choice[0] == 2
-        assert all(step.choice[0] == 2 for step in refined.tried)
+        assert refined.columns[0] == 2
+        assert all(step.columns[0] == 2 for step in refined.tried)
         assert refined.loss <= problem.loss(start)
         assert refined.uniform_loss == problem.loss(MIDDLE)
-        assert size_bytes(refined.choice) <= BUDGET_BYTES
+        assert size_bytes(refined.columns) <= BUDGET_BYTES
 
 
 @pytest.mark.parametrize(

@@ -50,20 +50,20 @@ def written(tiny_qwen: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("spec", [*STOPS, QuantSpec(5, 64), QuantSpec(6, 64)], ids=str)
 def test_quantized_bytes_are_those_of_the_configurations(spec: QuantSpec, tiny_qwen: Path, tmp_path: Path) -> None:
     structure = discover(tiny_qwen)
-    choice = dict.fromkeys((info.id for info in structure.modules), spec)
-    write_checkpoint(tmp_path / "out", tiny_qwen, structure, choice, quantizer("rtn"))
+    allocation = dict.fromkeys((info.id for info in structure.modules), spec)
+    write_checkpoint(tmp_path / "out", tiny_qwen, structure, allocation, quantizer("rtn"))
     assert quantized_bytes(tmp_path / "out") == sum(spec.size_bytes(info.parameters) for info in structure.modules)
     verify_checkpoint(tmp_path / "out")
 
 
 def test_codes_are_on_the_grids_and_the_rest_is_copied_bit_for_bit(tiny_model: Path, tmp_path: Path) -> None:
     structure = discover(tiny_model)
-    choice = _mixed(structure)
+    allocation = _mixed(structure)
     left_out = structure.modules[3].id
-    del choice[left_out]
-    write_checkpoint(tmp_path / "out", tiny_model, structure, choice, HQQ)
+    del allocation[left_out]
+    write_checkpoint(tmp_path / "out", tiny_model, structure, allocation, HQQ)
     source, tensors = _all_tensors(tiny_model), _all_tensors(tmp_path / "out")
-    for module, spec in choice.items():
+    for module, spec in allocation.items():
         path = structure.path(module)
         weight = source.pop(f"{path}.weight")
         grid = fit_grids(weight, [spec], HQQ)[spec]
@@ -128,17 +128,17 @@ def test_sharded_sources_are_read(written: Path, tiny_qwen: Path, tmp_path: Path
 
 def test_layer_by_layer_gives_the_same_bytes(written: Path, tiny_qwen: Path, tmp_path: Path) -> None:
     structure = discover(tiny_qwen)
-    choice = _mixed(structure)
+    allocation = _mixed(structure)
     source = _all_tensors(tiny_qwen)
     files = []
     for layer in reversed(range(structure.layers)):
         weights = {info.id: source[f"{structure.path(info.id)}.weight"] for info in structure.in_layer(layer)}
         grids = {
-            module: fit_grids(weight, [choice[module], QuantSpec(8, 16)], HQQ) for module, weight in weights.items()
+            module: fit_grids(weight, [allocation[module], QuantSpec(8, 16)], HQQ) for module, weight in weights.items()
         }
         files.append(tmp_path / f"layer-{layer}.safetensors")
-        save_layer(files[-1], quantize_layer(structure, weights, grids, choice))
-    assemble_checkpoint(tmp_path / "assembled", tiny_qwen, structure, choice, files, quantizer=HQQ)
+        save_layer(files[-1], quantize_layer(structure, weights, grids, allocation))
+    assemble_checkpoint(tmp_path / "assembled", tiny_qwen, structure, allocation, files, quantizer=HQQ)
     assert _bytes(tmp_path / "assembled") == _bytes(written)
 
 
@@ -170,8 +170,8 @@ def test_layers_that_do_not_fit_the_choice_are_refused(tiny_qwen: Path, tmp_path
     grids = {first: fit_grids(weight, [spec], HQQ)}
     save_layer(file, quantize_layer(structure, {first: weight}, grids, {first: spec}))
 
-    def assemble(choice: dict[ModuleId, QuantSpec], files: list[Path]) -> None:
-        assemble_checkpoint(tmp_path / "out", tiny_qwen, structure, choice, files, quantizer=HQQ)
+    def assemble(allocation: dict[ModuleId, QuantSpec], files: list[Path]) -> None:
+        assemble_checkpoint(tmp_path / "out", tiny_qwen, structure, allocation, files, quantizer=HQQ)
 
     with pytest.raises(InputError, match=r"layer.safetensors: .*scale_codes is U8 \[64\] where .* U8 \[128\]"):
         assemble({first: other}, [file])

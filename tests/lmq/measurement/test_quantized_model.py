@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from lmq.errors import NotFiniteError
 from lmq.formats.groups import Grid
 from lmq.formats.spec import QuantSpec
-from lmq.measurement.grids import fit_grids
-from lmq.measurement.quantized_model import Choice, QuantizedPoint
+from lmq.measurement.grids import Allocation, fit_grids
+from lmq.measurement.quantized_model import QuantizedPoint
 from lmq.model.discovery import discover
 from lmq.model.streaming import StreamedModel, load_layer_weights
 from lmq.model.structure import ModelStructure, ModuleId
@@ -40,8 +40,8 @@ class Bench:
     def of_layer(self, layer: int) -> dict[ModuleId, dict[QuantSpec, Grid]]:
         return {module: grids for module, grids in self.grids.items() if module.layer == layer}
 
-    def quantize_whole(self, choice: Choice) -> None:
-        for module, spec in choice.items():
+    def quantize_whole(self, allocation: Allocation) -> None:
+        for module, spec in allocation.items():
             linear = self.whole.get_submodule(self.structure.path(module))
             linear.weight = nn.Parameter(self.grids[module][spec].round_trip(self.weights[module]))
 
@@ -57,25 +57,25 @@ class Bench:
 
 def test_divergence_and_slopes_are_those_of_the_whole_model(tiny_model: Path) -> None:
     bench = Bench(tiny_model)
-    choice = bench.mixed_choice()
+    allocation = bench.mixed_choice()
     logits = bench.whole(TOKEN_IDS).logits.detach()
-    bench.quantize_whole(choice)
+    bench.quantize_whole(allocation)
     divergence = bench.divergence(logits)
     divergence.backward()
     predicted = SEQUENCES * (LENGTH - 1)
 
     reference = bench.point.last_states(TOKEN_IDS)
-    assert float(bench.point.divergences(TOKEN_IDS, reference, choice).mean()) == pytest.approx(
+    assert float(bench.point.divergences(TOKEN_IDS, reference, allocation).mean()) == pytest.approx(
         divergence.item() / predicted, rel=1e-3
     )
 
     found = torch.log_softmax(bench.whole(TOKEN_IDS).logits.detach()[:, :-1], dim=-1)
     losses = -found.gather(2, TOKEN_IDS[:, 1:, None])[:, :, 0].mean(dim=1)
-    torch.testing.assert_close(bench.point.losses(TOKEN_IDS, choice), losses.double(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(bench.point.losses(TOKEN_IDS, allocation), losses.double(), rtol=1e-4, atol=1e-5)
 
-    slopes = bench.point.slopes(TOKEN_IDS, reference, choice, MENU)
+    slopes = bench.point.slopes(TOKEN_IDS, reference, allocation, MENU)
     expected = np.zeros_like(slopes)
-    for row, (module, spec) in enumerate(choice.items()):
+    for row, (module, spec) in enumerate(allocation.items()):
         gradient = bench.whole.get_submodule(bench.structure.path(module)).get_parameter("weight").grad
         assert gradient is not None
         current = bench.grids[module][spec].round_trip(bench.weights[module])
@@ -84,24 +84,24 @@ def test_divergence_and_slopes_are_those_of_the_whole_model(tiny_model: Path) ->
             expected[row, column] = float((gradient * change).double().sum()) / predicted
     assert np.abs(expected).max() > 1e-3
     np.testing.assert_allclose(slopes, expected, rtol=1e-2, atol=1e-3 * float(np.abs(expected).max()))
-    assert not slopes[np.arange(len(slopes)), [MENU.index(spec) for spec in choice.values()]].any()
+    assert not slopes[np.arange(len(slopes)), [MENU.index(spec) for spec in allocation.values()]].any()
 
 
 def test_delta_losses_are_those_of_the_whole_model(tiny_model: Path) -> None:
     bench = Bench(tiny_model)
-    choice = bench.mixed_choice()
-    bench.quantize_whole(choice)
+    allocation = bench.mixed_choice()
+    bench.quantize_whole(allocation)
     logits = bench.whole(TOKEN_IDS).logits[:, :-1]
     nn.functional.cross_entropy(logits.flatten(0, 1), TOKEN_IDS[:, 1:].flatten()).backward()
     expected = []
-    for module, spec in choice.items():
+    for module, spec in allocation.items():
         gradient = bench.whole.get_submodule(bench.structure.path(module)).get_parameter("weight").grad
         assert gradient is not None
         change = bench.weights[module] - bench.grids[module][spec].round_trip(bench.weights[module])
         expected.append(abs(float((gradient * change).double().sum())))
     assert max(expected) > 1e-4
     np.testing.assert_allclose(
-        bench.point.delta_losses(TOKEN_IDS, choice), expected, rtol=1e-2, atol=1e-3 * max(expected)
+        bench.point.delta_losses(TOKEN_IDS, allocation), expected, rtol=1e-2, atol=1e-3 * max(expected)
     )
 
 
@@ -125,22 +125,22 @@ def test_slopes_do_not_depend_on_how_many_sequences_are_held_at_once(
     tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench = Bench(tiny_llama)
-    choice = bench.mixed_choice()
+    allocation = bench.mixed_choice()
     reference = bench.point.last_states(TOKEN_IDS)
-    together = bench.point.slopes(TOKEN_IDS, reference, choice, MENU)
-    losses_together = bench.point.delta_losses(TOKEN_IDS, choice)
+    together = bench.point.slopes(TOKEN_IDS, reference, allocation, MENU)
+    losses_together = bench.point.delta_losses(TOKEN_IDS, allocation)
     monkeypatch.setattr("lmq.measurement.quantized_model._STATES_AT_ONCE", 1)
-    one_by_one = bench.point.slopes(TOKEN_IDS, reference, choice, MENU)
-    losses = bench.point.delta_losses(TOKEN_IDS, choice)
+    one_by_one = bench.point.slopes(TOKEN_IDS, reference, allocation, MENU)
+    losses = bench.point.delta_losses(TOKEN_IDS, allocation)
     np.testing.assert_allclose(losses, losses_together, rtol=1e-4, atol=1e-6 * float(losses_together.max()))
     np.testing.assert_allclose(one_by_one, together, rtol=1e-4, atol=1e-6 * float(np.abs(together).max()))
 
 
 def test_bfloat16_products_find_nearly_the_same_divergence(tiny_llama: Path) -> None:
     exact, fast = Bench(tiny_llama), Bench(tiny_llama, torch.bfloat16)
-    choice = exact.mixed_choice()
+    allocation = exact.mixed_choice()
     points = (exact.point, fast.point)
-    found = [float(point.divergences(TOKEN_IDS, point.last_states(TOKEN_IDS), choice).mean()) for point in points]
+    found = [float(point.divergences(TOKEN_IDS, point.last_states(TOKEN_IDS), allocation).mean()) for point in points]
     assert found[1] == pytest.approx(found[0], rel=0.05)
     assert found[1] != found[0]
 

@@ -14,8 +14,8 @@ from lmq.allocation.strategies import Auto, Measurements
 from lmq.errors import InputError, NotFiniteError
 from lmq.formats.spec import QuantSpec
 from lmq.measurement.frobenius import frobenius_errors
-from lmq.measurement.grids import fit_grids
-from lmq.measurement.quantized_model import Choice, QuantizedPoint
+from lmq.measurement.grids import Allocation, fit_grids
+from lmq.measurement.quantized_model import QuantizedPoint
 from lmq.model.discovery import discover
 from lmq.model.streaming import StreamedModel, load_layer_weights
 from lmq.quantizers.rtn import RoundToNearest
@@ -80,8 +80,8 @@ def test_result_is_the_best_plan_tried_and_no_worse_than_uniform(measured: Measu
 
 def test_local_costs_are_nothing_at_the_plan_and_predict_a_small_change(measured: Measurements) -> None:
     assert isinstance(measured.trials, ModelTrials)
-    plan = dict.fromkeys((module.id for module in measured.modules), QuantSpec.parse("b3g64"))
-    costs = measured.trials.local_costs(plan, MENU)
+    allocation = dict.fromkeys((module.id for module in measured.modules), QuantSpec.parse("b3g64"))
+    costs = measured.trials.local_costs(allocation, MENU)
     now = MENU.index(QuantSpec.parse("b3g64"))
     assert not costs.first_order[:, now].any()
     assert not costs.second_order[:, now].any()
@@ -90,10 +90,10 @@ def test_local_costs_are_nothing_at_the_plan_and_predict_a_small_change(measured
 
 def test_a_plan_that_breaks_the_model_is_never_chosen(measured: Measurements) -> None:
     class Fragile:
-        """Every plan but uniform breaks the model."""
+        """Every allocation but uniform breaks the model."""
 
-        def divergences(self, plan: Choice) -> np.ndarray:
-            if len(set(plan.values())) > 1:
+        def divergences(self, allocation: Allocation) -> np.ndarray:
+            if len(set(allocation.values())) > 1:
                 raise NotFiniteError("the states that leave layer 0 are not finite")
             return np.ones(2)
 
@@ -124,7 +124,7 @@ def test_constraints_are_kept_whatever_uniform_does(measured: Measurements) -> N
 
 def test_trials_are_asked_for(measured: Measurements) -> None:
     without = Measurements(modules=measured.modules, menu=MENU)
-    with pytest.raises(InputError, match="auto tries plans on the model"):
+    with pytest.raises(InputError, match="auto tries allocations on the model"):
         Auto().allocate(without, uniform_bytes(measured, "b4g64"))
     with pytest.raises(InputError, match="rounds = -1 is negative"):
         Auto(rounds=-1)

@@ -47,13 +47,14 @@ class _AdditiveTrials:
     def __init__(self, table: ErrorTable):
         self._table = table
 
-    def divergences(self, plan):
+    def divergences(self, allocation):
         columns = {spec: column for column, spec in enumerate(self._table.specs)}
-        total = sum(self._table.cost[row, columns[plan[module]]] for row, module in enumerate(self._table.modules))
+        modules = enumerate(self._table.modules)
+        total = sum(self._table.cost[row, columns[allocation[module]]] for row, module in modules)
         return np.array([total])
 
-    def local_costs(self, plan, menu):
-        nothing = np.zeros((len(plan), len(menu)))
+    def local_costs(self, allocation, menu):
+        nothing = np.zeros((len(allocation), len(menu)))
         return LocalCosts(nothing, nothing)
 
 
