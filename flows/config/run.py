@@ -1,11 +1,11 @@
-"""The configuration of a run: which models, strategies and budgets, measured and judged on what text."""
+"""What is measured of which models on what text; and the whole of a run: strategies, budgets and evaluation too."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import yaml
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, field_validator, model_validator
@@ -33,17 +33,87 @@ from lmq_flows.config.sections import (
     Section,
     StrategyConfig,
     TargetName,
+    TextConfig,
     without_repeats,
 )
 from lmq_storage import BadStore
 from lmq_storage.names import checked_url
 
+R = TypeVar("R", bound="MeasurementRequest")
 
-class RunConfig(Section):
+
+class MeasurementRequest(Section):
+    """What is measured: of which models, on what text, by which menu and quantizer; and where work is done."""
+
+    models: tuple[ModelConfig, ...] = Field(min_length=1)
+    calibration: CalibrationConfig = CalibrationConfig()
+    measure: MeasureConfig = MeasureConfig()
+    runner: RunnerConfig = RunnerConfig()
+    store: str = Field("store", min_length=1, description="Where artifacts are kept: a directory or any fsspec URL")
+
+    @field_validator("store")
+    @classmethod
+    def _store_holds_no_secret(cls, url: str) -> str:
+        try:
+            return checked_url(url)
+        except BadStore as error:
+            raise ValueError(str(error)) from error
+
+    @field_validator("models")
+    @classmethod
+    def _models_differ(cls, models: tuple[ModelConfig, ...]) -> tuple[ModelConfig, ...]:
+        without_repeats(tuple(model.name for model in models))
+        return models
+
+    @model_validator(mode="after")
+    def _kl_specs_are_on_the_menus(self) -> MeasurementRequest:
+        for menu in (model.menu or self.measure.menu for model in self.models):
+            missing = [spec for spec in self.measure.kl_specs or () if spec not in menu]
+            if missing:
+                raise ValueError(f"measure.kl_specs has {missing[0]}, which is not on the menu {', '.join(menu)}")
+        return self
+
+    @property
+    def texts(self) -> tuple[TextConfig, ...]:
+        """The texts that tokens are drawn from."""
+        return (self.calibration,)
+
+    @property
+    def quantizer(self) -> dict[str, Any]:
+        """Name and options of the quantizer."""
+        return {"name": self.measure.quantizer, "axis": self.measure.axis, **self.measure.quantizer_options}
+
+    def menu_of(self, model: ModelConfig, modules: Sequence[ModuleInfo]) -> tuple[QuantSpec, ...]:
+        """The configurations for a model with these modules, smallest first."""
+        return self.whole_menu_of(model)
+
+    def whole_menu_of(self, model: ModelConfig) -> tuple[QuantSpec, ...]:
+        """The configurations that the menu of a model names, smallest first."""
+        specs = [QuantSpec.parse(name) for name in model.menu or self.measure.menu]
+        return tuple(sorted(specs, key=lambda spec: spec.bits_per_weight))
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Names of the measurements."""
+        return frozenset(self.measure.also)
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether anything is measured on calibration text, or the quantizer looks at it."""
+        calibrated = isinstance(quantizer(**self.quantizer), CalibratedQuantizer)
+        return calibrated or any(name == TRIALS or MEASUREMENTS[name].on_text for name in self.needs)
+
+    @property
+    def calibration_sequences(self) -> int:
+        """Sequences taken from the calibration text: those measured on, and those that plans are tried on."""
+        validation = self.calibration.validation_sequences if TRIALS in self.needs else 0
+        return self.calibration.sequences + validation
+
+
+class RunConfig(MeasurementRequest):
     """One run: models × strategies × budgets."""
 
     name: str = Field(pattern=NAME_PATTERN, description="Results go to runs_dir/NAME")
-    models: tuple[ModelConfig, ...] = Field(min_length=1)
     strategies: tuple[StrategyConfig, ...] = Field(min_length=1)
     budgets: Annotated[tuple[BudgetText, ...], AfterValidator(without_repeats)] = Field(
         min_length=1, description='"4.25" (bits per weight), "80 MB", "uniform b4g64 + 2%"'
@@ -55,20 +125,8 @@ class RunConfig(Section):
         None, description=f"What will serve the checkpoints: plan within what it holds ({', '.join(TARGETS)})"
     )
     constraints: ConstraintsConfig = ConstraintsConfig()
-    calibration: CalibrationConfig = CalibrationConfig()
-    measure: MeasureConfig = MeasureConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
-    runner: RunnerConfig = RunnerConfig()
-    store: str = Field("store", min_length=1, description="Where artifacts are kept: a directory or any fsspec URL")
     runs_dir: str = Field("runs", min_length=1, description="Where results are written")
-
-    @field_validator("store")
-    @classmethod
-    def _store_holds_no_secret(cls, url: str) -> str:
-        try:
-            return checked_url(url)
-        except BadStore as error:
-            raise ValueError(str(error)) from error
 
     @field_validator("budgets", mode="before")
     @classmethod
@@ -81,12 +139,6 @@ class RunConfig(Section):
         if not isinstance(value, list | tuple):
             return value
         return tuple({"name": item} if isinstance(item, str) else item for item in value)
-
-    @field_validator("models")
-    @classmethod
-    def _models_differ(cls, models: tuple[ModelConfig, ...]) -> tuple[ModelConfig, ...]:
-        without_repeats(tuple(model.name for model in models))
-        return models
 
     @field_validator("strategies")
     @classmethod
@@ -147,17 +199,14 @@ class RunConfig(Section):
             )
         return self
 
-    @model_validator(mode="after")
-    def _kl_specs_are_on_the_menus(self) -> RunConfig:
-        for menu in (model.menu or self.measure.menu for model in self.models):
-            missing = [spec for spec in self.measure.kl_specs or () if spec not in menu]
-            if missing:
-                raise ValueError(f"measure.kl_specs has {missing[0]}, which is not on the menu {', '.join(menu)}")
-        return self
-
     def baselines_of(self, model: str) -> list[BaselineConfig]:
         """The baselines that a model is compared with."""
         return [item for item in self.baselines if item.model in (None, model)]
+
+    @property
+    def texts(self) -> tuple[TextConfig, ...]:
+        """The texts that tokens are drawn from: to measure on, and to judge on."""
+        return (self.calibration, self.evaluation)
 
     @property
     def run_dir(self) -> Path:
@@ -176,14 +225,14 @@ class RunConfig(Section):
     def quantizer(self) -> dict[str, Any]:
         """Name and options of the quantizer."""
         whole = {"integer_zeros": True} if self.target and target_named(self.target).integer_zeros else {}
-        return {"name": self.measure.quantizer, "axis": self.measure.axis, **self.measure.quantizer_options, **whole}
+        return super().quantizer | whole
 
     def menu_of(self, model: ModelConfig, modules: Sequence[ModuleInfo]) -> tuple[QuantSpec, ...]:
         """The configurations for a model with these modules, smallest first: those of its menu that the target holds.
 
         Raises InputError where it holds none of them, or not one of measure.kl_specs.
         """
-        menu = self._whole_menu_of(model)
+        menu = self.whole_menu_of(model)
         if self.target is None:
             return menu
         held = restrict_menu(menu, target_named(self.target), modules)
@@ -200,30 +249,14 @@ class RunConfig(Section):
         if self.target is None:
             return []
         return [
-            f"{model.name}: {text}" for text in left_out(self._whole_menu_of(model), target_named(self.target), modules)
+            f"{model.name}: {text}" for text in left_out(self.whole_menu_of(model), target_named(self.target), modules)
         ]
-
-    def _whole_menu_of(self, model: ModelConfig) -> tuple[QuantSpec, ...]:
-        specs = [QuantSpec.parse(name) for name in model.menu or self.measure.menu]
-        return tuple(sorted(specs, key=lambda spec: spec.bits_per_weight))
 
     @property
     def needs(self) -> frozenset[str]:
         """Names of the measurements that the strategies use, and of those asked for beside."""
         used = (strategy(item.name, **item.options).needs for item in self.strategies)
-        return frozenset(self.measure.also).union(*used)
-
-    @property
-    def needs_calibration(self) -> bool:
-        """Whether anything is measured on calibration text, or the quantizer looks at it."""
-        calibrated = isinstance(quantizer(**self.quantizer), CalibratedQuantizer)
-        return calibrated or any(name == TRIALS or MEASUREMENTS[name].on_text for name in self.needs)
-
-    @property
-    def calibration_sequences(self) -> int:
-        """Sequences taken from the calibration text: those measured on, and those that plans are tried on."""
-        validation = self.calibration.validation_sequences if TRIALS in self.needs else 0
-        return self.calibration.sequences + validation
+        return super().needs.union(*used)
 
 
 _SECTIONS: dict[str, type[BaseModel]] = {
@@ -260,8 +293,13 @@ def load_run_config(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
 
 def parse_run_config(data: dict[str, Any]) -> RunConfig:
     """Check a configuration given as plain values. Raises InputError naming every problem."""
+    return parse_request(RunConfig, data)
+
+
+def parse_request(kind: type[R], data: dict[str, Any]) -> R:
+    """Check a request to measure, or a whole run, given as plain values. Raises InputError naming every problem."""
     try:
-        return RunConfig.model_validate(data)
+        return kind.model_validate(data)
     except ValidationError as error:
         raise InputError("; ".join(problem_texts(error, _SECTIONS))) from error
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from lmq.errors import InputError
 from lmq.model.structure import ModelStructure
 from lmq.text.data_sets import PREFIX as DATA_SET
-from lmq_flows.config.run import RunConfig, parse_run_config
+from lmq_flows.config.run import MeasurementRequest, RunConfig, parse_request
 from lmq_flows.config.sections import ModelConfig
 from lmq_flows.graph.build import PreparedModel, TextIdentity, build_graph, resolve_budgets
 from lmq_flows.graph.explain import PlannedNode, plan_graph
@@ -41,15 +41,7 @@ class InspectedModel:
 
 def inspect_model(source: str, store: str) -> InspectedModel:
     """Inspect a model, reading no weights; a GGUF file is converted into the store first."""
-    config = parse_run_config(
-        {
-            "name": "inspect",
-            "models": [{"name": "model", "source": source}],
-            "strategies": ["uniform"],
-            "budgets": ["8 bpw"],
-            "store": store,
-        }
-    )
+    config = parse_request(MeasurementRequest, {"models": [{"name": "model", "source": source}], "store": store})
     graph, structures = preparation_graph(config, identify_models(config))
     node = structures["model"]
     ref = execute_directly(graph)[node]
@@ -103,8 +95,8 @@ def plan_run(config: RunConfig) -> RunPlan:
     return RunPlan(nodes=nodes, to_convert=ready.to_convert, problems=problems, notes=ready.notes(config))
 
 
-def ready_models(config: RunConfig) -> tuple[list[PreparedModel], dict[str, TextIdentity]]:
-    """The models of a run, converted and inspected where that was not done, and its texts, checked.
+def ready_models(config: MeasurementRequest) -> tuple[list[PreparedModel], dict[str, TextIdentity]]:
+    """The models of a request or run, converted and inspected where that was not done, and its texts, checked.
 
     Raises InputError as a run would.
     """
@@ -125,7 +117,7 @@ class _Ready:
     problems: list[InputError] = field(default_factory=list)
 
     @classmethod
-    def of(cls, config: RunConfig) -> _Ready:
+    def of(cls, config: MeasurementRequest) -> _Ready:
         """Look at every model. Raises InputError when none can be used."""
         device = resolve_device(config.runner.device)
         check_directory(open_store(absolute_store_url(config.store)).local_dir, "store")
@@ -151,7 +143,7 @@ class _Ready:
             text for model in self.models for text in config.left_out_of_menu(model.config, model.structure.modules)
         ]
 
-    def _add(self, config: RunConfig, model: ModelConfig, device: str) -> None:
+    def _add(self, config: MeasurementRequest, model: ModelConfig, device: str) -> None:
         identified = identify_model(config, model)
         graph, nodes = preparation_graph(config, [identified])
         planned = plan_graph(graph)
@@ -160,6 +152,7 @@ class _Ready:
         else:
             node = nodes[model.name]
             ready = prepared_model(config, model, node, execute_directly(graph)[node], device)
-            resolve_budgets(config, ready)
+            if isinstance(config, RunConfig):
+                resolve_budgets(config, ready)
             self.models.append(ready)
         self.preparation += planned

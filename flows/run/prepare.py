@@ -33,7 +33,7 @@ from lmq.text.data_sets import PREFIX as DATA_SET
 from lmq.text.data_sets import identify_data_set
 from lmq.text.files import text_format
 from lmq.text.known_texts import KNOWN_TEXTS
-from lmq_flows.config.run import RunConfig
+from lmq_flows.config.run import MeasurementRequest
 from lmq_flows.config.sections import CalibrationConfig, EvaluationConfig, ModelConfig
 from lmq_flows.graph.build import PreparedModel, TextIdentity
 from lmq_flows.graph.node import Graph, Input, Node
@@ -63,10 +63,10 @@ def absolute_store_url(url: str) -> str:
     return url if "://" in url else str(Path(url).absolute())
 
 
-def identify_texts(config: RunConfig) -> dict[str, TextIdentity]:
+def identify_texts(config: MeasurementRequest) -> dict[str, TextIdentity]:
     """Identity and place of every text of a run. Raises InputError for a file that is missing."""
     texts = {}
-    for text in (config.calibration, config.evaluation):
+    for text in config.texts:
         if text.source.startswith(DATA_SET):
             identity, location = identify_data_set(text.source)
         else:
@@ -115,12 +115,12 @@ class IdentifiedModel:
     shared: ArtifactRef | None = None
 
 
-def identify_models(config: RunConfig) -> list[IdentifiedModel]:
+def identify_models(config: MeasurementRequest) -> list[IdentifiedModel]:
     """Find every model of a run. Raises InputError for one that is missing or not what was expected."""
     return [identify_model(config, model) for model in config.models]
 
 
-def identify_model(config: RunConfig, model: ModelConfig) -> IdentifiedModel:
+def identify_model(config: MeasurementRequest, model: ModelConfig) -> IdentifiedModel:
     """Find a model. Raises InputError when it is missing or not what was expected."""
     store = open_store(absolute_store_url(config.store))
     check_directory(store.local_dir, "store")
@@ -129,7 +129,7 @@ def identify_model(config: RunConfig, model: ModelConfig) -> IdentifiedModel:
     return IdentifiedModel(config=model, located=located, sha256=sha256)
 
 
-def preparation_graph(config: RunConfig, models: list[IdentifiedModel]) -> tuple[Graph, dict[str, Node]]:
+def preparation_graph(config: MeasurementRequest, models: list[IdentifiedModel]) -> tuple[Graph, dict[str, Node]]:
     """The graph that converts and inspects models, and the node of each model's structure by name."""
     graph = Graph()
     store_url = absolute_store_url(config.store)
@@ -163,7 +163,7 @@ def _converted_location(store: ArtifactStore, convert: Node) -> ModelLocation:
 
 
 def prepared_model(
-    config: RunConfig, model: ModelConfig, node: Node, structure_ref: ArtifactRef, device: str
+    config: MeasurementRequest, model: ModelConfig, node: Node, structure_ref: ArtifactRef, device: str
 ) -> PreparedModel:
     """A model whose structure artifact is there, ready for the graph of the run.
 
@@ -210,12 +210,12 @@ def check_context(model_dir: Path, tokens: int, key: str, *, prefix_tokens: int 
         )
 
 
-def check_texts(config: RunConfig, models: list[PreparedModel]) -> None:
+def check_texts(config: MeasurementRequest, models: list[PreparedModel]) -> None:
     """Raise InputError for text files that cannot be read, are empty, or hold fewer tokens than are asked for.
 
     Data sets of the hub are not fetched for that.
     """
-    for text in (config.calibration, config.evaluation):
+    for text in config.texts:
         if text.source != PYDOC_TOPICS and not is_file_text(text.source):
             continue
         source = TextSource(**text.model_dump(include={"source", "column", "part", "seed"}))
@@ -243,7 +243,7 @@ def _check_vocabulary(tokens: Tensor, model: PreparedModel) -> None:
         )
 
 
-def _check_sensitivity_spec(config: RunConfig, structure: ModelStructure) -> None:
+def _check_sensitivity_spec(config: MeasurementRequest, structure: ModelStructure) -> None:
     if "sensitivity" in config.needs:
         try:
             module_sizes(structure.modules, [QuantSpec.parse(config.measure.sensitivity_spec)])
@@ -251,8 +251,10 @@ def _check_sensitivity_spec(config: RunConfig, structure: ModelStructure) -> Non
             raise InputError(f"measure.sensitivity_spec: {error}") from error
 
 
-def _check_context(config: RunConfig, model_dir: Path) -> None:
-    check_window(model_dir, config.evaluation.window, "evaluation.window")
+def _check_context(config: MeasurementRequest, model_dir: Path) -> None:
+    for text in config.texts:
+        if isinstance(text, EvaluationConfig):
+            check_window(model_dir, text.window, "evaluation.window")
     if config.needs_calibration:
         check_context(model_dir, config.calibration.sequence_length, "calibration.sequence_length")
 

@@ -141,7 +141,8 @@ def _shown_config(config: RunConfig) -> str:
 
 
 def _config_text(config: RunConfig, exclude: set[str] | None = None) -> str:
-    return yaml.safe_dump(config.model_dump(mode="json", exclude=exclude), sort_keys=False)
+    plain = config.model_dump(mode="json", exclude=exclude)
+    return yaml.safe_dump({"name": plain["name"], **plain}, sort_keys=False)
 
 
 def _copy_atomically(source: Path, target: Path) -> None:

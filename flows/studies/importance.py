@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 
@@ -16,7 +16,7 @@ from lmq.layers.importance.tables import ANGULAR_DISTANCE_SCHEMA, LAYER_IMPORTAN
 from lmq.measurement.layer_activity import LAYER_ACTIVITY
 from lmq.model.structure import ModelStructure
 from lmq.tables import read_rows
-from lmq_flows.config.run import RunConfig, parse_run_config
+from lmq_flows.config.run import MeasurementRequest, parse_request
 from lmq_flows.config.sections import CalibrationConfig
 from lmq_flows.graph.model_nodes import CapturedText, ModelNodes, PreparedModel, TextIdentity
 from lmq_flows.graph.node import Graph, Node
@@ -38,7 +38,7 @@ COMPARED_METRICS = (
 )
 """Metrics that order layers by importance; the other columns are what AVSS is made of."""
 
-_NO_EVALUATION = {"tokens": 16, "window": 8, "stride": 8}
+R = TypeVar("R", bound=MeasurementRequest)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,26 +57,24 @@ class ImportanceOptions:
     store: str = "store"
     threads: int = 2
 
-    def run_config(self, source: str, evaluation: Mapping[str, Any] = _NO_EVALUATION) -> RunConfig:
-        """Configuration of a run that measures the model on the text."""
+    def request(self, source: str, kind: type[R], **more: Any) -> R:
+        """What is asked of the model on the text; `more` are sections that this kind of request has besides."""
         (name,) = model_names([source])
-        return parse_run_config(
+        return parse_request(
+            kind,
             {
-                "name": "importance",
                 "models": [{"name": name, "source": source}],
-                "strategies": ["uniform"],
-                "budgets": ["16 bpw"],
-                "measure": {"menu": ["b4g64"], "also": ["layer_activity"]},
+                "measure": {"also": [LAYER_ACTIVITY.name]},
                 "calibration": {
                     "source": self.text,
                     "column": self.column,
                     "sequences": self.sequences,
                     "sequence_length": self.sequence_length,
                 },
-                "evaluation": dict(evaluation),
                 "store": self.store,
                 "runner": {"threads_per_worker": self.threads},
-            }
+                **more,
+            },
         )
 
 
@@ -115,8 +113,8 @@ def measure_importance(
     source: str, options: ImportanceOptions, angular_layers: int, console: Console
 ) -> MeasuredImportance:
     """Measure what is not cached, with progress on the console. Raises InputError before anything is measured."""
-    config = options.run_config(source)
-    model, texts = prepare(config, options)
+    request = options.request(source, MeasurementRequest)
+    model, texts = prepare(request, options)
     if angular_layers > model.structure.layers:
         raise InputError(
             f"a block of {angular_layers} layers is more than the {model.structure.layers} of {source}; "
@@ -124,14 +122,14 @@ def measure_importance(
         )
     graph = Graph()
     nodes = ModelNodes(graph, model, texts)
-    found = add_importance(nodes, config.calibration, options.removal, angular_layers)
+    found = add_importance(nodes, request.calibration, options.removal, angular_layers)
     refs = execute_with_progress(graph, list(graph), console)
     return read_importance(model, found, refs)
 
 
-def prepare(config: RunConfig, options: ImportanceOptions) -> tuple[PreparedModel, dict[str, TextIdentity]]:
-    """The model and the texts of a configuration, checked to be measurable. Raises InputError."""
-    (model,), texts = ready_models(config)
+def prepare(request: MeasurementRequest, options: ImportanceOptions) -> tuple[PreparedModel, dict[str, TextIdentity]]:
+    """The model and the texts of a request, checked to be measurable. Raises InputError."""
+    (model,), texts = ready_models(request)
     if options.removal is not None:
         options.removal.check(len(find_sublayers(model.structure)))
     return model, texts

@@ -19,7 +19,8 @@ from lmq.layers.prune import (
     write_pruned,
 )
 from lmq.tables import read_rows
-from lmq_flows.config.sections import EvaluationConfig
+from lmq_flows.config.run import MeasurementRequest
+from lmq_flows.config.sections import EvaluationConfig, TextConfig
 from lmq_flows.graph.model_nodes import ModelNodes, PreparedModel
 from lmq_flows.graph.node import Graph, Node
 from lmq_flows.run.prepare import check_directory
@@ -70,6 +71,17 @@ class PruningOptions:
     seed: int = 42
 
 
+class PruningRequest(MeasurementRequest):
+    """What is measured of a model, and on what text it is judged without some of its layers."""
+
+    evaluation: EvaluationConfig
+
+    @property
+    def texts(self) -> tuple[TextConfig, ...]:
+        """The texts that tokens are drawn from: to measure on, and to judge on."""
+        return (self.calibration, self.evaluation)
+
+
 @dataclass(frozen=True, kw_only=True)
 class JudgedRemoval:
     """Layers that one way to choose removes (none: the whole model), and what the model without them is worth."""
@@ -95,16 +107,17 @@ def prune(
         raise InputError(f"{options.out} exists already; remove it or choose another place")
     stride = max(1, options.window // 2)
     judged_on = {"source": options.evaluation, "column": importance.column, "tokens": options.tokens}
-    config = importance.run_config(source, {**judged_on, "window": options.window, "stride": stride})
-    model, texts = prepare(config, importance)
+    evaluation = {**judged_on, "window": options.window, "stride": stride}
+    request = importance.request(source, PruningRequest, evaluation=evaluation)
+    model, texts = prepare(request, importance)
     count = layers_to_remove(model.structure.layers, options.fraction)
     store = open_store(model.site.store_url)
     model_dir = _model_dir(store, model)
     check_prunable(model_dir, model.structure)
     graph = Graph()
     nodes = ModelNodes(graph, model, texts)
-    judge = _Judge(nodes, config.evaluation)
-    found = add_importance(nodes, config.calibration, importance.removal, count)
+    judge = _Judge(nodes, request.evaluation)
+    found = add_importance(nodes, request.calibration, importance.removal, count)
     measured = read_importance(model, found, execute_with_progress(graph, [judge.whole, found.layers], console))
     choices = _choices(measured, options)
     judging = [judge.whole, *(judge.without(layers, chosen_by) for chosen_by, layers in choices.items())]

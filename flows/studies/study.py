@@ -24,7 +24,7 @@ from lmq.report.study import CostPair, Profile, Setting, sample_pairs
 from lmq.tables import read_rows
 from lmq.text.calibration import PYDOC_TOPICS
 from lmq_flows.config.names import slug
-from lmq_flows.config.run import RunConfig, parse_run_config
+from lmq_flows.config.run import MeasurementRequest, parse_request
 from lmq_flows.config.sections import CalibrationConfig
 from lmq_flows.graph.model_nodes import CapturedText, ModelNodes
 from lmq_flows.graph.node import Graph, Node
@@ -52,28 +52,25 @@ class StudyOptions:
     store: str = "store"
     threads: int = 2
 
-    def run_config(self, models: Sequence[str], text: str, menu: Sequence[str], **measure: Any) -> RunConfig:
-        """Configuration of a run that measures the models on the text; only its measurements are made.
+    def request(self, models: Sequence[str], text: str, menu: Sequence[str]) -> MeasurementRequest:
+        """What is asked of the models on a text.
 
         A given text is used whole; of the built-in one the part that runs calibrate on, whose states are shared.
         """
-        return parse_run_config(
+        return parse_request(
+            MeasurementRequest,
             {
-                "name": "study",
                 "models": [{"name": name, "source": source} for name, source in model_names(models).items()],
-                "strategies": ["uniform"],
-                "budgets": ["16 bpw"],
-                "measure": {"menu": list(menu), **measure},
+                "measure": {"menu": list(menu)},
                 "calibration": {
                     "source": text,
                     "part": "first" if text == PYDOC_TOPICS else "all",
                     "sequences": self.sequences,
                     "sequence_length": self.sequence_length,
                 },
-                "evaluation": {"tokens": 16, "window": 8, "stride": 8},
                 "store": self.store,
                 "runner": {"threads_per_worker": self.threads},
-            }
+            },
         )
 
 
@@ -139,11 +136,11 @@ class SensitivityStudy:
         found: dict[Setting, list[Node]] = {}
         grids: dict[tuple[str, str], list[Node]] = {}
         for text, text_name in text_names(self.texts).items():
-            config = self.options.run_config(self.models, text, self.configurations)
-            models, texts = ready_models(config)
+            request = self.options.request(self.models, text, self.configurations)
+            models, texts = ready_models(request)
             for model in models:
                 nodes = ModelNodes(graph, model, texts)
-                captured = CapturedText(nodes, config.calibration)
+                captured = CapturedText(nodes, request.calibration)
                 for quantizer in self.quantizers:
                     for spec in self._specs(quantizer):
                         setting = Setting(
@@ -189,11 +186,11 @@ class CostStudy:
 
     def measure(self, console: Console) -> list[CostPair]:
         """Measure what is not cached, with progress on the console. Raises InputError as a run would."""
-        config = self.options.run_config([self.model], self.text, self.configurations)
-        (model,), texts = ready_models(config)
+        request = self.options.request([self.model], self.text, self.configurations)
+        (model,), texts = ready_models(request)
         sample = sample_pairs(model.structure.modules, model.menu, self.pairs, self.seed)
         graph = Graph()
-        tables = self._add_nodes(ModelNodes(graph, model, texts), config.calibration, sample)
+        tables = self._add_nodes(ModelNodes(graph, model, texts), request.calibration, sample)
         refs = execute_with_progress(graph, [node for nodes in tables.values() for node in nodes], console)
         rows = {name: _by_pair(nodes, refs, COSTS[name]) for name, nodes in tables.items()}
         return [_cost_pair(pair, rows) for pair in sample]

@@ -95,8 +95,9 @@ def assemble_checkpoint(
     """Join quantized layers (files of `save_layer`) with the unquantized tensors of the source model.
 
     Modules without a configuration stay as they are in the source. Peak memory is one shard of at most
-    `max_shard_bytes`, or one tensor where that is larger. Before the checkpoint gets its name it is opened, as its users open it, and its
-    logits are compared with those of the blocks that evaluation measures (see `lmq.checkpoint.reopen`).
+    `max_shard_bytes`, or one tensor where that is larger. Before the checkpoint gets its name it is opened, as its
+    users open it, and its logits are compared with those of the blocks that evaluation measures (see
+    `lmq.checkpoint.reopen`).
 
     Raises:
         LmqError: it does not open, or computes something else.

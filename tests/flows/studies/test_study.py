@@ -68,7 +68,7 @@ def test_what_a_run_measured_is_not_measured_again(
     )
     models, texts = ready_models(config)
     graph, _, measured = build_graph(config, models, texts)
-    execute_directly(graph, measured["tiny"].sensitivity)
+    execute_directly(graph, measured["tiny"].tables["sensitivity"])
     study(tmp_path, "sensitivity", tiny_llama, "--config", "b4g64")
     printed = capsys.readouterr().out
     for stage, count in (("forward", 3), ("grids", 4), ("sensitivity", 4)):
@@ -119,7 +119,7 @@ def test_texts_go_by_their_file_names_where_these_differ() -> None:
 
 def test_options_make_a_configuration_that_measures_on_the_given_text(tmp_path: Path) -> None:
     options = StudyOptions(sequences=3, sequence_length=40, store=str(tmp_path), threads=1)
-    config = options.run_config(["somewhere"], "pydoc-topics", ["b4g64"])
+    config = options.request(["somewhere"], "pydoc-topics", ["b4g64"])
     assert config.calibration.sequences == 3
     assert config.calibration.sequence_length == 40
     assert config.measure.menu == ("b4g64",)
