@@ -9,13 +9,14 @@ from lmq.evaluation.task_scores import TaskScore, task_scores_from_json
 from lmq.model.structure import ModelStructure
 from lmq_tasks.evaluation import SIZE_FILE
 from lmq_tasks.performance import PERFORMANCE_FILE
+from lmq_tasks.report_inputs import InputsOf
 from lmq_tasks.stage import Job, JsonDict
 from lmq_tasks.zero_shot import SCORES_FILE
 
 
-def judged_fields(job: Job, prefix: str, item: JsonDict) -> dict[str, Any]:
-    """Memory, speed and zero-shot scores of the variant whose inputs begin with `prefix`; what is not there is None."""
-    return {**_performance(job, f"{prefix}performance"), "tasks": _scores(job, prefix, item.get("tasks", {}))}
+def judged_fields(job: Job, inputs: InputsOf, item: JsonDict) -> dict[str, Any]:
+    """Memory, speed and zero-shot scores of the variant with these inputs; what is not there is None."""
+    return {**_performance(job, inputs.part("performance")), "tasks": _scores(job, inputs, item.get("tasks", {}))}
 
 
 def baseline_size(job: Job, evaluation: str, structure: ModelStructure) -> dict[str, Any]:
@@ -35,11 +36,11 @@ def _performance(job: Job, name: str) -> dict[str, Any]:
     return {key: found[key] for key in (*measured, *speeds)} | {"performance_host": found["host"]}
 
 
-def _scores(job: Job, prefix: str, tasks: dict[str, str | None]) -> tuple[TaskScore, ...] | None:
+def _scores(job: Job, inputs: InputsOf, tasks: dict[str, str | None]) -> tuple[TaskScore, ...] | None:
     """Scores of every task of the run in its order; of one that failed the reason alone."""
     scores: list[TaskScore] = []
     for task, error in tasks.items():
-        name = f"{prefix}task {task}"
+        name = inputs.task(task)
         if job.has(name):
             scores += task_scores_from_json(json.loads(job.input(name, SCORES_FILE).read_text()))
         else:

@@ -18,6 +18,7 @@ from lmq.outliers import OUTLIERS_SCHEMA
 from lmq.report import ModelReport
 from lmq.tables import TableSchema, read_rows
 from lmq_tasks.measure import measured_rows
+from lmq_tasks.report_inputs import InputsOf
 from lmq_tasks.stage import Job, JsonDict
 
 
@@ -25,7 +26,8 @@ def model_report(
     job: Job, name: str, structure: ModelStructure, allocations: Mapping[str, list[JsonDict]]
 ) -> ModelReport:
     """What was measured of the model `name`; `allocations` are rows by the label of their variant."""
-    rows = {measurement: measured_rows(job, measurement, f"{name} {measurement}") for measurement in MEASUREMENTS}
+    inputs = InputsOf.model(name)
+    rows = {measurement: measured_rows(job, measurement, inputs.part(measurement)) for measurement in MEASUREMENTS}
     statistics = rows[KURTOSIS.name]
     costs = {
         column.name: _cost_table(rows[cost.name], column.column) for cost in COSTS.values() for column in cost.columns
@@ -36,7 +38,7 @@ def model_report(
         structure=structure,
         statistics=statistics,
         sensitivity=rows[SENSITIVITY.name],
-        outliers=rows_of(job, f"{name} outliers", "outliers.parquet", OUTLIERS_SCHEMA),
+        outliers=rows_of(job, inputs.part("outliers"), "outliers.parquet", OUTLIERS_SCHEMA),
         super_weights=rows[SUPER_WEIGHTS.name],
         layer_activity=rows[LAYER_ACTIVITY.name],
         costs={cost: table for cost, table in costs.items() if table is not None},
@@ -64,7 +66,7 @@ def _coarse_grid_warnings(job: Job, name: str, statistics: Sequence[JsonDict], m
         ModuleId(row["layer"], row["kind"]): row["grid_bits"] and CoarseGrid(row["grid_bits"], row["grid_group_size"])
         for row in statistics
     }
-    ref = job.refs(f"{name} {FROBENIUS.name}")[0]
+    ref = job.refs(InputsOf.model(name).part(FROBENIUS.name))[0]
     manifest = job.store.manifest(ref.stage, ref.key)
     axis = manifest.config["quantizer"]["axis"] if manifest else 1
     return coarse_grid_warnings(found, sorted(menu), axis=axis)

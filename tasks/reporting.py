@@ -24,6 +24,7 @@ from lmq.report import (
 from lmq.report.results import FULL_PRECISION, UNIFORM, VariantResult, write_results
 from lmq.report.results_table import markdown_table
 from lmq_tasks.judged import baseline_size, judged_fields
+from lmq_tasks.report_inputs import InputsOf
 from lmq_tasks.report_tables import model_report, rows_of
 from lmq_tasks.stage import Job, JsonDict, library_versions, stage
 
@@ -96,29 +97,29 @@ class _Variant:
     def __init__(self, job: Job, number: int, item: JsonDict, structures: dict[str, ModelStructure]):
         self.item = item
         self.slug = item["slug"]
-        prefix = f"variant {number} "
-        self.windows = rows_of(job, prefix + "evaluation", "windows.parquet", WINDOWS_SCHEMA)
-        self.allocation = rows_of(job, prefix + "allocation", "allocation.parquet", ALLOCATION_SCHEMA)
-        self.result = self._result(job, prefix, structures.get(item["model"]))
+        inputs = InputsOf.variant(number)
+        self.windows = rows_of(job, inputs.part("evaluation"), "windows.parquet", WINDOWS_SCHEMA)
+        self.allocation = rows_of(job, inputs.part("allocation"), "allocation.parquet", ALLOCATION_SCHEMA)
+        self.result = self._result(job, inputs, structures.get(item["model"]))
 
-    def _result(self, job: Job, prefix: str, structure: ModelStructure | None) -> VariantResult:
+    def _result(self, job: Job, inputs: InputsOf, structure: ModelStructure | None) -> VariantResult:
         evaluation = summarize(self.windows) if self.windows else None
         measured, note = _measured(evaluation)
         item = self.item
         is_reference = item["strategy"] == FULL_PRECISION
-        size = _size(job, prefix, structure, self.allocation, is_reference)
+        size = _size(job, inputs, structure, self.allocation, is_reference)
         return VariantResult(
             model=item["model"],
             strategy=item["strategy"],
             budget=item["budget"],
             budget_bytes=item["budget_bytes"],
-            seconds=_seconds(job, prefix + "evaluation"),
-            checkpoint=None if is_reference or not job.has(prefix + "checkpoint") else f"checkpoints/{self.slug}",
+            seconds=_seconds(job, inputs.part("evaluation")),
+            checkpoint=None if is_reference or not job.has(inputs.part("checkpoint")) else f"checkpoints/{self.slug}",
             error=item["error"] or note,
             **size,
             **measured,
-            **_solution(job, prefix),
-            **judged_fields(job, prefix, item),
+            **_solution(job, inputs),
+            **judged_fields(job, inputs, item),
         )
 
 
@@ -144,7 +145,7 @@ def _measured(evaluation: Evaluation | None) -> tuple[dict[str, Any], str | None
 
 
 def _size(
-    job: Job, prefix: str, structure: ModelStructure | None, allocation: Sequence[JsonDict], is_reference: bool
+    job: Job, inputs: InputsOf, structure: ModelStructure | None, allocation: Sequence[JsonDict], is_reference: bool
 ) -> dict[str, Any]:
     """Sizes of a variant, as far as they are known: of a model that could not be used there are none."""
     if structure is None:
@@ -154,10 +155,10 @@ def _size(
         checkpoint_bytes: int | None = size_bytes + structure.other_bytes
     elif allocation:
         size_bytes = sum(row["size_bytes"] for row in allocation)
-        manifest = _manifest(job, prefix + "checkpoint")
+        manifest = _manifest(job, inputs.part("checkpoint"))
         checkpoint_bytes = manifest.size_bytes if manifest else None
     else:
-        return baseline_size(job, prefix + "evaluation", structure)
+        return baseline_size(job, inputs.part("evaluation"), structure)
     return {
         "size_bytes": size_bytes,
         "checkpoint_bytes": checkpoint_bytes,
@@ -166,10 +167,10 @@ def _size(
     }
 
 
-def _solution(job: Job, prefix: str) -> dict[str, Any]:
-    if not job.has(prefix + "allocation"):
+def _solution(job: Job, inputs: InputsOf) -> dict[str, Any]:
+    if not job.has(inputs.part("allocation")):
         return {}
-    solution = json.loads(job.input(prefix + "allocation", "solution.json").read_text())
+    solution = json.loads(job.input(inputs.part("allocation"), "solution.json").read_text())
     names = ("objective", "lower_bound", "gap", "validation_divergence", "uniform_validation_divergence")
     return {name: solution.get(name) for name in names}
 
@@ -187,7 +188,9 @@ def _seconds(job: Job, name: str) -> float | None:
 
 
 def _structure(job: Job, model: str) -> ModelStructure:
-    return ModelStructure.from_json(json.loads(job.input(f"{model} structure", "structure.json").read_text()))
+    return ModelStructure.from_json(
+        json.loads(job.input(InputsOf.model(model).part("structure"), "structure.json").read_text())
+    )
 
 
 def _paired(variants: Sequence[_Variant]) -> list[PairedDifference]:
@@ -225,7 +228,7 @@ def _stages(job: Job) -> list[StageTiming]:
     """What every artifact took to make and keeps, and whether this run made it."""
     found = []
     for model in job.config["models"]:
-        for ref in job.refs(f"{model} all"):
+        for ref in job.refs(InputsOf.model(model).part("all")):
             manifest = job.store.manifest(ref.stage, ref.key)
             if manifest is not None:
                 state: Literal["ran", "cached"] = "ran" if job.site.states.get(ref.uri) == "ran" else "cached"

@@ -20,6 +20,7 @@ from lmq_flows.run.model import ModelOutcome, execute_with_progress
 from lmq_flows.run.prepare import absolute_store_url
 from lmq_storage import ArtifactRef
 from lmq_tasks import STAGES
+from lmq_tasks.report_inputs import InputsOf
 from lmq_tasks.reporting import CARDS_FOLDER, card_file
 from lmq_tasks.stage import Site, open_store
 
@@ -107,10 +108,12 @@ def _report_inputs(models: Sequence[ModelOutcome]) -> dict[str, Input | list[Inp
     pairs = [(model, variant) for model in models for variant in model.variants]
     for number, (model, variant) in enumerate(pairs):
         parts = {part: getattr(variant, part) for part in ("allocation", "checkpoint", "evaluation", "performance")}
-        parts |= {f"task {task}": node for task, node in variant.tasks.items()}
-        for part, node in parts.items():
+        own = InputsOf.variant(number)
+        named = {own.part(part): node for part, node in parts.items()}
+        named |= {own.task(task): node for task, node in variant.tasks.items()}
+        for name, node in named.items():
             if node is not None and (ref := model.outcomes[node].ref) is not None:
-                inputs[f"variant {number} {part}"] = ref
+                inputs[name] = ref
     return inputs
 
 
@@ -122,16 +125,17 @@ def _model_inputs(model: ModelOutcome) -> dict[str, Input | list[Input]]:
     def there(nodes: Sequence[Node]) -> list[Input]:
         return [ref for node in nodes if (ref := model.outcomes[node].ref) is not None]
 
+    own = InputsOf.model(model.name)
     inputs: dict[str, Input | list[Input]] = {
-        f"{model.name} structure": model.model.structure_ref,
-        f"{model.name} all": there(list(model.outcomes)),
+        own.part("structure"): model.model.structure_ref,
+        own.part("all"): there(list(model.outcomes)),
     }
     for name, nodes in model.measured.tables.items():
         if len(found := there(nodes)) == len(nodes):
-            inputs[f"{model.name} {name}"] = found
+            inputs[own.part(name)] = found
     outliers = model.measured.outliers
     if outliers is not None and (found := there([outliers])):
-        inputs[f"{model.name} outliers"] = found[0]
+        inputs[own.part("outliers")] = found[0]
     return inputs
 
 
