@@ -70,6 +70,14 @@ def test_the_newest_runs_are_kept_and_the_rest_goes(store):
     assert verify(store) == []
 
 
+def test_artifacts_of_a_stage_that_is_no_more_are_kept_while_a_run_needs_them_and_go_with_it(store):
+    needed, left = (publish(store, key, stage="frobenius") for key in ("needed", "left"))  # now called grids
+    store.write_text("runs/before.json", f"{needed.uri}\n")
+    assert collect(store, keep_runs=1).uris == (left.uri,)
+    assert collect(store).uris == (needed.uri,)
+    assert list(store.manifests()) == []
+
+
 def test_what_is_young_stays(store):
     ref = publish(store, "young")
     assert collect(store, keep_hours=1).uris == ()
