@@ -87,8 +87,8 @@ def measure(path: Path, threads: int, sequence_length: int, measured_blocks: int
     graph, _, measured = build_graph(config, models, texts)
     found = measured["large"]
     costs = StageCosts()
-    by_configuration = (found.frobenius, found.sensitivity, found.fisher, found.sequence_fisher)
-    wanted = [*found.kurtosis, *(node for nodes in by_configuration for node in nodes[:measured_blocks])]
+    by_configuration = [nodes for name, nodes in found.tables.items() if name != "kurtosis"]
+    wanted = [*found.tables["kurtosis"], *(node for nodes in by_configuration for node in nodes[:measured_blocks])]
     execute_directly(graph, wanted, watch=costs.watch)
     return costs
 

@@ -88,7 +88,10 @@ def run_once(model: Path, kind: str, workers: int, sequences: int, blocks: int |
         whole, _, measured = build_graph(config, models, texts)
         found = measured["m"]
         graph = Graph()
-        wanted = [nodes[-blocks if blocks else None :] for nodes in (found.frobenius, found.kurtosis, found.fisher)]
+        wanted = [
+            nodes[-blocks if blocks else None :]
+            for nodes in (found.tables[name] for name in ("frobenius", "kurtosis", "fisher"))
+        ]
         graph.nodes = whole.leading_to([node for nodes in wanted for node in nodes])
         times = TaskTimes()
         with started_runner(config.runner) as runner:

@@ -162,7 +162,7 @@ def measure_delta_loss(job: Job) -> None:
     write_rows(job.output / DELTA_LOSS.file, DELTA_LOSS.schema, rows)
 
 
-@stage("outliers", version=2, schema=OUTLIERS_SCHEMA.label)
+@stage("outliers", version=3, schema=OUTLIERS_SCHEMA.label)
 def find_outliers(job: Job) -> None:
     """Outlier layers of every module kind, by each profile that was measured."""
     rows = [

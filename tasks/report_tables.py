@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 
 from lmq.allocation.error_table import ErrorTable
 from lmq.formats.spec import QuantSpec
-from lmq.measurement.activation import SENSITIVITY
 from lmq.measurement.coarse_grid import CoarseGrid, coarse_grid_warnings
 from lmq.measurement.frobenius import FROBENIUS
 from lmq.measurement.layer_activity import LAYER_ACTIVITY
-from lmq.measurement.registry import COSTS, MEASUREMENTS
+from lmq.measurement.registry import COSTS, MEASUREMENTS, PROFILES
 from lmq.measurement.super_weights import SUPER_WEIGHTS
 from lmq.measurement.weights import KURTOSIS
 from lmq.model.structure import ModelStructure, ModuleId
@@ -36,8 +35,7 @@ def model_report(
     return ModelReport(
         name=name,
         structure=structure,
-        statistics=statistics,
-        sensitivity=rows[SENSITIVITY.name],
+        profiles={profile: rows[profile] for profile in PROFILES},
         outliers=rows_of(job, inputs.part("outliers"), "outliers.parquet", OUTLIERS_SCHEMA),
         super_weights=rows[SUPER_WEIGHTS.name],
         layer_activity=rows[LAYER_ACTIVITY.name],

@@ -38,7 +38,7 @@ FIGURES_FOLDER = "figures"
 _DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
-@stage("report", version=9, schema="report/1")
+@stage("report", version=10, schema="report/1")
 def report(job: Job) -> None:
     """Write results.json, report.html with data and figures, summary.md, warnings.txt, allocations, model cards."""
     structures = {name: _structure(job, name) for name in job.config["models"]}

@@ -196,5 +196,7 @@ SENSITIVITY = Profile(
     settings=("spec",),
     version=4,
     measure=measure_sensitivity,
+    meaning="Mean squared change of the output of a part when its weights are quantized; "
+    "modules measured together share it.",
     difference="divide",
 )

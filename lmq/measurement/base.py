@@ -249,8 +249,12 @@ class Cost(Measurement):
 
 @dataclass(frozen=True, kw_only=True)
 class Profile(Measurement):
-    """One number per module, in the column `name` of its table; `difference` is how its jumps are looked for."""
+    """One number per module, in the column `name` of its table; `difference` is how its jumps are looked for.
 
+    `meaning` is a sentence for reports.
+    """
+
+    meaning: str
     difference: Literal["subtract", "divide"]
 
 

@@ -174,5 +174,6 @@ KURTOSIS = Profile(
     schema=WEIGHT_STATISTICS_SCHEMA,
     version=3,
     measure=measure_weights,
+    meaning="Fourth moment over squared variance; a normal distribution has 3.",
     difference="subtract",
 )

@@ -46,22 +46,27 @@ class PairedDifference:
 class ModelReport:
     """What was measured on one model.
 
-    `statistics`, `super_weights` and `layer_activity` are rows of the tables of these names, `sensitivity` and
-    `outliers` too; `costs` holds what every module loses, by names of `lmq.report.sections.costs.COSTS`. Rows of
+    `profiles` are rows of tables by names of `lmq.measurement.registry.PROFILES`, `outliers`, `super_weights` and
+    `layer_activity` rows of the tables of these names; `costs` holds what every module loses, by the names of the
+    columns of `lmq.measurement.registry.COSTS`. Rows of
     `allocations` (by `VariantResult.label`) have layer, kind, bits, group_size, size_bytes and boosted (bool). A row's
     value may be None. `warnings` say what makes the measurements unfair.
     """
 
     name: str
     structure: ModelStructure
-    statistics: Rows = ()
-    sensitivity: Rows = ()
+    profiles: Mapping[str, Rows] = field(default_factory=dict)
     outliers: Rows = ()
     super_weights: Rows = ()
     layer_activity: Rows = ()
     costs: Mapping[str, ErrorTable] = field(default_factory=dict)
     allocations: Mapping[str, Rows] = field(default_factory=dict)
     warnings: Sequence[str] = ()
+
+    @property
+    def statistics(self) -> Rows:
+        """Statistics of the weights, whose table is that of their kurtosis."""
+        return self.profiles.get("kurtosis", ())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 
 from lmq.formats.spec import QuantSpec
+from lmq.measurement.registry import PROFILES
 from lmq.model.structure import ModuleId
 from lmq.report.data import ModelReport, ReportData
 from lmq.report.figures.allocation_map import WIDTH_PX, allocation_map
@@ -18,7 +19,7 @@ from lmq.report.figures.standalone import standalone_svg
 from lmq.report.html import slug
 from lmq.report.sections.costs import COSTS, MOST_PANELS, cost_figures, leading_cost, one_per_width
 from lmq.report.sections.importance import importance_figure
-from lmq.report.sections.reasons import PROFILES, profile_curves, profile_figure
+from lmq.report.sections.reasons import profile_curves, profile_figure
 
 MOST_MAPS = 8
 """Allocations drawn per model; those of one configuration throughout are not drawn."""
@@ -48,10 +49,11 @@ def _measured(model: ModelReport) -> dict[str, str]:
         specs = one_per_width(model.costs[cost].specs)
         entries = [("━", colour.light, str(spec)) for spec, colour in zip(specs, SERIES, strict=False)]
         found["cost"] = _grid(title_panel(COSTS[cost].title, entries), cost_figures(model, cost))
-    for signal, title in PROFILES.items():
-        curves = profile_curves(model, signal)[:MOST_PANELS]
+    for name, profile in PROFILES.items():
+        curves = profile_curves(model, name)[:MOST_PANELS]
         if curves:
-            found[signal] = _grid(title_panel(title), [profile_figure(model, curve, title) for curve in curves])
+            panels = [profile_figure(model, curve, profile.title) for curve in curves]
+            found[name] = _grid(title_panel(profile.title), panels)
     if model.layer_activity:
         found["importance"] = standalone_svg([importance_figure(model)])
     return found

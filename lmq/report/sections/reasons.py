@@ -7,7 +7,9 @@ from html import escape
 
 from matplotlib.figure import Figure
 
-from lmq.report.data import ModelReport, ReportData, Rows
+from lmq.measurement.base import Profile
+from lmq.measurement.registry import PROFILES
+from lmq.report.data import ModelReport, ReportData
 from lmq.report.figures.allocation_map import short_kind
 from lmq.report.figures.profiles import layer_curve
 from lmq.report.figures.svg import figure_svg
@@ -39,19 +41,12 @@ def _model_part(model: ModelReport) -> str:
         (
             *(f'<p class="warning">{escape(warning)}</p>' for warning in model.warnings),
             costs_part(model),
-            _profile(model, "sensitivity", _SENSITIVITY),
-            _profile(model, "kurtosis", _KURTOSIS),
+            *(_profile(model, profile) for profile in PROFILES.values()),
             importance_part(model),
             super_weights_part(model),
             weights_part(model),
         )
     )
-
-
-_SENSITIVITY = (
-    "Mean squared change of the output of a part when its weights are quantized; modules measured together share it."
-)
-_KURTOSIS = "Fourth moment over squared variance; a normal distribution has 3."
 
 
 @dataclass(frozen=True)
@@ -63,13 +58,9 @@ class ProfileCurve:
     outlier_layers: tuple[int, ...]
 
 
-PROFILES = {"sensitivity": "Activation sensitivity", "kurtosis": "Kurtosis of the weights"}
-"""Signals with one number per layer and kind."""
-
-
 def profile_curves(model: ModelReport, signal: str) -> list[ProfileCurve]:
     """The different curves of a signal; kinds with the same values share one."""
-    rows = _signal_rows(model, signal)
+    rows = model.profiles.get(signal, ())
     values = {(row["kind"], row["layer"]): row[signal] for row in rows}
     outliers = _outliers(model, signal)
     curves: dict[tuple[tuple[float | None, ...], tuple[int, ...]], list[str]] = {}
@@ -82,10 +73,6 @@ def profile_curves(model: ModelReport, signal: str) -> list[ProfileCurve]:
     return [ProfileCurve(tuple(kinds), curve, marked) for (curve, marked), kinds in curves.items()]
 
 
-def _signal_rows(model: ModelReport, signal: str) -> Rows:
-    return model.sensitivity if signal == "sensitivity" else model.statistics
-
-
 def profile_figure(model: ModelReport, curve: ProfileCurve, title: str) -> Figure:
     """Figure of one curve, named by the kinds that share it."""
     names = ", ".join(short_kind(kind, model.structure.kinds) for kind in curve.kinds)
@@ -96,8 +83,9 @@ def _outliers(model: ModelReport, signal: str) -> set[tuple[str, int]]:
     return {(r["kind"], r["layer"]) for r in model.outliers if r["signal"] == signal and r["outlier"]}
 
 
-def _profile(model: ModelReport, signal: str, meaning: str) -> str:
-    title, rows = PROFILES[signal], _signal_rows(model, signal)
+def _profile(model: ModelReport, profile: Profile) -> str:
+    signal, title = profile.name, profile.title
+    rows = model.profiles.get(signal, ())
     if not rows:
         return f"<h4>{title}</h4>{not_measured(title)}"
     z_scores = {(r["kind"], r["layer"]): r["z"] for r in model.outliers if r["signal"] == signal}
@@ -109,4 +97,4 @@ def _profile(model: ModelReport, signal: str, meaning: str) -> str:
     data = [(*key, value, z_scores.get(key), key in outliers) for key, value in keyed]
     link = csv_link(f"{signal}-{slug(model.name)}.csv", header, data)
     rings = "Rings mark outlier layers." if outliers else "No outlier layers." if z_scores else ""
-    return panels(title, f"{meaning} {rings}", link, drawn, len(curves))
+    return panels(title, f"{profile.meaning} {rings}", link, drawn, len(curves))

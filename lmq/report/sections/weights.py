@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from lmq.measurement.super_weights import SUPER_WEIGHTS
 from lmq.measurement.weights import PERCENTILES
 from lmq.report.data import ModelReport, Rows
 from lmq.report.figures.allocation_map import short_kind
@@ -17,7 +18,6 @@ from lmq.report.figures.svg import figure_svg
 from lmq.report.html import Cell, Column, csv_link, not_measured, number, panels, slug, table
 from lmq.report.results import format_number
 
-SUPER_WEIGHTS = "Super weights"
 WEIGHTS = "Large weights and coarse grids"
 SPIKE_RATIO = 100.0
 """A spike of this many times the root mean square, on both sides of a module, makes a super weight likely."""
@@ -28,7 +28,7 @@ def super_weights_part(model: ModelReport) -> str:
     """Spikes in what enters and leaves every `down_proj`, and where the suspected super weights stand."""
     rows = sorted(model.super_weights, key=lambda row: (row["layer"], row["kind"]))
     if not rows:
-        return f"<h4>{SUPER_WEIGHTS}</h4>{not_measured(SUPER_WEIGHTS)}"
+        return f"<h4>{SUPER_WEIGHTS.title}</h4>{not_measured(SUPER_WEIGHTS.title)}"
     likely = [row for row in rows if _likelihood(row) >= SPIKE_RATIO]
     drawn = [figure_svg(_spikes(model, rows, side)) for side in ("input", "output")]
     note = (
@@ -42,7 +42,7 @@ def super_weights_part(model: ModelReport) -> str:
     )
     header = list(rows[0])
     link = csv_link(f"super-weights-{slug(model.name)}.csv", header, ([row[name] for name in header] for row in rows))
-    shown = panels(SUPER_WEIGHTS, note, link, drawn, len(drawn))
+    shown = panels(SUPER_WEIGHTS.title, note, link, drawn, len(drawn))
     return f"{shown}<p>{found}</p>{_spike_table(model, rows)}"
 
 

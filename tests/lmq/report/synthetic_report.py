@@ -129,8 +129,7 @@ def model_report(name: str = MODEL, layers: int = 30, variants: int = 6) -> Mode
     return ModelReport(
         name=name,
         structure=model,
-        statistics=statistics,
-        sensitivity=sensitivity,
+        profiles={"kurtosis": statistics, "sensitivity": sensitivity},
         outliers=outliers,
         super_weights=[super_weight(layer) for layer in range(layers)],
         layer_activity=[layer_activity(layer, layers) for layer in range(layers)],
