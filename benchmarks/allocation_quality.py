@@ -125,9 +125,9 @@ def _model_rows(config: RunConfig) -> Iterator[str]:
     plans = [variant.allocation for variant in variants if variant.allocation is not None]
     tokens = next(node for node in graph if node.stage.name == "evaluation-tokens")
     started_s = time.perf_counter()
-    refs = execute_directly(graph, wanted=[*plans, *measured[name].frobenius, tokens])
+    refs = execute_directly(graph, wanted=[*plans, *measured[name].grids, tokens])
     print(f"<!-- {name}: measured and allocated in {time.perf_counter() - started_s:.0f} s -->", flush=True)
-    judge = _Judge(models[0], [refs[node] for node in measured[name].frobenius], refs[tokens])
+    judge = _Judge(models[0], [refs[node] for node in measured[name].grids], refs[tokens])
     full = judge.losses(None)
     yield f"| {name} | – | full precision | 16 | {math.exp(full.mean()):.2f} | 100 % |"
     uniform = full
