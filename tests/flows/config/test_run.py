@@ -91,8 +91,12 @@ def test_constraints_are_read_and_kept_as_plain_values() -> None:
         ({"measure": {"menu": ["b4g96"]}}, "measure.menu.0: group_size = 96 is not allowed; allowed: (16, 32,"),
         ({"measure": {"menu": ["b4g64", "b4g64"]}}, "measure.menu: 'b4g64' is listed twice"),
         ({"measure": {"menu": []}}, "measure.menu = []: must have at least one entry"),
-        ({"measure": {"sensitivity_spec": "b5g64"}}, "measure.sensitivity_spec: bits = 5 is not a weight width"),
-        ({"measure": {"quantizer": "hq"}}, "measure.quantizer = 'hq': must be 'hqq', 'rtn' or 'hqq-package'"),
+        ({"measure": {"sensitivity_spec": "b7g64"}}, "measure.sensitivity_spec: bits = 7 is not a weight width"),
+        (
+            {"measure": {"quantizer": "hq"}},
+            "measure.quantizer = 'hq': must be 'hqq', 'hqq-default', 'rtn', 'weighted', 'gptq', 'fisher-gptq' or "
+            "'hqq-package'",
+        ),
         ({"evaluation": {"tokens": "many"}}, "evaluation.tokens = 'many': must be a whole number"),
         ({"evaluation": {"tokens": 4096.5}}, "evaluation.tokens = 4096.5: must be a whole number"),
         ({"evaluation": {"tokens": -1}}, "evaluation.tokens = -1: must be at least 16"),
