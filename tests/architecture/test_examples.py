@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,9 @@ from lmq.formats.spec import STOPS, QuantSpec
 from lmq.model.discovery import discover
 from lmq.model.tensors import read_headers, read_tensors
 from lmq.quantizers import QUANTIZERS, quantizer
+from lmq_flows.cli import COMMANDS, main
 from lmq_flows.config.run import parse_run_config
+from tests.architecture.examples import command
 from tests.architecture.examples.format import Binary
 from tests.architecture.examples.quantizer import Deviations
 from tests.architecture.examples.strategy import Alternating
@@ -89,3 +92,13 @@ def test_an_export_is_written_and_checked(tiny_qwen: Path, tmp_path: Path, monke
     assert check.passed
     assert report.size_bytes > quantized_bytes(tmp_path / "q")
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_a_command_runs(tiny_qwen: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(COMMANDS, "count", "count the tensors of a model")
+    monkeypatch.setitem(sys.modules, "lmq_flows.cli.count", command)  # the file count.py beside the other commands
+    assert main(["count", str(tiny_qwen)]) == 0
+    assert capsys.readouterr().out == f"{len(read_headers(tiny_qwen))} tensors\n"
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "count the tensors of a model" in capsys.readouterr().out
