@@ -14,9 +14,7 @@ from lmq.quantizers import quantizer
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "gemma2"])
-def test_a_head_of_its_own_is_exported_or_refused_whatever_the_configuration_says(
-    model_type: str, tmp_path: Path
-) -> None:
+def test_a_head_of_its_own_is_exported_or_refused(model_type: str, tmp_path: Path) -> None:
     shape = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": True}
     source = tmp_path / "source"
