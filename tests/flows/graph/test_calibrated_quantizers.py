@@ -16,7 +16,7 @@ from lmq_flows.graph.build import build_graph
 from lmq_flows.graph.node import Graph, Node
 from lmq_flows.run.plan import execute_directly, ready_models
 from lmq_storage import ArtifactStore
-from lmq_tasks.planning import read_choice
+from lmq_tasks.planning import ALLOCATION_FILE, read_configurations
 from tests.flows.conftest import tiny_config
 
 
@@ -52,11 +52,11 @@ def test_what_is_stored_are_the_codes_that_were_measured(tiny_qwen: Path, tmp_pa
             stored = sum(file.size_bytes for file in manifest.files.values())
             assert node.expected_bytes <= stored <= node.expected_bytes + 40_000  # headers, and the table of errors
     for checkpoint in checkpoints:
-        (allocation,) = (item.node for item in [checkpoint.inputs["choice"]])
-        choice = read_choice(store.path(refs[allocation], "choice.json"))
+        (allocated,) = (item.node for item in [checkpoint.inputs["allocation"]])
+        allocation = read_configurations(store.path(refs[allocated], ALLOCATION_FILE))
         directory = store.materialize(refs[checkpoint], tmp_path / checkpoint.label.replace(" ", "-"))
         model = lmq.load(directory, dtype=torch.float32)
-        for module, spec in choice.items():
+        for module, spec in allocation.items():
             coded = grids[module][spec]
             assert isinstance(coded, CodedGrid)
             linear = model.get_submodule(f"model.layers.{module.layer}.{module.kind}")

@@ -204,10 +204,10 @@ def test_damaged_and_deleted_artifacts_are_made_again(again):
     config = again()
     store = ArtifactStore(config.store)
     first, second = list(store.manifests("sequence-fisher"))[:2]
-    blob = store.path(first.ref, "fisher.parquet")
+    blob = store.path(first.ref, "sequence-fisher.parquet")
     blob.chmod(0o644)
     blob.write_bytes(blob.read_bytes()[:100])
-    store.path(second.ref, "fisher.parquet").unlink()
+    store.path(second.ref, "sequence-fisher.parquet").unlink()
     before = (config.run_dir / "results.json").read_text() if config.run_dir.exists() else None
     done = run_and_look(config)
     assert before is None
