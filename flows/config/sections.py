@@ -17,7 +17,7 @@ from lmq.evaluation.options import EvaluationOptions
 from lmq.evaluation.zero_shot import STANDARD_TASKS
 from lmq.formats.spec import STOPS, QuantSpec
 from lmq.measurement.registry import MEASUREMENTS
-from lmq.quantizers import quantizer
+from lmq.quantizers import QUANTIZERS, quantizer
 from lmq_flows.config.names import slug
 
 T = TypeVar("T")
@@ -127,12 +127,20 @@ def _measurement_name(name: str) -> str:
     return name
 
 
+def _quantizer_name(name: str) -> str:
+    if name not in QUANTIZERS:
+        raise ValueError(str(unknown_name("quantizer", name, QUANTIZERS)))
+    return name
+
+
 class MeasureConfig(Section):
     """What is measured of every module."""
 
     menu: Menu = Field(tuple(spec.name for spec in STOPS), description="Configurations")
-    quantizer: Literal["hqq", "hqq-default", "rtn", "weighted", "gptq", "fisher-gptq", "hqq-package"] = Field(
-        "hqq", description="How codes are found; weighted, gptq and fisher-gptq look at the calibration text as well"
+    quantizer: Annotated[str, AfterValidator(_quantizer_name)] = Field(
+        "hqq",
+        description="How codes are found; weighted, gptq and fisher-gptq look at the calibration text as well",
+        json_schema_extra={"enum": [*QUANTIZERS]},
     )
     quantizer_options: dict[str, Any] = Field(
         default_factory=dict, description="Options of the quantizer: {damping: 0.01, order: descending} of gptq"
