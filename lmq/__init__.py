@@ -45,12 +45,14 @@ def load(
 
     from lmq.checkpoint.verify import verify_checkpoint
     from lmq.errors import DamagedFile
+    from lmq.model.transformers_lock import TRANSFORMERS_LOCK
 
     verify_checkpoint(Path(path), checksums=verify)
     precision = "auto" if dtype is None else dtype
-    opened: Any = AutoModelForCausalLM.from_pretrained(
-        path, dtype=precision, trust_remote_code=False, output_loading_info=True
-    )
+    with TRANSFORMERS_LOCK:
+        opened: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype=precision, trust_remote_code=False, output_loading_info=True
+        )
     model, report = opened
     for problem, names in report.items():  # transformers would warn, and make missing tensors up
         if names and problem != "unexpected_keys":  # a model may store more than its class has

@@ -167,7 +167,12 @@ class _ModelGraph(ModelNodes):
             measured.outliers = self.add("outliers", "", {}, profiles)
         if TRIALS in self._needs:
             validation = self._validation_tokens()
-            measured.trials = {"tokens": captured.tokens, "hidden": captured.last, "validation": validation}
+            measured.trials = {
+                "tokens": captured.tokens,
+                "hidden": captured.last,
+                "validation": validation,
+                "grids": list(grids),
+            }
         return measured
 
     def _settings(self) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from lmq.model.source import nearest_sibling
 from lmq.model.stored import StoredModel, match_tensors, read_stored_model
 from lmq.model.structure import ModelStructure
 from lmq.model.tensors import StoredTensor, read_headers, read_tensors
+from lmq.model.transformers_lock import TRANSFORMERS_LOCK
 
 _METHODS = sorted({name.removesuffix("_4bit").removesuffix("_8bit") for name in AUTO_QUANTIZER_MAPPING})
 DOES_NOT_OPEN = (
@@ -97,11 +98,13 @@ def open_dense(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMode
             f"{path} is not a checkpoint of compressed-tensors: see quantization_config in its config.json"
         )
     del config.quantization_config
-    with torch.device("meta"):
-        architecture = type(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
-    model, found = architecture.from_pretrained(
-        None, config=config, state_dict=_dense_state(path, fields), dtype=dtype, output_loading_info=True
-    )
+    state = _dense_state(path, fields)
+    with TRANSFORMERS_LOCK:
+        with torch.device("meta"):
+            architecture = type(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
+        model, found = architecture.from_pretrained(
+            None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+        )
     amiss = {what: sorted(map(str, names)) for what, names in found.items() if names and what != "unexpected_keys"}
     if amiss:
         raise LmqError(f"{path} does not hold the tensors of its model: {amiss}; write it again")
@@ -156,13 +159,14 @@ def read_stored_directory(path: Path) -> StoredModel:
 
 def _open_completely(path: Path, dtype: torch.dtype | None, device: torch.device | str) -> PreTrainedModel:
     """A model whose tensors all come from the files: transformers makes up what is missing."""
-    opened: Any = AutoModelForCausalLM.from_pretrained(
-        path,
-        dtype="auto" if dtype is None else dtype,
-        output_loading_info=True,
-        local_files_only=True,
-        trust_remote_code=False,
-    )
+    with TRANSFORMERS_LOCK:
+        opened: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype="auto" if dtype is None else dtype,
+            output_loading_info=True,
+            local_files_only=True,
+            trust_remote_code=False,
+        )
     model, info = opened
     missing = sorted(map(str, info["missing_keys"]))
     if missing:

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from lmq.checkpoint.open import open_dense
 from lmq.errors import InputError, LmqError
 from lmq.export.report import ExportReport
+from lmq.model.transformers_lock import TRANSFORMERS_LOCK
 
 _DOES_NOT_OPEN = (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError)
 """What loaders raise for files that are not what they expect."""
@@ -59,9 +60,15 @@ def _open_gguf(report: ExportReport) -> PreTrainedModel:
 
 def _open_completely(path: Path, **options: Any) -> PreTrainedModel:
     """A model whose tensors all come from the files: transformers makes up what is missing."""
-    opened: Any = AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float32, output_loading_info=True, local_files_only=True, trust_remote_code=False, **options
-    )
+    with TRANSFORMERS_LOCK:
+        opened: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=torch.float32,
+            output_loading_info=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            **options,
+        )
     model, info = opened
     amiss = {what: sorted(map(str, names)) for what, names in info.items() if names and what != "unexpected_keys"}
     if amiss:

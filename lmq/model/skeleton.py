@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lmq.errors import InputError, UnsupportedModel
+from lmq.model.transformers_lock import TRANSFORMERS_LOCK
 
 
 class _EmptyWithoutMemory(TorchFunctionMode):
@@ -58,7 +59,7 @@ def build_skeleton(model_dir: Path) -> PreTrainedModel:
 def skeleton_of(config: Any, name: str) -> PreTrainedModel:
     """The model of a configuration as `build_skeleton` makes it; `name` is what errors call it."""
     try:
-        with _EmptyWithoutMemory():
+        with TRANSFORMERS_LOCK, _EmptyWithoutMemory():
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     except (ValueError, ImportError) as error:
         raise UnsupportedModel(_cannot_be_built(config, name, error)) from error

@@ -22,6 +22,7 @@ import torch
 from lmq.errors import InputError
 from lmq.model.companions import COMPANION_PATTERNS, OTHER_WEIGHTS, TEMPLATES_FOLDER, companion_files
 from lmq.model.tensors import INDEX_FILE, weight_files
+from lmq.model.transformers_lock import TRANSFORMERS_LOCK
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -148,9 +149,10 @@ def convert_gguf(path: Path, out_dir: Path, dtype: torch.dtype | None = None) ->
         raise InputError(f"{out_dir} exists already; remove it or give another place")
     _log.info("reading %s", path)
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=torch.float32, trust_remote_code=False
-        )
+        with TRANSFORMERS_LOCK:
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                path.parent, gguf_file=path.name, dtype=torch.float32, trust_remote_code=False
+            )
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     except (ValueError, OSError, LookupError, NotImplementedError) as error:
         raise InputError(f"{path} cannot be read as a GGUF model: {error}; is it complete, and supported?") from error

@@ -143,7 +143,7 @@ def test_a_checkpoint_of_lmq_is_no_model_to_quantize(tiny_llama: Path, refuse: R
         ("empty.txt", "", "holds no text; pass a .txt, .jsonl or .parquet file, wikitext2, c4, ptb or pydoc-topics"),
         ("one.txt", "One paragraph alone.", "is one document, of which no part can be taken"),
         ("short.txt", "A few.\n\nWords only.", "sequences of 32 need 96; give a longer text, or fewer or shorter"),
-        ("other.jsonl", '{"body": "text"}\n', "line 1 has no text in column 'text' (it has: body); set `column`"),
+        ("other.jsonl", '{"body": "text"}\n', "has no column 'text' (it has: body); set `column`"),
         ("bad.jsonl", "{", "line 1 is not JSON"),
         ("not-utf8.txt", "\udcff", "is not UTF-8 text"),
     ],

@@ -58,7 +58,8 @@ def test_the_target_adds_its_constraints_and_whole_zeros() -> None:
         ({"measure": {"axis": 0}}, "target 'vllm' takes groups along in_features; set measure.axis to 1"),
         (
             {"measure": {"quantizer": "hqq-package"}},
-            "takes whole zeros, which measure.quantizer = 'hqq-package' does not fit; those that do: hqq, rtn",
+            "takes whole zeros, which measure.quantizer = 'hqq-package' does not fit; "
+            "those that do: hqq, hqq-default, rtn, weighted, gptq, fisher-gptq",
         ),
     ],
 )

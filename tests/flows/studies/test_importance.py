@@ -138,7 +138,7 @@ def test_prune_prints_the_metric_beside_what_it_must_beat(
     for name in ("whole model", "avss-relative", "random, seed 5", "angular (neighbours)"):
         assert f"│ {name} " in printed
     assert "removal-importance" not in printed  # slow, and not what this metric needs
-    assert "perplexity strided 32/16, " in printed
+    assert "perplexity strided 32/16: " in printed
     assert (tmp_path / "pruned" / "tokenizer.json").is_file()
 
 
