@@ -66,7 +66,7 @@ def test_a_quantizer_quantizes_and_its_checkpoint_opens(
         assert 0 < (stored - weight).norm() / weight.norm() < 0.2
     assert read_quantization_config(tmp_path / "q").quantizer["name"] == "deviations"
     run_config(strategies=["uniform"], measure={"quantizer": "deviations", "quantizer_options": {"reach": 2.0}})
-    with pytest.raises(InputError, match=r"unknown quantizer 'deviation'; .*'deviations'"):
+    with pytest.raises(InputError, match=r"measure\.quantizer: unknown quantizer 'deviation'; .*'deviations'"):
         run_config(strategies=["uniform"], measure={"quantizer": "deviation"})
 
 

@@ -94,8 +94,8 @@ def test_constraints_are_read_and_kept_as_plain_values() -> None:
         ({"measure": {"sensitivity_spec": "b7g64"}}, "measure.sensitivity_spec: bits = 7 is not a weight width"),
         (
             {"measure": {"quantizer": "hq"}},
-            "measure.quantizer = 'hq': must be 'hqq', 'hqq-default', 'rtn', 'weighted', 'gptq', 'fisher-gptq' or "
-            "'hqq-package'",
+            "measure.quantizer: unknown quantizer 'hq'; did you mean 'hqq'? (allowed: fisher-gptq, gptq, hqq, "
+            "hqq-default, hqq-package, rtn, weighted)",
         ),
         ({"evaluation": {"tokens": "many"}}, "evaluation.tokens = 'many': must be a whole number"),
         ({"evaluation": {"tokens": 4096.5}}, "evaluation.tokens = 4096.5: must be a whole number"),
