@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import lmq
 from lmq.checkpoint.open import QuantizedBlocks
-from lmq.checkpoint.reopen import check_opens, sample_logits
+from lmq.checkpoint.reopen import _tokens, check_opens, sample_logits
 from lmq.checkpoint.write import write_checkpoint
 from lmq.errors import LmqError
 from lmq.export.source import QuantizedCheckpoint
@@ -127,3 +127,10 @@ def test_a_checkpoint_that_does_not_open_is_not_kept(tmp_path: Path, monkeypatch
     with pytest.raises(LmqError, match="GPTBigCodeForCausalLM does not open again"):
         write(source, tmp_path / "checkpoint")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("vocabulary_size", [16, 512, 49_152, 262_144])
+def test_sample_tokens_are_in_the_vocabulary_of_any_size(vocabulary_size: int) -> None:
+    tokens = _tokens(vocabulary_size)
+    assert tokens.min() >= 0
+    assert tokens.max() < vocabulary_size
