@@ -24,7 +24,7 @@ from lmq.evaluation.perplexity import Window, full_windows
 from lmq.evaluation.windows import last_states, score_windows, window_tokens
 from lmq.model.discovery import discover
 from lmq.model.streaming import StreamedModel
-from lmq.text.calibration import PYDOC_TOPICS, TextSource, bos_prefix, documents, load_tokenizer, token_stream
+from lmq.text.calibration import PYDOC_TOPICS, TextSource, documents, load_tokenizer, text_prefix, token_stream
 
 
 @torch.no_grad()
@@ -63,7 +63,7 @@ def main() -> None:
     length = options.window + options.stride * (options.windows - 1)
     stream = token_stream(documents(TextSource(source=PYDOC_TOPICS)), tokenizer, length)
     windows = full_windows(length, options.window, options.stride)
-    tokens = window_tokens(stream, windows, bos_prefix(tokenizer))
+    tokens = window_tokens(stream, windows, text_prefix(tokenizer))
     structure = discover(options.model, weights_sha256="not needed")
     reference = last_states(StreamedModel.open(options.model, structure), tokens)
     ways = {
