@@ -8,6 +8,7 @@ from pathlib import Path
 from lmq.errors import InputError
 from lmq.model.structure import ModelStructure
 from lmq.text.data_sets import PREFIX as DATA_SET
+from lmq.text.known_texts import KNOWN_TEXTS, known_text_note
 from lmq_flows.config.run import MeasurementRequest, RunConfig, parse_request
 from lmq_flows.config.sections import ModelConfig
 from lmq_flows.graph.build import PreparedModel, TextIdentity, build_graph, resolve_budgets
@@ -53,7 +54,7 @@ def inspect_model(source: str, store: str) -> InspectedModel:
 def check_run(config: RunConfig) -> list[str]:
     """Refuse what can be refused before Prefect starts and anything is measured. Raises InputError.
 
-    Returns what the user should know before the work starts: what the target leaves out of the menus.
+    Returns what the user should know before the work starts, such as what the target leaves out of the menus.
 
     That is a run of which no variant can be made; where some can, the others fail by name in the run. Models that must
     be converted first are checked once they are. Reads no weights.
@@ -133,13 +134,15 @@ class _Ready:
         return ready
 
     def notes(self, config: RunConfig) -> list[str]:
-        """Which content a data set's name means now, and what the target leaves out of the menus of the models."""
-        data_sets = [
+        """Which content the name of a text means, and what the target leaves out of the menus of the models."""
+        texts = [
             f"{source} is read as it is now: {text.identity}"
-            for source, text in self.texts.items()
             if source.startswith(DATA_SET)
+            else known_text_note(source)
+            for source, text in self.texts.items()
+            if source.startswith(DATA_SET) or source in KNOWN_TEXTS
         ]
-        return data_sets + [
+        return texts + [
             text for model in self.models for text in config.left_out_of_menu(model.config, model.structure.modules)
         ]
 

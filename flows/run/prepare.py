@@ -32,7 +32,7 @@ from lmq.text.calibration import (
 from lmq.text.data_sets import PREFIX as DATA_SET
 from lmq.text.data_sets import identify_data_set
 from lmq.text.files import text_format
-from lmq.text.known_texts import KNOWN_TEXTS
+from lmq.text.known_texts import KNOWN_TEXTS, known_text_identity
 from lmq_flows.config.run import MeasurementRequest
 from lmq_flows.config.sections import CalibrationConfig, EvaluationConfig, ModelConfig
 from lmq_flows.graph.build import PreparedModel, TextIdentity
@@ -78,11 +78,11 @@ def identify_texts(config: MeasurementRequest) -> dict[str, TextIdentity]:
 
 
 def _content_identity(location: str) -> str:
-    """Digest of a text's content; the known texts are always the same and go by their names."""
+    """Digest of a text's content; of a text that everybody knows its name, with the commit where that is fixed."""
     if location == PYDOC_TOPICS:
         return f"{PYDOC_TOPICS}:{text_sha256(canonical_json(documents(TextSource(source=location))))}"
-    if not is_file_text(location):
-        return location
+    if location in KNOWN_TEXTS:
+        return known_text_identity(location)
     path = Path(location)
     if not path.is_file():
         known = ", ".join((PYDOC_TOPICS, *KNOWN_TEXTS))

@@ -6,7 +6,11 @@
 from __future__ import annotations
 
 import hashlib
+import lzma
 import re
+import textwrap
+import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +26,7 @@ PREFIX = "dataset:"
 _SPLIT = r"(:(?P<split>[\w\[\]:%+-]+))?"
 _HUB = re.compile(rf"(?P<name>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w.-]+))?(/(?P<config>[\w.-]+))?{_SPLIT}")
 _FOLDER = re.compile(rf"(?P<folder>[^:]+){_SPLIT}")
+_LONGEST_REASON = 300
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -76,7 +81,7 @@ def identify_data_set(source: str) -> tuple[str, str]:
 
     try:
         builder = datasets.load_dataset_builder(found.name, found.config, revision=found.revision)
-    except _load_errors() as error:
+    except load_errors() as error:
         raise _not_fetched(source, error) from error
     commit = str(builder.hash)
     pinned = DataSet(
@@ -108,25 +113,46 @@ def read_data_set(source: str, column: str, tokenizer: PreTrainedTokenizerBase |
         rows = datasets.load_dataset(found.name, found.config, split=found.split, revision=found.revision)
         column = text_column(rows.column_names, column, source)
         values: list[Any] = list(rows[column])
-    except _load_errors() as error:
+    except load_errors() as error:
         raise _not_fetched(source, error, instead, is_folder=found.is_folder) from error
     return texts_of_rows(values, column, source, tokenizer)
 
 
-def _load_errors() -> tuple[type[Exception], ...]:
+def load_errors() -> tuple[type[Exception], ...]:
     """What `datasets` raises where the hub is out of reach, a file is damaged, or a split or a loader is missing."""
     import datasets.exceptions
 
     return (
-        OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError,
+        OSError, EOFError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, zlib.error, lzma.LZMAError,
         httpx.HTTPError, pa.ArrowException, datasets.exceptions.DatasetsError,
     )  # fmt: skip
 
 
 def _not_fetched(source: str, error: Exception, instead: str = "", *, is_folder: bool = False) -> InputError:
-    cause: BaseException = error
+    what = "cannot be read" if is_folder else "could not be fetched from the hub"
+    return InputError(f"{source} {what} ({load_failure(error)}){'; ' + instead if instead else ''}")
+
+
+def load_failure(error: BaseException) -> str:
+    """What `datasets` says of the error and of its cause, in one line; of files whose columns differ, the columns."""
+    from datasets.table import CastError
+
+    differing = next((part for part in _chain(error) if isinstance(part, CastError)), None)
+    if differing is not None:
+        there, first = differing.table_column_names, differing.requested_column_names
+        more = [name for name in there if name not in first]
+        fewer = [name for name in first if name not in there]
+        parts = [f"{verb} {', '.join(names)}" for verb, names in (("has", more), ("lacks", fewer)) if names]
+        return f"its files differ in their columns: one {' and '.join(parts)}, unlike the first"
+    cause = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
-    lines = dict.fromkeys(str(part).strip().partition("\n")[0] for part in (error, cause))
-    what = "cannot be read" if is_folder else "could not be fetched from the hub"
-    return InputError(f"{source} {what} ({'; '.join(filter(None, lines))}){'; ' + instead if instead else ''}")
+    said = str(error).strip().partition("\n")[0], textwrap.shorten(str(cause), _LONGEST_REASON)
+    return "; ".join(filter(None, dict.fromkeys(said)))
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and what led to it."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

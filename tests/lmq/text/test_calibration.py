@@ -4,7 +4,6 @@ import json
 import lzma
 import pydoc_data.topics
 from pathlib import Path
-from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,7 +26,6 @@ from lmq.text.calibration import (
     tokens_fingerprint,
     write_tokens,
 )
-from lmq.text.data_sets import DataSet, identify_data_set
 
 TEXTS = ["First document.", "Second document,\nwith two lines.", "", "Third document."]
 
@@ -115,13 +113,6 @@ def test_a_missing_file_suggests_its_neighbour(tmp_path: Path) -> None:
     (tmp_path / "corpus.txt").write_text("text")
     with pytest.raises(InputError, match=r"there is no file .*corpu\.txt; did you mean .*corpus\.txt\?"):
         documents(TextSource(source=str(tmp_path / "corpu.txt")))
-
-
-def test_a_data_set_that_cannot_be_fetched_says_what_to_pass_instead() -> None:
-    with pytest.raises(InputError, match=r"could not be fetched .* pass a \.txt, \.jsonl or \.parquet file"):
-        documents(TextSource(source="dataset:no-such/data/config:test"))
-    with pytest.raises(InputError, match=r"write dataset:ORG/NAME\[@REVISION\]\[/CONFIG\]\[:SPLIT\]"):
-        documents(TextSource(source="dataset:a b"))
 
 
 def test_an_unknown_part_is_refused() -> None:
@@ -307,39 +298,3 @@ def test_the_prefix_is_what_the_tokenizer_puts_in_front(single: str, prefix: lis
     assert blocks[:, : len(prefix)].tolist() == [prefix] * 3
     with pytest.raises(InputError, match="sequence_length = 0 leaves no room"):
         pack_tokens(["a text"], tokenizer, sequence_length=0, sequences=1)
-
-
-def _folder(place: Path, *texts: str) -> Path:
-    place.mkdir(exist_ok=True)
-    (place / "train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return place
-
-
-def test_a_folder_is_known_by_its_content(tmp_path: Path) -> None:
-    """Another place with the same files has the same identity; any other byte, or file, has another."""
-    first, _ = identify_data_set(f"dataset:{_folder(tmp_path / 'a', 'one')}")
-    same, source = identify_data_set(f"dataset:{_folder(tmp_path / 'b', 'one')}:train")
-    assert first == same
-    assert source == f"dataset:{tmp_path / 'b'}:train"
-    other, _ = identify_data_set(f"dataset:{_folder(tmp_path / 'b', 'two')}")
-    (tmp_path / "a" / "more.jsonl").write_text("")
-    more, _ = identify_data_set(f"dataset:{tmp_path / 'a'}")
-    test, _ = identify_data_set(f"dataset:{tmp_path / 'b'}:test")
-    assert len({first, other, more, test}) == 4
-
-
-def test_a_data_set_of_the_hub_is_known_and_read_by_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
-    asked: list[tuple[str, str | None, str | None]] = []
-
-    def builder(name: str, config: str | None, revision: str | None) -> SimpleNamespace:
-        asked.append((name, config, revision))
-        return SimpleNamespace(hash="ab" * 20)
-
-    monkeypatch.setattr(datasets, "load_dataset_builder", builder)
-    identity, source = identify_data_set("dataset:org/name@v2/small:test")
-    assert asked == [("org/name", "small", "v2")]
-    assert identity == f"dataset@{'ab' * 20}:org/name/small:test"
-    assert source == f"dataset:org/name@{'ab' * 20}/small:test"
-    assert DataSet.parse(source) == DataSet(name="org/name", config="small", split="test", revision="ab" * 20)

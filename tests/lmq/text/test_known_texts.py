@@ -8,10 +8,17 @@ from lmq.text.calibration import TextSource, documents, is_file_text
 from lmq.text.known_texts import KNOWN_TEXTS
 
 ASKED = {
-    "wikitext2": ("Salesforce/wikitext", {"name": "wikitext-2-raw-v1", "split": "test"}),
+    "wikitext2": (
+        "Salesforce/wikitext",
+        {"name": "wikitext-2-raw-v1", "split": "test", "revision": "b08601e04326c79dfdd32d625aee71d232d685c3"},
+    ),
     "c4": (
         "allenai/c4",
-        {"data_files": {"validation": "en/c4-validation.00000-of-00008.json.gz"}, "split": "validation"},
+        {
+            "data_files": {"validation": "en/c4-validation.00000-of-00008.json.gz"},
+            "split": "validation",
+            "revision": "607bd4c8450a42878aa9ddc051a65a055450ef87",
+        },
     ),
     "ptb": (
         "ptb-text-only/ptb_text_only",
