@@ -5,6 +5,7 @@ Layer importance is made of it, beside what removing layers costs (`lmq.layers.i
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -33,6 +34,8 @@ LAYER_ACTIVITY_SCHEMA = TableSchema(
         ]
     ),
 )
+
+_log = logging.getLogger(__name__)
 
 ABSOLUTE_EPSILON = 1e-5
 RELATIVE_EPSILON = 1e-2
@@ -85,11 +88,13 @@ def activation_statistics(
 def block_influence(entering: Tensor, leaving: Tensor, *, layer: int) -> float:
     """1 − mean over tokens of cos(h_entering, h_leaving), from 0 (nothing turns) to 2.
 
-    Both states are [sequences, sequence_length, hidden]; cosines are float64. Source: ShortGPT, Men et al. 2024
-    (arXiv 2403.03853). Raises NotFiniteError naming the layer, also for a state of length 0, which has no direction.
+    Both states are [sequences, sequence_length, hidden]; cosines are float64, and those of `cosines` that there are.
+    Source: ShortGPT, Men et al. 2024 (arXiv 2403.03853). Raises NotFiniteError naming the layer.
     """
-    sums = [cosines(*pair, layer).sum().item() for pair in zip(entering, leaving, strict=True)]
-    return 1 - math.fsum(sums) / entering[..., 0].numel()
+    found = [cosines(*pair, layer) for pair in zip(entering, leaving, strict=True)]
+    count = sum(len(part) for part in found)
+    check_directions(count, entering[..., 0].numel(), layer)
+    return 1 - math.fsum(part.sum().item() for part in found) / count
 
 
 def last_token_states(hidden: Tensor) -> Tensor:
@@ -98,21 +103,34 @@ def last_token_states(hidden: Tensor) -> Tensor:
 
 
 def cosines(entering: Tensor, leaving: Tensor, layer: int) -> Tensor:
-    """Cosine of every pair of states [..., hidden] that enter and leave a layer, float64.
+    """Cosines of the pairs of states [..., hidden] that enter and leave a layer, float64 [pairs that have one].
 
-    Raises NotFiniteError naming the layer, also for a state of length 0, which has no direction.
+    A state of length 0, as a token without an embedding has, points nowhere: where a layer leaves it as it is, it turns
+    nothing (cosine 1), else the pair is left out. Raises NotFiniteError naming the layer.
     """
     require_finite(entering, f"the states that enter layer {layer}")
     require_finite(leaving, f"the states that leave layer {layer}")
-    first, second = entering.double(), leaving.double()
-    lengths = first.norm(dim=-1) * second.norm(dim=-1)
-    zeros = int((lengths == 0).sum())
-    if zeros:
+    first, second = entering.double().flatten(0, -2), leaving.double().flatten(0, -2)
+    lengths, others = first.norm(dim=-1), second.norm(dim=-1)
+    pointing = (lengths > 0) & (others > 0)
+    found = (first[pointing] * second[pointing]).sum(dim=-1) / (lengths[pointing] * others[pointing])
+    unchanged = int(((lengths == 0) & (others == 0)).sum())
+    return torch.cat([found, found.new_ones(unchanged)])
+
+
+def check_directions(found: int, states: int, layer: int) -> None:
+    """Say how many of a layer's states have no cosine; raise NotFiniteError when none of them has one."""
+    if found == 0:
         raise NotFiniteError(
-            f"{zeros} of {lengths.numel()} states around layer {layer} have length 0 and so no cosine; "
-            "do the calibration texts hold padding or a token without an embedding?"
+            f"none of the {states} states around layer {layer} has a cosine: those that enter it, or those that leave "
+            "it, have length 0; does the model hold weights?"
         )
-    return (first * second).sum(dim=-1) / lengths
+    if found < states:
+        _log.warning(
+            "%d of %d states around layer %d have length 0 and so no cosine; they are left out of the mean. Do the "
+            "calibration texts hold padding or a token without an embedding?",
+            states - found, states, layer,
+        )  # fmt: skip
 
 
 def layer_activity(entering: Tensor, leaving: Tensor, *, layer: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lmq.errors import InputError
-from lmq.measurement.layer_activity import cosines
+from lmq.measurement.layer_activity import check_directions, cosines
 
 
 @torch.no_grad()
@@ -21,9 +21,12 @@ def angular_distance(entering: Tensor, leaving: Tensor, *, layer: int) -> float:
     """Mean over sequences of arccos(cos(h_entering, h_leaving)) / π at the last token, from 0 to 1.
 
     Both states are [sequences, hidden] of last tokens; `leaving` may lie several layers after `layer`, which
-    `entering` enters. Source: Gromov et al. 2024 (arXiv 2403.17887). Raises NotFiniteError naming the layer.
+    `entering` enters. Sequences whose last state has length 0 are treated as `cosines` says. Source: Gromov et al. 2024
+    (arXiv 2403.17887). Raises NotFiniteError naming the layer.
     """
-    return float((cosines(entering, leaving, layer).clamp(-1, 1).arccos() / math.pi).mean())
+    found = cosines(entering, leaving, layer)
+    check_directions(len(found), len(entering), layer)
+    return float((found.clamp(-1, 1).arccos() / math.pi).mean())
 
 
 def angular_distances(last_tokens: Sequence[Tensor], *, block_layers: int) -> list[float]:

@@ -102,8 +102,40 @@ def test_states_that_are_not_finite_are_named_by_layer(entering: Tensor, leaving
         angular_distance(last_token_states(broken), last_token_states(entering), layer=5)
 
 
-def test_a_state_of_length_zero_has_no_cosine(entering: Tensor) -> None:
-    zero = entering.clone()
-    zero[1, 2] = 0
-    with pytest.raises(NotFiniteError, match="1 of 7 states around layer 3 have length 0"):
-        block_influence(zero, entering, layer=3)
+@pytest.mark.parametrize("place", ["entering", "leaving"])
+def test_a_state_of_length_zero_is_left_out_and_counted(
+    place: str, entering: Tensor, leaving: Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It points nowhere: the mean is that of the others, by a plain loop over tokens."""
+    states = {"entering": entering.clone(), "leaving": leaving.clone()}
+    states[place][1, 2] = 0
+    states[place][0, -1] = 0
+    rest = [
+        torch.nn.functional.cosine_similarity(entering[s, t].double(), leaving[s, t].double(), dim=0).item()
+        for s in range(3)
+        for t in range(7)
+        if (s, t) not in ((1, 2), (0, 6))
+    ]
+    assert block_influence(**states, layer=3) == pytest.approx(1 - sum(rest) / 19, abs=1e-12)
+    assert "2 of 21 states around layer 3 have length 0" in caplog.text
+    last = {name: last_token_states(value) for name, value in states.items()}
+    angles = [math.acos(rest[index]) / math.pi for index in (11, 18)]  # the last tokens of the other sequences
+    assert angular_distance(**last, layer=3) == pytest.approx(sum(angles) / 2, abs=1e-12)
+    assert "1 of 3 states around layer 3 have length 0" in caplog.text
+
+
+def test_a_state_that_stays_at_length_zero_is_not_turned(entering: Tensor, caplog: pytest.LogCaptureFixture) -> None:
+    entering[0] = 0
+    leaving = -entering
+    assert block_influence(entering, leaving, layer=0) == pytest.approx(2 * 14 / 21)
+    last = [last_token_states(states) for states in (entering, leaving)]
+    assert angular_distance(*last, layer=0) == pytest.approx(2 / 3)
+    assert block_influence(0 * entering, 0 * entering, layer=0) == 0
+    assert caplog.text == ""
+
+
+def test_a_layer_whose_states_all_have_length_zero_cannot_be_judged(entering: Tensor) -> None:
+    with pytest.raises(NotFiniteError, match="none of the 21 states around layer 3 has a cosine"):
+        block_influence(entering, 0 * entering, layer=3)
+    with pytest.raises(NotFiniteError, match="none of the 3 states around layer 4 has a cosine"):
+        angular_distance(last_token_states(0 * entering), last_token_states(entering), layer=4)
