@@ -40,6 +40,8 @@ def inspect_command(arguments: argparse.Namespace) -> int:
         f"not quantized (embeddings, head, norms, biases): {structure.other_parameters:,} weights, "
         f"{structure.other_bytes / 1e6:,.1f} MB"
     )
+    for note in structure.kept_notes:
+        say(f"of these, in the blocks: {note}")
     return 0
 
 

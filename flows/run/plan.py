@@ -134,7 +134,7 @@ class _Ready:
         return ready
 
     def notes(self, config: RunConfig) -> list[str]:
-        """Which content the name of a text means, and what the target leaves out of the menus of the models."""
+        """What names of texts mean, what models keep as it is, and what the target leaves out of their menus."""
         texts = [
             f"{source} is read as it is now: {text.identity}"
             if source.startswith(DATA_SET)
@@ -142,9 +142,11 @@ class _Ready:
             for source, text in self.texts.items()
             if source.startswith(DATA_SET) or source in KNOWN_TEXTS
         ]
-        return texts + [
-            text for model in self.models for text in config.left_out_of_menu(model.config, model.structure.modules)
-        ]
+        kept, left_out = [], []
+        for model in self.models:
+            kept += [f"{model.config.name} keeps {note} as it is" for note in model.structure.kept_notes]
+            left_out += config.left_out_of_menu(model.config, model.structure.modules)
+        return texts + kept + left_out
 
     def _add(self, config: MeasurementRequest, model: ModelConfig, device: str) -> None:
         identified = identify_model(config, model)

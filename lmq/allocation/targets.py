@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lmq.errors import InputError, unknown_name
 from lmq.formats.spec import QuantSpec
-from lmq.model.structure import ModuleInfo
+from lmq.model.structure import ModuleInfo, layer_ranges
 
 _IN_LAYER = re.compile(r"(?:.*\.)?(\d+)\.(.+)")
 
@@ -120,7 +120,7 @@ def list_modules(paths: Sequence[str]) -> str:
     kinds_of: dict[tuple[int, ...], list[str]] = defaultdict(list)
     for kind, layers in layers_of.items():
         kinds_of[tuple(sorted(layers))].append(kind)
-    words = [f"{_layers(layers)}: {', '.join(sorted(kinds))}" for layers, kinds in sorted(kinds_of.items())]
+    words = [f"{layer_ranges(layers)}: {', '.join(sorted(kinds))}" for layers, kinds in sorted(kinds_of.items())]
     return f"{len(paths)} module{'s' * (len(paths) != 1)} ({'; '.join(words + outside)})"
 
 
@@ -135,18 +135,3 @@ def _misfits(target: Target, spec: QuantSpec, modules: Sequence[ModuleInfo]) -> 
 
 def _either(values: Sequence[int]) -> str:
     return " or ".join(map(str, values))
-
-
-def _layers(layers: Sequence[int]) -> str:
-    return f"layer{'s' * (len(layers) != 1)} {', '.join(_ranges(layers))}"
-
-
-def _ranges(numbers: Iterable[int]) -> list[str]:
-    """Ascending numbers as `0-2`, `5`."""
-    spans: list[list[int]] = []
-    for number in numbers:
-        if spans and number == spans[-1][1] + 1:
-            spans[-1][1] = number
-        else:
-            spans.append([number, number])
-    return [str(first) if first == last else f"{first}-{last}" for first, last in spans]

@@ -6,7 +6,6 @@ with the most parameters; every nn.Linear inside a block is a module that can be
 
 from __future__ import annotations
 
-import logging
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,10 +18,8 @@ from transformers import PreTrainedModel
 from lmq.errors import UnsupportedModel
 from lmq.model.source import ModelSource, locate, source_digest
 from lmq.model.stored import StoredModel, read_stored_model
-from lmq.model.structure import ModelStructure, ModuleId, ModuleInfo
+from lmq.model.structure import KeptTensor, ModelStructure, ModuleId, ModuleInfo
 from lmq.model.tensors import size_bytes
-
-_log = logging.getLogger(__name__)
 
 _FLOAT_TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -38,7 +35,9 @@ def discover(model_dir: Path, *, weights_sha256: str | None = None) -> ModelStru
     model = stored.model
     layers_path = find_layers(model)
     hidden_size = model.config.get_text_config().hidden_size
-    modules = tuple(_modules(model.get_submodule(layers_path), layers_path, hidden_size))
+    blocks = model.get_submodule(layers_path)
+    kept = tuple(_kept(blocks, layers_path))
+    modules = tuple(_modules(blocks, layers_path, hidden_size))
     quantized = [f"{layers_path}.{info.id.layer}.{info.id.kind}.weight" for info in modules]
     dtype = _common_dtype(stored, quantized)
     replaced = {stored.tensors[name].name for name in quantized}
@@ -58,6 +57,7 @@ def discover(model_dir: Path, *, weights_sha256: str | None = None) -> ModelStru
         other_parameters=sum(tensor.elements for tensor in others),
         other_bytes=sum(size_bytes(tensor) for tensor in others),
         weights_sha256=weights_sha256,
+        kept=kept,
     )
 
 
@@ -89,8 +89,7 @@ def find_layers(model: PreTrainedModel) -> str:
 
 def _modules(blocks: nn.Module, layers_path: str, hidden_size: int) -> Iterator[ModuleInfo]:
     for layer, block in enumerate(blocks.children()):
-        linear = {path: module for path, module in block.named_modules() if isinstance(module, nn.Linear)}
-        _check_kept_as_they_are(block, linear, block_path=f"{layers_path}.{layer}")
+        linear = _linear_modules(block)
         if not linear:
             raise UnsupportedModel(f"{layers_path}.{layer} ({type(block).__name__}) holds no nn.Linear to quantize")
         parts = _parts(linear, hidden_size, block_path=f"{layers_path}.{layer}")
@@ -98,28 +97,32 @@ def _modules(blocks: nn.Module, layers_path: str, hidden_size: int) -> Iterator[
             yield ModuleInfo(ModuleId(layer, kind), module.out_features, module.in_features, parts[kind])
 
 
-def _check_kept_as_they_are(block: nn.Module, linear: Mapping[str, nn.Linear], block_path: str) -> None:
-    """Raise UnsupportedModel where most weights of a block are in no nn.Linear (Conv1D, fused experts).
+def _linear_modules(block: nn.Module) -> dict[str, nn.Linear]:
+    return {path: module for path, module in block.named_modules() if isinstance(module, nn.Linear)}
 
-    The few of a hybrid (convolutions and state matrices beside its projections) stay as they are, with a warning.
+
+def _kept(blocks: nn.Module, layers_path: str) -> Iterator[KeptTensor]:
+    """Tensors of blocks that stay as they are: convolutions and state matrices of a hybrid, beside its projections.
+
+    Raises UnsupportedModel where they are most of a block's weights (Conv1D, fused experts).
     """
-    others = {
-        (path, name): (type(module).__name__, parameter)
-        for path, module in block.named_modules()
-        for name, parameter in module.named_parameters(recurse=False)
-        if parameter.ndim > 1 and path not in linear
-    }
-    if not others:
-        return
-    weights = sum(module.weight.numel() for module in linear.values())
-    if sum(parameter.numel() for _, parameter in others.values()) >= weights:
-        (path, name), (kind, parameter) = next(iter(others.items()))
-        raise UnsupportedModel(
-            f"{block_path}.{path} is a {kind} with {name} of shape {list(parameter.shape)}; "
-            "lmq quantizes nn.Linear only (no Conv1D, no fused experts), and most weights of this block are in none"
-        )
-    listed = ", ".join(f"{path}.{name} {list(parameter.shape)}" for (path, name), (_, parameter) in others.items())
-    _log.warning("%s keeps as it is what is no nn.Linear: %s", block_path, listed)
+    for layer, block in enumerate(blocks.children()):
+        linear = _linear_modules(block)
+        others = {
+            (path, name): (type(module).__name__, parameter)
+            for path, module in block.named_modules()
+            for name, parameter in module.named_parameters(recurse=False)
+            if parameter.ndim > 1 and path not in linear
+        }
+        weights = sum(module.weight.numel() for module in linear.values())
+        if others and sum(parameter.numel() for _, parameter in others.values()) >= weights:
+            (path, name), (kind, parameter) = next(iter(others.items()))
+            raise UnsupportedModel(
+                f"{layers_path}.{layer}.{path} is a {kind} with {name} of shape {list(parameter.shape)}; lmq quantizes "
+                "nn.Linear only (no Conv1D, no fused experts), and most weights of this block are in none"
+            )
+        for (path, name), (_, parameter) in others.items():
+            yield KeptTensor(layer, f"{path}.{name}".removeprefix("."), tuple(parameter.shape))
 
 
 def _parts(linear: Mapping[str, nn.Linear], hidden_size: int, block_path: str) -> dict[str, str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -36,12 +37,30 @@ class ModuleInfo:
 
 
 @dataclass(frozen=True)
+class KeptTensor:
+    """A tensor of a block that stays as it is, since it is no nn.Linear's: a convolution, a state matrix.
+
+    `name` is inside the block, as `conv.conv.weight`. Vectors (norms, biases) are never quantized and not listed.
+    """
+
+    layer: int
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in the tensor."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
 class ModelStructure:
     """The structure of one model, discovered from the model itself.
 
     `layers_path` is the path of the list of decoder blocks, as `model.layers`: module (3, `mlp.up_proj`)
     is the submodule `model.layers.3.mlp.up_proj`. `other_bytes` counts every stored tensor that is not
-    quantized (embeddings, head, norms, biases) at `dtype`. `weights_sha256` identifies the content.
+    quantized (embeddings, head, norms, biases) at `dtype`. `weights_sha256` identifies the content. `kept` are the
+    tensors of blocks that are among them though they are no vectors, as a hybrid has.
     """
 
     architecture: str
@@ -55,6 +74,7 @@ class ModelStructure:
     other_parameters: int
     other_bytes: int
     weights_sha256: str
+    kept: tuple[KeptTensor, ...] = ()
 
     @property
     def parameters(self) -> int:
@@ -74,9 +94,18 @@ class ModelStructure:
         """Dotted path of the module inside the model."""
         return f"{self.layers_path}.{module.layer}.{module.kind}"
 
+    @property
+    def kept_notes(self) -> list[str]:
+        """What of the blocks is kept as it is, a line for each tensor that several layers have."""
+        layers: dict[tuple[str, tuple[int, ...]], list[int]] = {}
+        for tensor in self.kept:
+            layers.setdefault((tensor.name, tensor.shape), []).append(tensor.layer)
+        return [f"{name} {list(shape)} of {layer_ranges(found)}" for (name, shape), found in layers.items()]
+
     def to_json(self) -> dict[str, Any]:
-        """JSON-ready form."""
-        return asdict(self)
+        """JSON-ready form; `kept` is there where anything is."""
+        data = asdict(self)
+        return data if self.kept else {name: value for name, value in data.items() if name != "kept"}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ModelStructure:
@@ -85,4 +114,17 @@ class ModelStructure:
             ModuleInfo(ModuleId(**item["id"]), item["out_features"], item["in_features"], item["part"])
             for item in data["modules"]
         )
-        return cls(**{**data, "modules": modules})
+        kept = tuple(KeptTensor(item["layer"], item["name"], tuple(item["shape"])) for item in data.get("kept", ()))
+        return cls(**{**data, "modules": modules, "kept": kept})
+
+
+def layer_ranges(layers: Sequence[int]) -> str:
+    """Ascending numbers of layers as `layer 3` or `layers 0-2, 5`."""
+    spans: list[list[int]] = []
+    for layer in layers:
+        if spans and layer == spans[-1][1] + 1:
+            spans[-1][1] = layer
+        else:
+            spans.append([layer, layer])
+    words = [str(first) if first == last else f"{first}-{last}" for first, last in spans]
+    return f"layer{'s' * (len(layers) != 1)} {', '.join(words)}"

@@ -35,7 +35,7 @@ def model_card(data: ReportData, result: VariantResult) -> str:
     parts = [
         _head(_source(written, result.model)),
         f"# {result.model}, {result.label}",
-        _what(result, source),
+        _what(result, source, model),
         _USE,
         "## Results\n\n" + _results(data, result),
         "## Where the bits went\n\n" + (_bits(model.allocations.get(result.label, ())) if model else _NOT_MEASURED),
@@ -71,12 +71,14 @@ def _head(source: str | None) -> str:
     return f"---\n{yaml.safe_dump(fields, sort_keys=False)}---"
 
 
-def _what(result: VariantResult, source: str | None) -> str:
+def _what(result: VariantResult, source: str | None, model: ModelReport | None) -> str:
+    notes = model.structure.kept_notes if model else []
+    kept = f"; so are, in the blocks, {', '.join(notes)}" if notes else ""
     return (
         f"`{source or result.model}` with its weight matrices quantized by lmq: strategy "
         f"`{result.strategy}`, {format_number(result.bits_per_weight, 3)} bits per weight. "
         f"The matrices take {format_bytes(result.size_bytes)} of {format_bytes(result.checkpoint_bytes)} on disk; "
-        "embeddings, head and norms are as in the source."
+        f"embeddings, head and norms are as in the source{kept}."
     )
 
 

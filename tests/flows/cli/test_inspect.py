@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lmq_flows.cli import main
+from lmq_flows.run.plan import check_run
+from tests.conftest import TINY_SHAPE
 from tests.flows.cli.conftest import refusal
+from tests.flows.conftest import tiny_config
 
 
 def test_inspect_shows_modules_and_sizes(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -16,6 +21,19 @@ def test_inspect_shows_modules_and_sizes(tiny_llama: Path, tmp_path: Path, capsy
     assert "LlamaForCausalLM: 4 layers, hidden size 64" in printed
     assert "mlp.down_proj" in printed
     assert "b2g128" in printed
+
+
+def test_what_a_hybrid_keeps_is_said_by_inspect_and_before_a_run(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"layer_types": ["conv", "full_attention"], "num_key_value_heads": 2, "block_ff_dim": 128}
+    config = AutoConfig.for_model("lfm2", **{**TINY_SHAPE, "num_hidden_layers": 2, **options})
+    model = shutil.copytree(tiny_llama, tmp_path / "lfm2")
+    AutoModelForCausalLM.from_config(config).save_pretrained(model)
+    assert main(["inspect", str(model), "--store", str(tmp_path / "store")]) == 0
+    assert "of these, in the blocks: conv.conv.weight [64, 1, 3] of layer 0" in capsys.readouterr().out
+    notes = check_run(tiny_config(model, tmp_path, strategies=["uniform"]))
+    assert notes == ["tiny keeps conv.conv.weight [64, 1, 3] of layer 0 as it is"]
 
 
 def test_inspect_refuses_what_is_no_model(

@@ -84,15 +84,13 @@ def test_encoders_are_refused_by_name(kind: str, head: bool, message: str, tiny_
     assert len(str(refused.value)) < 400
 
 
-def test_a_hybrid_is_quantized_but_for_its_convolutions(
-    tiny_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_hybrid_is_quantized_but_for_its_convolutions(tiny_llama: Path, tmp_path: Path) -> None:
     options = {"layer_types": ["conv", "full_attention"], "num_key_value_heads": 2, "block_ff_dim": 128}
     path = _saved("lfm2", options, tiny_llama, tmp_path / "lfm2")
     structure = discover(path, weights_sha256="not needed")
     assert "conv.in_proj" in structure.kinds
     assert not any(kind.endswith("conv.conv") for kind in structure.kinds)
-    assert "model.layers.0 keeps as it is what is no nn.Linear: conv.conv.weight [64, 1, 3]" in caplog.text
+    assert structure.kept_notes == ["conv.conv.weight [64, 1, 3] of layer 0"]
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     stream = token_stream(documents(TextSource()), load_tokenizer(path), TOKENS)
     assert _evaluate(path).perplexity.value == pytest.approx(plain_perplexity(model, stream, WINDOW, STRIDE), rel=1e-4)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
@@ -92,6 +93,67 @@ def test_parts_and_tied_embeddings(name: str, tied: bool, parts: dict, request: 
     assert structure.tied_embeddings is tied
     for layer in range(structure.layers):
         assert {module.id.kind: module.part for module in structure.in_layer(layer)} == parts
+
+
+HYBRID_SHAPE = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "notes"),
+    [
+        (
+            "bamba",
+            {
+                "mamba_n_heads": 8,
+                "mamba_d_head": 16,
+                "mamba_d_state": 8,
+                "mamba_n_groups": 1,
+                "attn_layer_indices": [1],
+            },
+            ["mamba.conv1d.weight [144, 1, 4] of layers 0, 2"],
+        ),
+        (
+            "falcon_mamba",
+            {"state_size": 8},
+            ["mixer.A_log [128, 8] of layers 0-2", "mixer.conv1d.weight [128, 1, 4] of layers 0-2"],
+        ),
+        (
+            "recurrent_gemma",
+            {"lru_width": 64, "block_types": ["recurrent", "attention"], "head_dim": 16},
+            [
+                "temporal_block.conv_1d.weight [64, 1, 4] of layers 0, 2",
+                *(
+                    f"temporal_block.rg_lru.{gate}_gate_{part} {shape} of layers 0, 2"
+                    for gate in ("input", "recurrent")
+                    for part, shape in (("weight", [4, 16, 16]), ("bias", [4, 16]))
+                ),
+            ],
+        ),
+    ],
+)
+def test_what_a_hybrid_keeps_is_listed(kind: str, options: dict, notes: list[str], tmp_path: Path) -> None:
+    """Its projections are quantized; what is listed, the vectors and the embeddings are all the rest."""
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **HYBRID_SHAPE, **options))
+    model.save_pretrained(tmp_path)
+    structure = discover(tmp_path, weights_sha256="0")
+    assert structure.kept_notes == notes
+    assert ModelStructure.from_json(json.loads(json.dumps(structure.to_json()))) == structure
+    blocks = model.get_submodule(structure.layers_path)
+    matrices = sum(parameter.numel() for parameter in blocks.parameters() if parameter.ndim > 1)
+    assert structure.parameters + sum(tensor.parameters for tensor in structure.kept) == matrices
+
+
+def test_a_model_that_keeps_nothing_says_nothing_of_it(tiny_llama: Path) -> None:
+    structure = discover(tiny_llama, weights_sha256="0")
+    assert structure.kept_notes == []
+    assert "kept" not in structure.to_json()
 
 
 def test_a_head_that_is_stored_beside_the_embedding_is_tied_only_if_it_is_the_same(

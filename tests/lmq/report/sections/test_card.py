@@ -3,8 +3,10 @@ from dataclasses import replace
 import pytest
 import yaml
 
+from lmq.model.structure import KeptTensor
 from lmq.report import model_card
 from lmq.report.results import VariantResult
+from lmq.report.sections.allocations import allocations_section
 from tests.lmq.report.synthetic_report import MODEL, report_data
 
 DATA = report_data()
@@ -46,6 +48,16 @@ def test_a_card_says_what_the_checkpoint_is_and_how_good() -> None:
     assert DATA.models[0].structure.weights_sha256 in again
     assert "torch 2.9.0" in again
     assert model_card(DATA, MIXED) == model_card(report_data(), MIXED)
+
+
+def test_card_and_report_list_what_a_hybrid_keeps() -> None:
+    kept = (KeptTensor(0, "conv.weight", (64, 1, 3)), KeptTensor(1, "conv.weight", (64, 1, 3)))
+    model = replace(DATA.models[0], structure=replace(DATA.models[0].structure, kept=kept))
+    data = replace(DATA, models=[model])
+    assert "as in the source; so are, in the blocks, conv.weight [64, 1, 3] of layers 0-1." in model_card(data, MIXED)
+    assert "Kept as it is: conv.weight [64, 1, 3] of layers 0-1." in allocations_section(data)
+    assert "so are" not in model_card(DATA, MIXED)
+    assert "Kept as it is" not in allocations_section(DATA)
 
 
 def test_what_was_not_measured_is_said() -> None:
