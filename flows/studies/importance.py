@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.console import Console
 
 from lmq.errors import InputError
 from lmq.layers.importance.estimates import ShapleyOptions
-from lmq.layers.importance.sublayers import find_sublayers
+from lmq.layers.importance.sublayers import check_removable, find_sublayers
 from lmq.layers.importance.tables import ANGULAR_DISTANCE_SCHEMA, LAYER_IMPORTANCE_SCHEMA, SUBLAYER_IMPORTANCE_SCHEMA
 from lmq.measurement.layer_activity import LAYER_ACTIVITY
+from lmq.model.streaming import StreamedModel
 from lmq.model.structure import ModelStructure
 from lmq.tables import read_rows
 from lmq_flows.config.run import MeasurementRequest, parse_request
@@ -24,6 +26,7 @@ from lmq_flows.run.plan import ready_models
 from lmq_flows.studies.study import execute_with_progress, model_names
 from lmq_storage import ArtifactRef
 from lmq_tasks.importance import ANGULAR_FILE, LAYERS_FILE, REMOVAL_FILE, SUBLAYERS_FILE
+from lmq_tasks.opened import located_dir
 from lmq_tasks.stage import open_store
 
 COMPARED_METRICS = (
@@ -132,7 +135,14 @@ def prepare(request: MeasurementRequest, options: ImportanceOptions) -> tuple[Pr
     (model,), texts = ready_models(request)
     if options.removal is not None:
         options.removal.check(len(find_sublayers(model.structure)))
+        check_removable(StreamedModel.open(model_dir_of(model), model.structure))
     return model, texts
+
+
+def model_dir_of(model: PreparedModel) -> Path:
+    """The directory of a model's safetensors and configuration on this machine."""
+    assert model.site.model is not None
+    return located_dir(open_store(model.site.store_url), model.site.model)
 
 
 def add_importance(

@@ -21,14 +21,20 @@ from lmq.layers.prune import (
 from lmq.tables import read_rows
 from lmq_flows.config.run import MeasurementRequest
 from lmq_flows.config.sections import EvaluationConfig, TextConfig
-from lmq_flows.graph.model_nodes import ModelNodes, PreparedModel
+from lmq_flows.graph.model_nodes import ModelNodes
 from lmq_flows.graph.node import Graph, Node
 from lmq_flows.run.prepare import check_directory
-from lmq_flows.studies.importance import ImportanceOptions, MeasuredImportance, add_importance, prepare, read_importance
+from lmq_flows.studies.importance import (
+    ImportanceOptions,
+    MeasuredImportance,
+    add_importance,
+    model_dir_of,
+    prepare,
+    read_importance,
+)
 from lmq_flows.studies.study import execute_with_progress
 from lmq_storage import ArtifactRef, ArtifactStore
 from lmq_tasks.evaluation import WINDOWS_FILE
-from lmq_tasks.opened import located_dir
 from lmq_tasks.stage import open_store
 
 RANKING_METRICS = {
@@ -112,7 +118,7 @@ def prune(
     model, texts = prepare(request, importance)
     count = layers_to_remove(model.structure.layers, options.fraction)
     store = open_store(model.site.store_url)
-    model_dir = _model_dir(store, model)
+    model_dir = model_dir_of(model)
     check_prunable(model_dir, model.structure)
     graph = Graph()
     nodes = ModelNodes(graph, model, texts)
@@ -159,8 +165,3 @@ def _choices(measured: MeasuredImportance, options: PruningOptions) -> dict[str,
 
 def _read_evaluation(store: ArtifactStore, ref: ArtifactRef) -> Evaluation:
     return summarize(read_rows(store.path(ref, WINDOWS_FILE), WINDOWS_SCHEMA))
-
-
-def _model_dir(store: ArtifactStore, model: PreparedModel) -> Path:
-    assert model.site.model is not None
-    return located_dir(store, model.site.model)

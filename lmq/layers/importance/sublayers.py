@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from lmq.errors import UnsupportedModel
-from lmq.model.streaming import BlockInputs
+from lmq.model.streaming import BlockInputs, StreamedModel
 from lmq.model.structure import ModelStructure
 
 SUBLAYERS = ("attention", "mlp")
 _WHOLE_LAYERS = "measure whole layers only: `lmq importance --without removal`, `lmq prune --metric block-influence`"
+_TRIED_TOKENS = 4
 _WAYS = {"attention": ("attn_in", "attn_out"), "mlp": ("mlp_gate", "mlp_down")}
 
 
@@ -69,6 +70,14 @@ def check_residual(block: nn.Module, inputs: BlockInputs, hidden: Tensor, sublay
             f"{' and '.join(sublayer.path for sublayer in sublayers)} are 0: its sub-layers do not simply add to a "
             f"residual stream, so that none can be removed; {_WHOLE_LAYERS}"
         )
+
+
+def check_removable(model: StreamedModel) -> None:
+    """Raise UnsupportedModel where the sub-layers of the first block cannot be removed, before anything is measured."""
+    sublayers = find_sublayers(model.structure)[: len(SUBLAYERS)]
+    hidden = torch.randn(1, _TRIED_TOKENS, model.structure.hidden_size, generator=torch.Generator().manual_seed(0))
+    with model.block(0) as block:
+        check_residual(block, model.block_inputs(_TRIED_TOKENS)[0], hidden, sublayers)
 
 
 def _output_path(structure: ModelStructure, layer: int, name: str) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
+import math
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lmq.evaluation.whole_model import evaluate_checkpoint
 from lmq.layers.prune import choose_random_layers
@@ -22,6 +23,7 @@ from lmq_flows.run.plan import ready_models
 from lmq_flows.studies.importance import ImportanceOptions, measure_importance
 from lmq_flows.studies.pruning import WHOLE, PruningOptions, prune
 from lmq_tasks.stage import open_store
+from tests.conftest import TINY_SHAPE
 from tests.flows.cli.conftest import refusal
 from tests.flows.conftest import tiny_config
 
@@ -73,6 +75,32 @@ def test_importance_without_removal_shows_what_activations_say(
     assert "Shapley" not in printed
     assert {path.name for path in out.iterdir()} == {"importance.csv", "importance.svg"}
     assert {row["shapley"] for row in read_csv(out / "importance.csv")} == {""}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("bloom", {}),
+        ("mpt", {"d_model": 64, "n_heads": 4, "n_layers": 2, "expansion_ratio": 2}),
+        ("opt", {"ffn_dim": 128, "word_embed_proj_dim": 32, "do_layer_norm_before": False}),  # as OPT-350m is
+    ],
+)
+def test_where_sublayers_cannot_be_removed_the_option_that_helps_is_named(
+    kind: str, options: dict, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They add to the residual stream inside attention, or a norm lies on it: refused before anything is measured."""
+    config = AutoConfig.for_model(kind, **{**TINY_SHAPE, "num_hidden_layers": 2, **options})
+    model = shutil.copytree(tiny_llama, tmp_path / kind)
+    AutoModelForCausalLM.from_config(config).save_pretrained(model)
+    store = tmp_path / "store"
+    command = ["importance", str(model), *SMALL, "--store", str(store), "--out", str(tmp_path / "out")]
+    assert "lmq importance --without removal" in refusal(capsys, *command)
+    prune = ["prune", str(model), *SMALL, *JUDGED, "--metric", "shapley", "--store", str(store)]
+    assert "lmq prune --metric block-influence" in refusal(capsys, *prune, "--out", tmp_path / "pruned")
+    assert [path.name for path in (store / "manifests").iterdir()] == ["discover"]
+    assert main([*command, "--without", "removal"]) == 0
+    rows = read_csv(tmp_path / "out" / "importance.csv")
+    assert all(math.isfinite(float(row["block_influence"])) for row in rows)
 
 
 def test_importance_is_that_of_the_models_own_states(tiny_llama: Path, store: Path) -> None:
