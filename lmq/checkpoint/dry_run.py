@@ -34,7 +34,7 @@ def dry_run(model_dir: Path, structure: ModelStructure) -> None:
     except _FAILURES as error:
         raise UnsupportedModel(
             f"{structure.architecture} cannot be run block by block: what lies around its blocks does not work on "
-            f"hidden states alone ({_brief(error)})"
+            f"hidden states alone ({_around(error)})"
         ) from error
     for layer in range(structure.layers):
         _try_block(model.bare_block(layer), inputs[layer], structure, layer)
@@ -80,6 +80,13 @@ def _try_opening(model: Any, structure: ModelStructure) -> None:
             f"{structure.architecture} does not open with quantized layers: its class works on the weights of its "
             f"linear layers itself ({_brief(error)})"
         ) from error
+
+
+def _around(error: Exception) -> str:
+    """Why what lies around the blocks failed; of it only the tables of embedding and head are on the meta device."""
+    if "device meta" in str(error):
+        return "it looks into its table of embeddings once more: its blocks take inputs that depend on the tokens"
+    return _brief(error)
 
 
 def _brief(error: Exception) -> str:

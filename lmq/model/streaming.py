@@ -259,8 +259,8 @@ class StreamedModel:
         def record(_: int, entering: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if entering.shape != expected:
                 raise UnsupportedModel(
-                    f"the blocks of {self.structure.architecture} take states of shape {list(entering.shape)}, "
-                    f"not {list(expected)}"
+                    f"the blocks of {self.structure.architecture} take states of shape {list(entering.shape)} where "
+                    f"[sequences, tokens, hidden size] is {list(expected)}; such blocks cannot be replayed one by one"
                 )
             recorded.append(BlockInputs(copied(args), copied(kwargs), self.device, self.dtype))
             if len(recorded) == layers:

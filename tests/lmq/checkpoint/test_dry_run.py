@@ -58,12 +58,49 @@ def test_models_that_work_pass(model_type: str, options: dict, tmp_path: Path) -
     try_model(saved(make(model_type, **options), tmp_path))
 
 
+GEMMA_WITH_EMBEDDINGS_PER_LAYER = {
+    "vocab_size_per_layer_input": 96,
+    "hidden_size_per_layer_input": 8,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "num_kv_shared_layers": 0,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options", "message"),
+    [
+        (
+            "gemma3n_text",
+            {"laurel_rank": 8, "altup_num_inputs": 2, "activation_sparsity_pattern": [0.0, 0.0]},
+            r"blocks of Gemma3nForCausalLM take states of shape \[2, 1, 2, 64\] where .* is \[1, 2, 64\]",
+        ),
+        (
+            "gemma4_text",
+            {"global_head_dim": 16},
+            r"Gemma4ForCausalLM cannot be run block by block: .* its blocks take inputs that depend on the tokens",
+        ),
+    ],
+)
+def test_gemmas_with_embeddings_per_layer_are_refused(
+    model_type: str, options: dict, message: str, tmp_path: Path
+) -> None:
+    path = saved(make(model_type, **GEMMA_WITH_EMBEDDINGS_PER_LAYER, **options), tmp_path)
+    with pytest.raises(UnsupportedModel, match=message):
+        try_model(path)
+
+
+def test_a_gemma_4_without_them_passes(tmp_path: Path) -> None:
+    options = {**GEMMA_WITH_EMBEDDINGS_PER_LAYER, "hidden_size_per_layer_input": 0, "global_head_dim": 16}
+    try_model(saved(make("gemma4_text", **options), tmp_path))
+
+
 def block_class(model: PreTrainedModel) -> type:
     return type(model.get_decoder().layers[0])
 
 
 def test_blocks_that_take_inputs_made_of_the_tokens_are_refused(tmp_path: Path, monkeypatch) -> None:
-    """As the per-layer embeddings of Gemma 3n and 4 are."""
     path = saved(make("llama"), tmp_path)
     original = transformers.models.llama.modeling_llama.LlamaModel.forward
 
