@@ -9,6 +9,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import Concatenate, WeightConverter
 
 from lmq.errors import InputError, UnsupportedModel
 from lmq.model.discovery import discover, find_layers
@@ -117,6 +119,41 @@ def test_joined_tensors_are_read_by_name(tmp_path: Path) -> None:
     (name,) = {name for name in stored.conversions if ".0." in name}
     assert len(stored.conversions[name].sources) == 3
     assert stored.read([name])[name].shape == stored.model.state_dict()[name].shape
+
+
+@pytest.mark.parametrize(
+    ("kind", "stored_names", "name"),
+    [
+        ("phi3", ("q_proj", "k_proj", "v_proj"), "qkv_proj"),
+        ("phi3", ("gate_proj", "up_proj"), "gate_up_proj"),
+        ("gpt_neox", ("query", "key", "value"), "query_key_value"),
+    ],
+)
+def test_a_matrix_that_is_joined_from_stored_ones_is_read_but_not_quantized(
+    kind: str, stored_names: tuple[str, ...], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make(kind)
+    model.save_pretrained(tmp_path)
+    own_names = [own for own in model.state_dict() if own.endswith(f".{name}.weight")]
+
+    def split(tensors: dict[str, torch.Tensor]) -> None:
+        for own in own_names:
+            pieces = tensors.pop(own).chunk(len(stored_names))
+            tensors |= {
+                own.replace(name, part): piece.clone() for part, piece in zip(stored_names, pieces, strict=True)
+            }
+
+    change_tensors(tmp_path, split)
+    joined = WeightConverter([f".{part}.weight" for part in stored_names], f".{name}.weight", [Concatenate(dim=0)])
+    monkeypatch.setattr(
+        "lmq.model.stored.get_model_conversion_mapping", lambda model: [*get_model_conversion_mapping(model), joined]
+    )
+    values = read_stored_model(tmp_path).read(own_names)
+    assert all(torch.equal(values[own], model.state_dict()[own]) for own in own_names)
+    with pytest.raises(
+        UnsupportedModel, match=rf"{name}.weight is not stored as the model uses it, .*save_pretrained\("
+    ):
+        discover(tmp_path, weights_sha256="0")
 
 
 @pytest.mark.parametrize("newer", ["single", "index"])
