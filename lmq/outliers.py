@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from scipy.stats import mstats
 
 from lmq.errors import InputError, unknown_name
 from lmq.model.structure import ModuleId
@@ -55,6 +54,8 @@ def layer_z_scores(profile: Sequence[float] | np.ndarray, difference: str) -> np
     Mean and standard deviation (ddof 1) are those of the differences without the 5% at either end, as in
     `scipy.stats.mstats`. Without spread every score is 0. Raises InputError as `find_outlier_layers` does.
     """
+    from scipy.stats import mstats  # takes seconds to import
+
     values = _checked_profile(profile)
     if difference not in DIFFERENCES:
         raise unknown_name("difference", difference, DIFFERENCES)

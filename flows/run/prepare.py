@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig
 
 from lmq.allocation.budget import module_sizes
 from lmq.errors import InputError, LmqError
@@ -197,6 +196,8 @@ def check_window(model_dir: Path, window: int, key: str) -> None:
 
 def check_context(model_dir: Path, tokens: int, key: str, *, prefix_tokens: int = 0) -> None:
     """Raise InputError naming the key when `tokens` at once, behind a prefix, are more than the model's positions."""
+    from transformers import AutoConfig
+
     try:
         config = AutoConfig.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
     except (ValueError, OSError, LookupError) as error:

@@ -13,16 +13,14 @@ import json
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from lmq import load
-from lmq.checkpoint.hf import QUANT_METHOD, put_quantized_layers
+from lmq.checkpoint.config import QUANT_METHOD
 from lmq.checkpoint.verify import read_quantization_config, verify_checkpoint
 from lmq.errors import DamagedFile, InputError, LmqError
 from lmq.formats.packed_layer import QUANTIZED_TENSORS, QuantizedLinear
@@ -33,7 +31,9 @@ from lmq.model.structure import ModelStructure
 from lmq.model.tensors import StoredTensor, read_headers, read_tensors
 from lmq.model.transformers_lock import TRANSFORMERS_LOCK
 
-_METHODS = sorted({name.removesuffix("_4bit").removesuffix("_8bit") for name in AUTO_QUANTIZER_MAPPING})
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 DOES_NOT_OPEN = (
     SafetensorError,
     OSError,
@@ -59,9 +59,9 @@ def open_model_directory(
     method = quantization_method(path)
     if method == QUANT_METHOD:
         return load(path, device=device, dtype=dtype, dense=dense)
-    if method is not None and method not in _METHODS:
+    if method is not None and method not in (known := _quantization_methods()):
         raise InputError(
-            f"{path} is quantized by {method}, which this transformers does not open; it opens: {', '.join(_METHODS)}"
+            f"{path} is quantized by {method}, which this transformers does not open; it opens: {', '.join(known)}"
         )
     try:
         return _open_completely(path, dtype, device)
@@ -86,11 +86,20 @@ def quantization_method(path: Path) -> str | None:
     return None if fields is None else str(fields.get("quant_method", "an unnamed method"))
 
 
+def _quantization_methods() -> list[str]:
+    """Methods whose models this transformers opens, by the names that a configuration gives them."""
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+    return sorted({name.removesuffix("_4bit").removesuffix("_8bit") for name in AUTO_QUANTIZER_MAPPING})
+
+
 def open_dense(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The model with dense weights in `dtype`, all of it in memory.
 
     Raises InputError for another directory and without the package, LmqError where tensors are missing.
     """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     fields = getattr(config, "quantization_config", None)
     if not isinstance(fields, dict) or fields.get("quant_method") != "compressed-tensors":
@@ -147,6 +156,8 @@ def read_stored_directory(path: Path) -> StoredModel:
 
     Raises as `lmq.model.stored.read_stored_model`, and InputError for a quantization other than lmq's.
     """
+    from lmq.checkpoint.hf import put_quantized_layers
+
     if quantization_method(path) is None:
         return read_stored_model(path)
     quantization = read_quantization_config(path)
@@ -159,6 +170,8 @@ def read_stored_directory(path: Path) -> StoredModel:
 
 def _open_completely(path: Path, dtype: torch.dtype | None, device: torch.device | str) -> PreTrainedModel:
     """A model whose tensors all come from the files: transformers makes up what is missing."""
+    from transformers import AutoModelForCausalLM
+
     with TRANSFORMERS_LOCK:
         opened: Any = AutoModelForCausalLM.from_pretrained(
             path,

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from lmq.checkpoint.open import DOES_NOT_OPEN, open_model_directory, read_stored_directory
 from lmq.errors import LmqError
 from lmq.model.streaming import StreamedModel
 from lmq.model.structure import ModelStructure
 from lmq.model.tensors import read_headers, size_bytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 OPENED_WHOLE_BYTES = 10**9
 """Larger models are opened a block at a time: the same names and code, one block in memory."""

@@ -8,11 +8,10 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedModel
 
 from lmq.checkpoint.open import open_model_directory, quantization_method
 from lmq.errors import InputError, UnsupportedModel
@@ -32,6 +31,9 @@ from lmq.model.streaming import StreamedModel, tokens_at_once
 from lmq.model.structure import ModelStructure
 from lmq.model.tensors import read_headers, size_bytes
 from lmq.text.calibration import TextSource, documents, load_tokenizer, text_prefix, token_stream
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _log = logging.getLogger(__name__)
 
@@ -120,6 +122,8 @@ def evaluate_checkpoint(
 
 def require_language_model(path: Path) -> None:
     """Raise InputError for encoders and other models of which transformers has none that predicts the next token."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (ValueError, OSError, LookupError):

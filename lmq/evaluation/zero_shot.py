@@ -21,14 +21,16 @@ import functools
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lmq.errors import InputError, LmqError
 from lmq.evaluation.task_scores import TaskScore
 from lmq.model.source import nearest_sibling
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 STANDARD_TASKS: Mapping[str, str] = {
     "boolq": "super_glue",

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmq.checkpoint.hf import LmqConfig
+from lmq.checkpoint.config import LmqConfig
 from lmq.checkpoint.open import read_stored_directory
 from lmq.checkpoint.write import read_quantization_config
 from lmq.formats.groups import GRID_TENSORS, Grid, from_groups

@@ -10,16 +10,19 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from lmq.errors import UnsupportedModel
 from lmq.model.source import ModelSource, locate, source_digest
 from lmq.model.stored import StoredModel, read_stored_model
 from lmq.model.structure import KeptTensor, ModelStructure, ModuleId, ModuleInfo
 from lmq.model.tensors import size_bytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _FLOAT_TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.overrides import TorchFunctionMode
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lmq.errors import InputError, UnsupportedModel
 from lmq.model.transformers_lock import TRANSFORMERS_LOCK
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class _EmptyWithoutMemory(TorchFunctionMode):
@@ -30,6 +32,8 @@ def read_model_config(model_dir: Path) -> Any:
 
     Raises InputError without a config.json, UnsupportedModel when transformers does not know it.
     """
+    from transformers import AutoConfig
+
     if not (model_dir / "config.json").is_file():
         raise InputError(f"{model_dir} has no config.json; is it a model directory?")
     try:
@@ -58,6 +62,8 @@ def build_skeleton(model_dir: Path) -> PreTrainedModel:
 
 def skeleton_of(config: Any, name: str) -> PreTrainedModel:
     """The model of a configuration as `build_skeleton` makes it; `name` is what errors call it."""
+    from transformers import AutoModelForCausalLM
+
     try:
         with TRANSFORMERS_LOCK, _EmptyWithoutMemory():
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)

@@ -12,16 +12,18 @@ import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from lmq.errors import UnsupportedModel
 from lmq.model.skeleton import build_skeleton
 from lmq.model.tensors import StoredTensor, read_headers, read_tensors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.core_model_loading import WeightConverter
 
 
 @dataclass(eq=False)
@@ -120,6 +122,9 @@ def _owners(
     Follows `transformers.core_model_loading.convert_and_load_state_dict_in_model`: where two stored tensors come to
     the same name, the first in natural order counts, and a name that the model has is not renamed in vain.
     """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
     steps = get_model_conversion_mapping(model)
     renamings = [step for step in steps if isinstance(step, WeightRenaming)]
     converters = [step for step in steps if isinstance(step, WeightConverter)]

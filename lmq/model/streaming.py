@@ -13,12 +13,11 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
-from transformers import PreTrainedModel
 
 from lmq.errors import InputError, UnsupportedModel
 from lmq.model.discovery import embedding_shape
@@ -27,6 +26,9 @@ from lmq.model.structure import ModelStructure
 from lmq.model.stubs import BlockStub, StopForward, StubHandler, StubSwitch
 from lmq.model.tensors import weight_files
 from lmq.numerics import OneDnnProducts, require_finite
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _LOGITS_AT_ONCE = 1 << 24
 """Logits held at a time (64 MB in float32), whatever the vocabulary."""

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from lmq.model.stored import read_stored_model
 from lmq.model.structure import ModelStructure
 from lmq.model.tensors import StoredTensor, size_bytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 UNQUANTIZED_PARTS = ("embeddings", "lm_head", "norms", "biases", "other", "surplus")
 """`surplus` is what the model's class does not use, such as layers that predict further tokens; checkpoints keep it."""

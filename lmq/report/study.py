@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from itertools import combinations, pairwise
 
 import numpy as np
-from scipy.stats import rankdata
 
 from lmq.errors import InputError
 from lmq.formats.spec import QuantSpec
@@ -201,6 +200,8 @@ def _rank_correlation(first: Profile, second: Profile) -> float | None:
 
 def _bootstrap_error(first: np.ndarray, second: np.ndarray) -> float | None:
     """Standard deviation of Spearman's ρ over resamples [resamples, pairs]; those without spread are left out."""
+    from scipy.stats import rankdata  # takes seconds to import
+
     ranks = [rankdata(values, axis=1) for values in (first, second)]
     centred = [values - values.mean(axis=1, keepdims=True) for values in ranks]
     spread = np.sqrt((centred[0] ** 2).sum(axis=1) * (centred[1] ** 2).sum(axis=1))

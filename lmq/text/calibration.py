@@ -8,12 +8,12 @@ import pydoc_data.topics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lmq.errors import InputError, unknown_name
 from lmq.model.source import nearest_sibling
@@ -22,6 +22,9 @@ from lmq.text.data_sets import PREFIX as DATA_SET
 from lmq.text.data_sets import read_data_set
 from lmq.text.files import read_text_file
 from lmq.text.known_texts import KNOWN_TEXTS, read_known_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 TOKENS_SCHEMA = TableSchema(
     "tokens",
@@ -89,6 +92,8 @@ def documents(source: TextSource, tokenizer: PreTrainedTokenizerBase | None = No
 
 def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model directory. Raises InputError when there is none that can be read."""
+    from transformers import AutoTokenizer
+
     try:
         return AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, LookupError) as error:

@@ -13,14 +13,16 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import pyarrow as pa
-from transformers import PreTrainedTokenizerBase
 
 from lmq.errors import InputError
 from lmq.text.rows import text_column, texts_of_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PREFIX = "dataset:"
 _SPLIT = r"(:(?P<split>[\w\[\]:%+-]+))?"

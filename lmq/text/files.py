@@ -10,14 +10,16 @@ import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from transformers import PreTrainedTokenizerBase
 
 from lmq.errors import InputError
 from lmq.text.rows import text_column, texts_of_rows, without_lone_surrogates
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _PLAIN = ("", ".txt", ".text", ".raw", ".tokens", ".md", ".rst")
 _LINES = (".jsonl", ".ndjson")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from scipy.stats import spearmanr
 
 FEWEST_LAYERS = 3
 """Two layers always correlate fully."""
@@ -26,4 +25,6 @@ def _spearman(first: np.ndarray, second: np.ndarray) -> float | None:
     first, second = first[common], second[common]
     if len(first) < FEWEST_LAYERS or np.ptp(first) == 0 or np.ptp(second) == 0:
         return None
+    from scipy.stats import spearmanr  # takes seconds to import
+
     return float(spearmanr(first, second).statistic)
