@@ -37,10 +37,10 @@ from lmq_flows.graph.build import PreparedModel, Variant, build_graph
 from lmq_flows.graph.walk import execute_directly
 from lmq_flows.run.plan import ready_models
 from lmq_storage import ArtifactRef, ArtifactStore
-from lmq_tasks.opened import located_dir
-from lmq_tasks.planning import ALLOCATION_FILE, read_configurations
+from lmq_tasks.allocate import ALLOCATION_FILE, read_configurations
+from lmq_tasks.inputs import located_dir
+from lmq_tasks.sources import PREFIX_FILE, TOKENS_FILE
 from lmq_tasks.stage import open_store
-from lmq_tasks.texts import PREFIX_FILE, TOKENS_FILE
 
 MENU = [spec.name for spec in STOPS if spec.name not in ("b4g32", "b8g32")]
 SIZES = ("b4g64", "b4g128", "b3g32")

@@ -1,28 +1,15 @@
 """One task per stage: open inputs from the store, call the library, publish the output."""
 
-from lmq_tasks import (
-    evaluation,
-    importance,
-    measure,
-    models,
-    performance,
-    planning,
-    quantization,
-    refining,
-    reporting,
-    states,
-    texts,
-    zero_shot,
-)
+from lmq_tasks import allocate, evaluate, importance, measure, quantization, report, sources, states
 from lmq_tasks.stage import Stage
 
 STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
-        models.convert_model,
-        models.discover_structure,
-        texts.draw_calibration,
-        texts.draw_evaluation,
+        sources.convert_model,
+        sources.discover_structure,
+        sources.draw_calibration,
+        sources.draw_evaluation,
         states.embed,
         states.forward,
         states.loss_gradient,
@@ -36,18 +23,18 @@ STAGES: dict[str, Stage] = {
         measure.find_outliers,
         importance.join_layer_importance,
         importance.measure_removal_importance,
-        planning.allocate,
-        refining.refine,
+        allocate.allocate,
+        allocate.refine,
         quantization.quantize,
         quantization.checkpoint,
-        evaluation.reference,
-        evaluation.evaluate,
-        evaluation.evaluate_without_layers,
-        evaluation.evaluate_rounded,
-        evaluation.evaluate_other,
-        performance.performance,
-        zero_shot.zero_shot,
-        reporting.report,
+        evaluate.reference,
+        evaluate.evaluate,
+        evaluate.evaluate_without_layers,
+        evaluate.evaluate_rounded,
+        evaluate.evaluate_other,
+        evaluate.performance,
+        evaluate.zero_shot,
+        report.report,
     )
 }
 """Every stage by name."""

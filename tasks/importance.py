@@ -16,10 +16,10 @@ from lmq.measurement.layer_activity import LAYER_ACTIVITY
 from lmq.numerics import fast_matmul_dtype
 from lmq.tables import read_rows, write_rows
 from lmq.text.calibration import read_tokens
+from lmq_tasks.inputs import open_model
 from lmq_tasks.measure import TENSORS_FILE, measured_rows
-from lmq_tasks.opened import open_model
+from lmq_tasks.sources import TOKENS_FILE
 from lmq_tasks.stage import Job, stage
-from lmq_tasks.texts import TOKENS_FILE
 
 LAYERS_FILE = "importance.parquet"
 SUBLAYERS_FILE = "sublayers.parquet"

@@ -28,10 +28,10 @@ from lmq.outliers import OUTLIERS_SCHEMA, outlier_rows
 from lmq.quantizers import quantizer
 from lmq.tables import read_rows, write_rows
 from lmq.text.calibration import read_tokens
-from lmq_tasks.opened import layer_weights, open_model, read_structure
+from lmq_tasks.inputs import layer_weights, open_model, read_structure
+from lmq_tasks.sources import TOKENS_FILE
 from lmq_tasks.stage import Job, JsonDict, Stage, stage
 from lmq_tasks.states import GRADIENTS_FILE, HIDDEN_STATES_FILE
-from lmq_tasks.texts import TOKENS_FILE
 
 GRIDS_FILE = "grids.safetensors"
 MOMENTS_FILE = "moments.safetensors"

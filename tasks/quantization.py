@@ -8,9 +8,9 @@ from lmq.checkpoint.write import assemble_checkpoint, quantize_layer, quantized_
 from lmq.errors import LmqError
 from lmq.measurement.grids import load_grids
 from lmq.quantizers import quantizer
+from lmq_tasks.allocate import ALLOCATION_FILE, layer_file, read_configurations
+from lmq_tasks.inputs import layer_weights, model_dir, read_structure
 from lmq_tasks.measure import GRIDS_FILE
-from lmq_tasks.opened import layer_weights, model_dir, read_structure
-from lmq_tasks.planning import ALLOCATION_FILE, layer_file, read_configurations
 from lmq_tasks.stage import Job, stage
 
 

@@ -17,9 +17,9 @@ from lmq.measurement.replay import (
 from lmq.measurement.sequence_fisher import sampled_loss_gradient
 from lmq.numerics import fast_products
 from lmq.text.calibration import read_tokens
-from lmq_tasks.opened import open_model
+from lmq_tasks.inputs import open_model
+from lmq_tasks.sources import TOKENS_FILE
 from lmq_tasks.stage import Job, stage
-from lmq_tasks.texts import TOKENS_FILE
 
 HIDDEN_STATES_FILE = "hidden-states.parquet"
 GRADIENTS_FILE = "gradients.parquet"

@@ -69,7 +69,7 @@ def print_table(run_dir: Path) -> None:
     from lmq.report.compare import seeded_draws
     from lmq.report.results import read_results
     from lmq.report.results_table import results_table
-    from lmq_tasks.reporting import WARNINGS_FILE
+    from lmq_tasks.report import WARNINGS_FILE
 
     results = read_results(run_dir / "results.json")
     for model in dict.fromkeys(result.model for result in results):

@@ -26,7 +26,7 @@ from lmq_flows.graph.model_nodes import (
     calibration_sizes,
 )
 from lmq_flows.graph.node import FileOf, Graph, Input, Node
-from lmq_tasks.planning import ALLOCATION_FILE, layer_file
+from lmq_tasks.allocate import ALLOCATION_FILE, layer_file
 
 FULL_PRECISION = "full-precision"
 

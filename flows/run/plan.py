@@ -27,7 +27,7 @@ from lmq_flows.run.prepare import (
     read_structure_of,
     resolve_device,
 )
-from lmq_tasks.opened import located_dir
+from lmq_tasks.inputs import located_dir
 from lmq_tasks.retries import is_transient
 from lmq_tasks.stage import open_store
 

@@ -38,7 +38,7 @@ from lmq_flows.graph.build import PreparedModel, TextIdentity
 from lmq_flows.graph.node import Graph, Input, Node
 from lmq_storage import ArtifactRef, ArtifactStore, canonical_json, file_sha256, text_sha256
 from lmq_tasks import STAGES
-from lmq_tasks.opened import located_dir
+from lmq_tasks.inputs import located_dir
 from lmq_tasks.stage import ModelLocation, Site, open_store, stage_key
 
 

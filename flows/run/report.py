@@ -20,8 +20,8 @@ from lmq_flows.run.model import ModelOutcome, execute_with_progress
 from lmq_flows.run.prepare import absolute_store_url
 from lmq_storage import ArtifactRef
 from lmq_tasks import STAGES
-from lmq_tasks.report_inputs import InputsOf
-from lmq_tasks.reporting import CARDS_FOLDER, card_file
+from lmq_tasks.report import CARDS_FOLDER, card_file
+from lmq_tasks.report_variants import InputsOf
 from lmq_tasks.stage import Site, open_store
 
 

@@ -16,7 +16,7 @@ from prefect.artifacts import (
 from lmq.report.results import read_results
 from lmq.report.results_table import results_table
 from lmq_flows.config.names import slug
-from lmq_tasks.reporting import FIGURES_FOLDER
+from lmq_tasks.report import FIGURES_FOLDER
 
 
 def publish_results(run_dir: Path) -> None:

@@ -27,7 +27,7 @@ from lmq_flows.run.prepare import (
     read_structure_of,
 )
 from lmq_storage import ArtifactRef
-from lmq_tasks.planning import read_measurements
+from lmq_tasks.allocate import read_measurements
 from lmq_tasks.stage import Job, open_store, stage_key
 
 _DIVERGENCES = {"sequence_fisher", "divergence"}

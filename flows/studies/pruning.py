@@ -34,7 +34,7 @@ from lmq_flows.studies.importance import (
 )
 from lmq_flows.studies.study import execute_with_progress
 from lmq_storage import ArtifactRef, ArtifactStore
-from lmq_tasks.evaluation import WINDOWS_FILE
+from lmq_tasks.evaluate import WINDOWS_FILE
 from lmq_tasks.stage import open_store
 
 RANKING_METRICS = {

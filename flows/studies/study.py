@@ -33,7 +33,7 @@ from lmq_flows.graph.walk import execute_directly
 from lmq_flows.run.liveness import keeping, run_lease
 from lmq_flows.run.plan import ready_models
 from lmq_storage import ArtifactRef
-from lmq_tasks.planning import spec_of
+from lmq_tasks.allocate import spec_of
 from lmq_tasks.stage import open_store
 
 STUDY_QUANTIZERS = (*QUANTIZERS, *FORMATS)

@@ -12,10 +12,9 @@ import torch
 from lmq.text.calibration import write_tokens
 from lmq_storage import ArtifactRef, ArtifactStore
 from lmq_tasks.measure import make_grids
-from lmq_tasks.models import discover_structure
+from lmq_tasks.sources import TOKENS_FILE, discover_structure
 from lmq_tasks.stage import ModelLocation, Site, Stage, as_inputs, run_stage
 from lmq_tasks.states import backward, embed, forward, loss_gradient
-from lmq_tasks.texts import TOKENS_FILE
 
 SEQUENCES, LENGTH, LAYERS = 2, 12, 4
 MENU = ["b3g64", "b4g64"]

@@ -27,7 +27,7 @@ from lmq.numerics import fast_matmul_dtype
 from lmq.tables import read_rows
 from lmq.text.calibration import write_tokens
 from lmq_storage import ArtifactRef
-from lmq_tasks.evaluation import WINDOWS_FILE, evaluate_without_layers
+from lmq_tasks.evaluate import WINDOWS_FILE, evaluate_without_layers
 from lmq_tasks.importance import (
     ANGULAR_FILE,
     LAYERS_FILE,
@@ -37,8 +37,8 @@ from lmq_tasks.importance import (
     measure_removal_importance,
 )
 from lmq_tasks.measure import MEASUREMENT_STAGES
+from lmq_tasks.sources import PREFIX_FILE, TOKENS_FILE
 from lmq_tasks.states import HIDDEN_STATES_FILE
-from lmq_tasks.texts import PREFIX_FILE, TOKENS_FILE
 from tests.tasks.conftest import LAYERS, LENGTH, SEQUENCES, Captured
 
 PLAYERS = 2 * LAYERS

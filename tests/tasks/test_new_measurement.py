@@ -54,7 +54,7 @@ RUN = """
 import json, sys
 from pathlib import Path
 
-from lmq.report import ModelReport
+from lmq.report.data import ModelReport
 from lmq.allocation.error_table import ErrorTable
 from lmq.report.sections.costs import costs_part
 from lmq.tables import read_rows

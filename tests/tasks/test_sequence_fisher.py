@@ -14,10 +14,9 @@ from lmq.tables import read_rows
 from lmq.text.calibration import write_tokens
 from lmq_storage import ArtifactRef, ArtifactStore
 from lmq_tasks.measure import MEASUREMENT_STAGES, make_grids
-from lmq_tasks.models import discover_structure
+from lmq_tasks.sources import TOKENS_FILE, discover_structure
 from lmq_tasks.stage import ModelLocation, Site, Stage, as_inputs, run_stage
 from lmq_tasks.states import GRADIENTS_FILE, HIDDEN_STATES_FILE, embed, forward, sampled_backward, sampled_gradient
-from lmq_tasks.texts import TOKENS_FILE
 
 SEQUENCES, LENGTH, DRAWS, LAYER = 2, 12, 3, 2
 MENU = ["b3g64", "b4g64"]

@@ -40,7 +40,7 @@ def changed_by(monkeypatch, module):
 
 
 def test_a_helper_two_imports_away_moves_the_stages_that_use_it(monkeypatch):
-    """Stages reach weights through `lmq_tasks.opened`, which imports the library's streaming."""
+    """Stages reach weights through `lmq_tasks.inputs`, which imports the library's streaming."""
     changed = changed_by(monkeypatch, "lmq.model.streaming")
     assert {"kurtosis", "grids", "quantize", "forward", "evaluate"} <= changed
     assert not {"calibration", "convert"} & changed

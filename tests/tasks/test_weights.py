@@ -14,7 +14,7 @@ from lmq.model.streaming import load_layer_weights
 from lmq.tables import read_rows
 from lmq_storage import ArtifactStore
 from lmq_tasks.measure import MEASUREMENT_STAGES
-from lmq_tasks.models import discover_structure
+from lmq_tasks.sources import discover_structure
 from lmq_tasks.stage import ModelLocation, Site, as_inputs, run_stage
 
 LAYER = 1

@@ -16,7 +16,7 @@ from lmq_flows.graph.build import build_graph
 from lmq_flows.graph.node import Graph, Node
 from lmq_flows.run.plan import execute_directly, ready_models
 from lmq_storage import ArtifactStore
-from lmq_tasks.planning import ALLOCATION_FILE, read_configurations
+from lmq_tasks.allocate import ALLOCATION_FILE, read_configurations
 from tests.flows.conftest import tiny_config
 
 

@@ -10,7 +10,7 @@ from lmq.measurement.module_divergence import MODULE_DIVERGENCE_SCHEMA
 from lmq.report.results import read_results
 from lmq.tables import read_rows
 from lmq_storage import ArtifactStore
-from lmq_tasks.refining import TRIALS_SCHEMA
+from lmq_tasks.allocate import TRIALS_SCHEMA
 from tests.flows.conftest import run_and_look, tiny_config
 
 pytestmark = pytest.mark.slow

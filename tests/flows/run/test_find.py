@@ -7,7 +7,7 @@ from lmq.model.directory import copy_companions
 from lmq_flows.run.find import share_models
 from lmq_flows.run.prepare import identify_models, preparation_graph
 from lmq_storage import ArtifactStore
-from lmq_tasks.opened import located_dir
+from lmq_tasks.inputs import located_dir
 from tests.flows.conftest import tiny_config
 
 

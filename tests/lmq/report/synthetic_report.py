@@ -9,7 +9,7 @@ import numpy as np
 from lmq.allocation.error_table import ErrorTable
 from lmq.formats.spec import STOPS, QuantSpec
 from lmq.model.structure import ModelStructure, ModuleId, ModuleInfo
-from lmq.report import ModelReport, PairedDifference, ReportData, StageTiming
+from lmq.report.data import ModelReport, PairedDifference, ReportData, StageTiming
 from lmq.report.results import VariantResult
 
 SHAPES = {

@@ -10,8 +10,9 @@ from urllib.parse import unquote
 import pytest
 
 from lmq.formats.spec import STOPS
-from lmq.report import ModelReport, PairedDifference, ReportData, StageTiming, build_report
 from lmq.report.compare import verdicts
+from lmq.report.data import ModelReport, PairedDifference, ReportData, StageTiming
+from lmq.report.page import build_report
 from lmq.report.sections.allocations import OPEN_MAPS
 from lmq.report.sections.costs import one_per_width
 from lmq.report.sections.stages import format_duration

@@ -14,11 +14,14 @@ from lmq.evaluation.task_scores import TaskScore
 from lmq.formats.spec import QuantSpec
 from lmq.model.structure import ModuleId
 from lmq.outliers import find_outlier_layers
-from lmq.report import PairedDifference, ReportData, build_report, embedded_files, report_pictures
+from lmq.report.data import PairedDifference, ReportData
 from lmq.report.figures.palette import CHANGE_EDGES
+from lmq.report.page import build_report
 from lmq.report.sections.certainty import paired_verdict
 from lmq.report.sections.costs import COSTS, cost_outliers, likely_spec
+from lmq.report.sections.downloads import embedded_files
 from lmq.report.sections.importance import ranking
+from lmq.report.sections.pictures import report_pictures
 from tests.lmq.report.synthetic_report import MODEL, model_report, report_data, results
 from tests.lmq.report.test_report import plain
 

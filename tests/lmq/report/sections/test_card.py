@@ -4,9 +4,9 @@ import pytest
 import yaml
 
 from lmq.model.structure import KeptTensor
-from lmq.report import model_card
 from lmq.report.results import VariantResult
 from lmq.report.sections.allocations import allocations_section
+from lmq.report.sections.card import model_card
 from tests.lmq.report.synthetic_report import MODEL, report_data
 
 DATA = report_data()

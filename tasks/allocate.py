@@ -1,4 +1,4 @@
-"""Stage that decides: the configuration of every module, by a strategy, under a budget."""
+"""Stages that choose the configuration of every module under a budget: from measurements, or by trying."""
 
 from __future__ import annotations
 
@@ -7,21 +7,30 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+
 from lmq.allocation.constraints import parse_constraints
 from lmq.allocation.error_table import ErrorTable
-from lmq.allocation.refine import Trials
+from lmq.allocation.refine import LossChanges, ModelTrials, Refinement, Slice, Trials
 from lmq.allocation.solver import ALLOCATION_SCHEMA, Allocation
-from lmq.allocation.strategies import Measurements, strategy
+from lmq.allocation.strategies import Auto, Measurements, strategy
 from lmq.formats.spec import QuantSpec
 from lmq.layers.importance.layers import layer_scores
 from lmq.measurement.base import Cost
 from lmq.measurement.layer_activity import LAYER_ACTIVITY
+from lmq.measurement.quantized_model import QuantizedPoint
 from lmq.measurement.registry import COSTS, PROFILES
+from lmq.measurement.replay import read_hidden_states
+from lmq.measurement.sequence_fisher import SEQUENCE_FISHER
 from lmq.model.structure import ModelStructure, ModuleId
-from lmq.tables import write_rows
-from lmq_tasks.measure import measured_rows, read_profile
-from lmq_tasks.opened import read_structure
+from lmq.tables import TableSchema, write_rows
+from lmq.text.calibration import read_tokens
+from lmq_tasks.inputs import open_model, read_structure
+from lmq_tasks.measure import grids_by_layer, measured_rows, read_profile
+from lmq_tasks.sources import TOKENS_FILE
 from lmq_tasks.stage import Job, stage
+from lmq_tasks.states import HIDDEN_STATES_FILE
 
 ALLOCATION_FILE = "allocation.json"
 
@@ -95,3 +104,67 @@ def write_configurations(path: Path, allocation: Mapping[ModuleId, QuantSpec]) -
 def read_configurations(path: Path) -> dict[ModuleId, QuantSpec]:
     """Inverse of `write_configurations`."""
     return {ModuleId(entry["layer"], entry["kind"]): spec_of(entry) for entry in json.loads(path.read_text())}
+
+
+TRIALS_SCHEMA = TableSchema(
+    "trials",
+    1,
+    pa.schema(
+        [
+            pa.field("origin", pa.string(), nullable=False),
+            pa.field("changed_modules", pa.int64(), nullable=False),
+            pa.field("divergence", pa.float64()),
+        ]
+    ),
+)
+"""Every plan that was tried: `divergence` in nats per token on the validation slice, null where it broke the model."""
+
+
+@stage("refine", version=2, schema=ALLOCATION_SCHEMA.label)
+def refine(job: Job) -> None:
+    """Choose the configuration of every module by trying plans on the model, under a budget in bytes.
+
+    Files: those of `allocate`, and trials.parquet. solution.json also says the divergence on the validation slice
+    of the plan and of uniform.
+    """
+    model = open_model(job)
+    chosen = strategy(job.config["strategy"], **job.config["options"])
+    assert isinstance(chosen, Auto)
+    point = QuantizedPoint(model, grids_by_layer(job))
+    validation = read_tokens(job.input("validation", TOKENS_FILE))
+    trials = ModelTrials(
+        point,
+        calibration=Slice(
+            token_ids=read_tokens(job.input("tokens", TOKENS_FILE)),
+            reference_states=read_hidden_states(job.input("hidden", HIDDEN_STATES_FILE)),
+        ),
+        validation=Slice(token_ids=validation, reference_states=point.last_states(validation)),
+        loss_changes=_loss_changes(job),
+    )
+    measurements = read_measurements(job, model.structure, trials=trials)
+    allocation, refinement = chosen.refine(measurements, job.config["budget_bytes"])
+    write_allocation(
+        job,
+        allocation,
+        validation_divergence=_finite(refinement.loss),
+        uniform_validation_divergence=_finite(refinement.uniform_loss),
+    )
+    write_rows(job.output / "trials.parquet", TRIALS_SCHEMA, _trial_rows(refinement))
+
+
+def _loss_changes(job: Job) -> LossChanges:
+    return {
+        (ModuleId(row["layer"], row["kind"]), spec_of(row)): np.array(row["loss_changes"])
+        for row in measured_rows(job, SEQUENCE_FISHER.name)
+    }
+
+
+def _trial_rows(refinement: Refinement) -> list[dict[str, object]]:
+    return [
+        {"origin": step.origin, "changed_modules": step.changed_modules, "divergence": _finite(step.loss)}
+        for step in refinement.tried
+    ]
+
+
+def _finite(loss: float) -> float | None:
+    return loss if np.isfinite(loss) else None

@@ -1,8 +1,9 @@
-"""Stages that judge: the full-precision model's predictions, and every variant against them."""
+"""Stages that evaluate: perplexity and divergence of every variant, its memory and speed, its zero-shot scores."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -10,16 +11,18 @@ from torch import Tensor
 
 from lmq.checkpoint.open import QuantizedBlocks, open_model_directory
 from lmq.evaluation.baselines import RoundedBaseline
+from lmq.evaluation.performance import measure_performance
 from lmq.evaluation.perplexity import Window, full_windows
 from lmq.evaluation.whole_model import reference_logits, require_same_model, score_whole_model, stored_bytes
 from lmq.evaluation.windows import WINDOWS_SCHEMA, last_states, score_windows, window_tokens
+from lmq.evaluation.zero_shot import load_task, measure_task
 from lmq.measurement.replay import read_hidden_states, write_hidden_states
 from lmq.tables import write_rows
-from lmq.text.calibration import read_tokens
-from lmq_tasks.opened import materialized, model_dir, open_model
+from lmq.text.calibration import load_tokenizer, read_tokens
+from lmq_tasks.inputs import materialized, model_dir, open_model, read_structure
+from lmq_tasks.sources import PREFIX_FILE, TOKENS_FILE
 from lmq_tasks.stage import Job, stage
 from lmq_tasks.states import HIDDEN_STATES_FILE
-from lmq_tasks.texts import PREFIX_FILE, TOKENS_FILE
 
 WINDOWS_FILE = "windows.parquet"
 SIZE_FILE = "size.json"
@@ -100,3 +103,47 @@ def _evaluate(job: Job) -> None:
         full_precision = read_hidden_states(job.input("reference", HIDDEN_STATES_FILE))
         rows = score_windows(model, windows, tokens, states, full_precision)
     write_rows(job.output / WINDOWS_FILE, WINDOWS_SCHEMA, rows)
+
+
+PERFORMANCE_FILE = "performance.json"
+
+
+@stage("performance", version=1, schema="performance/1")
+def performance(job: Job) -> None:
+    """Memory after opening and while generating, and tokens per second, in a process of its own."""
+    found = measure_performance(
+        variant_dir(job),
+        prompt_tokens=job.config["prompt_tokens"],
+        generated_tokens=job.config["generated_tokens"],
+        device=job.site.device,
+        threads=job.site.threads_per_worker,
+    )
+    (job.output / PERFORMANCE_FILE).write_text(json.dumps(asdict(found)))
+
+
+def variant_dir(job: Job) -> Path:
+    """Directory of the variant: a checkpoint of lmq, one of another program, or the unquantized model."""
+    if job.has("checkpoint"):
+        return materialized(job, "checkpoint")
+    if "checkpoint" in job.site.places:
+        return Path(job.site.places["checkpoint"])
+    return model_dir(job)
+
+
+SCORES_FILE = "scores.json"
+
+
+@stage("zero-shot", version=1, schema="task-scores/1")
+def zero_shot(job: Job) -> None:
+    """Accuracies of a variant on one task, with their standard errors.
+
+    The questions are looked for before the model is opened. A task without them fails and is not kept, so that it is
+    asked again once they are there.
+    """
+    task = load_task(job.site.places.get("task", job.config["task"]))
+    dtype = torch.float32 if job.device.type == "cpu" else None
+    model = open_model_directory(variant_dir(job), dtype=dtype, device=job.device, dense=True)
+    if "baseline" in job.config:
+        RoundedBaseline.parse(job.config["baseline"]).round_model(model, read_structure(job))
+    scores = measure_task(model, load_tokenizer(model_dir(job)), task, limit=job.config["limit"])
+    (job.output / SCORES_FILE).write_text(json.dumps([asdict(score) for score in scores]))
