@@ -6,6 +6,7 @@ number; {"wait": pid} answers its exit code, negative for a signal. Run as `pyth
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -13,8 +14,15 @@ import sys
 from lmq_flows.cli import main, quiet_libraries
 
 quiet_libraries()  # as the command does, before Prefect is imported
-import lmq_flows.run.plan  # noqa: E402
-import lmq_flows.run.quantize  # noqa: E402, F401 - what a run needs, imported before the fork
+for name in (
+    "lmq_flows.run.plan",
+    "lmq_flows.run.quantize",
+    "lmq.report.page",
+    "scipy.stats",
+    "transformers.modeling_utils",
+    "transformers.conversion_mapping",
+):  # what a run needs, imported before the fork
+    importlib.import_module(name)
 
 
 def start(argv: list[str], cwd: str, log: str, environment: dict[str, str]) -> int:
