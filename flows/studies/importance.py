@@ -26,7 +26,7 @@ from lmq_flows.run.plan import ready_models
 from lmq_flows.studies.study import execute_with_progress, model_names
 from lmq_storage import ArtifactRef
 from lmq_tasks.importance import ANGULAR_FILE, LAYERS_FILE, REMOVAL_FILE, SUBLAYERS_FILE
-from lmq_tasks.opened import located_dir
+from lmq_tasks.inputs import located_dir
 from lmq_tasks.stage import open_store
 
 COMPARED_METRICS = (
