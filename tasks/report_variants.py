@@ -18,8 +18,6 @@ from lmq_storage import Manifest
 from lmq_tasks.evaluate import PERFORMANCE_FILE, SCORES_FILE, SIZE_FILE
 from lmq_tasks.stage import Job, JsonDict
 
-_DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-
 
 @dataclass(frozen=True)
 class InputsOf:
@@ -107,7 +105,7 @@ def _size(
     if structure is None:
         return {}
     if is_reference:
-        size_bytes = structure.parameters * _DTYPE_BYTES[structure.dtype]
+        size_bytes = structure.source_bytes
         checkpoint_bytes: int | None = size_bytes + structure.other_bytes
     elif allocation:
         size_bytes = sum(row["size_bytes"] for row in allocation)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lmq.errors import InputError
-from lmq.evaluation.zero_shot import is_local_task, local_task_files, task_name
+from lmq.evaluation.zero_shot import is_local_task, lm_eval_version, local_task_files, task_name
 from lmq.model.source import ModelSource, locate, source_digest
 from lmq_flows.config.sections import BaselineConfig, EvaluationConfig
 from lmq_flows.graph.node import Input
@@ -46,7 +46,10 @@ def baseline_subject(baseline: BaselineConfig, store_url: str) -> Subject:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A zero-shot task: its name, what identifies a local one, where its file lies."""
+    """A zero-shot task: its name, what identifies it, where the file of a local one lies.
+
+    Of a local task the questions are in the key, of one of lm-eval's the release that defines it.
+    """
 
     name: str
     config: dict[str, Any]
@@ -59,7 +62,7 @@ def evaluation_tasks(evaluation: EvaluationConfig) -> list[Task]:
 
 
 def _task(task: str, limit: int | None) -> Task:
-    config: dict[str, Any] = {"task": task_name(task), "limit": limit}
+    config: dict[str, Any] = {"task": task_name(task), "limit": limit, "lm_eval": lm_eval_version()}
     if not is_local_task(task):
         return Task(name=task, config=config, places={})
     path = Path(task).expanduser().absolute()

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lmq.errors import InputError
+from lmq.evaluation.zero_shot import is_local_task, lm_eval_version
 from lmq.model.structure import ModelStructure
 from lmq.text.data_sets import PREFIX as DATA_SET
 from lmq.text.known_texts import KNOWN_TEXTS, known_text_note
@@ -146,7 +147,7 @@ class _Ready:
         for model in self.models:
             kept += [f"{model.config.name} keeps {note} as it is" for note in model.structure.kept_notes]
             left_out += config.left_out_of_menu(model.config, model.structure.modules)
-        return texts + kept + left_out
+        return texts + _tasks_note(config) + kept + left_out
 
     def _add(self, config: MeasurementRequest, model: ModelConfig, device: str) -> None:
         identified = identify_model(config, model)
@@ -161,3 +162,11 @@ class _Ready:
                 resolve_budgets(config, ready)
             self.models.append(ready)
         self.preparation += planned
+
+
+def _tasks_note(config: RunConfig) -> list[str]:
+    """That tasks of lm-eval go by their names: what the hub holds under these is not looked at."""
+    names = [task for task in config.evaluation.tasks if not is_local_task(task)]
+    if not names:
+        return []
+    return [f"{', '.join(names)}: known by name and lm-eval {lm_eval_version()}, not by the questions on the hub"]

@@ -18,6 +18,7 @@ Data files are looked for beside the YAML file. Python functions (`!function`) a
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -65,6 +66,14 @@ def task_name(task: str) -> str:
 def local_task_files(path: Path) -> list[Path]:
     """The file of a local task and those that hold its data. Raises InputError for one that is missing."""
     return [path, *_data_files(_read_local(path))]
+
+
+def lm_eval_version() -> str | None:
+    """The release of lm-eval, which says what its tasks ask and how they are scored; None where there is none."""
+    try:
+        return importlib.metadata.version("lm_eval")
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def load_task(task: str) -> Any:

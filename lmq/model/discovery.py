@@ -18,7 +18,7 @@ from torch import nn
 from lmq.errors import UnsupportedModel
 from lmq.model.source import ModelSource, locate, source_digest
 from lmq.model.stored import StoredModel, read_stored_model
-from lmq.model.structure import KeptTensor, ModelStructure, ModuleId, ModuleInfo
+from lmq.model.structure import DTYPE_BYTES, KeptTensor, ModelStructure, ModuleId, ModuleInfo
 from lmq.model.tensors import size_bytes
 
 if TYPE_CHECKING:
@@ -43,6 +43,8 @@ def discover(model_dir: Path, *, weights_sha256: str | None = None) -> ModelStru
     modules = tuple(_modules(blocks, layers_path, hidden_size))
     quantized = [f"{layers_path}.{info.id.layer}.{info.id.kind}.weight" for info in modules]
     dtype = _common_dtype(stored, quantized)
+    source_bytes = sum(size_bytes(stored.tensors[name]) for name in quantized)
+    is_mixed = source_bytes != DTYPE_BYTES[dtype] * sum(info.parameters for info in modules)
     replaced = {stored.tensors[name].name for name in quantized}
     others = [tensor for name, tensor in stored.headers.items() if name not in replaced]
     tied = any(stored.tensors[name] == stored.tensors[source] for name, source in model.all_tied_weights_keys.items())
@@ -61,6 +63,7 @@ def discover(model_dir: Path, *, weights_sha256: str | None = None) -> ModelStru
         other_bytes=sum(size_bytes(tensor) for tensor in others),
         weights_sha256=weights_sha256,
         kept=kept,
+        stored_bytes=source_bytes if is_mixed else None,
     )
 
 

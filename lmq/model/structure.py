@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+"""Types that matrices to quantize are stored in, and the bytes of a weight."""
+
 PARTS = ("attn_in", "attn_out", "mlp_gate", "mlp_down")
 
 
@@ -60,7 +63,8 @@ class ModelStructure:
     `layers_path` is the path of the list of decoder blocks, as `model.layers`: module (3, `mlp.up_proj`)
     is the submodule `model.layers.3.mlp.up_proj`. `other_bytes` counts every stored tensor that is not
     quantized (embeddings, head, norms, biases) at `dtype`. `weights_sha256` identifies the content. `kept` are the
-    tensors of blocks that are among them though they are no vectors, as a hybrid has.
+    tensors of blocks that are among them though they are no vectors, as a hybrid has. `dtype` is the type that most
+    modules are stored in; `stored_bytes` is what all of them take where some are stored in another one, else None.
     """
 
     architecture: str
@@ -75,6 +79,12 @@ class ModelStructure:
     other_bytes: int
     weights_sha256: str
     kept: tuple[KeptTensor, ...] = ()
+    stored_bytes: int | None = None
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes of all quantizable modules in the source model, as stored."""
+        return self.parameters * DTYPE_BYTES[self.dtype] if self.stored_bytes is None else self.stored_bytes
 
     @property
     def parameters(self) -> int:
@@ -103,9 +113,10 @@ class ModelStructure:
         return [f"{name} {list(shape)} of {layer_ranges(found)}" for (name, shape), found in layers.items()]
 
     def to_json(self) -> dict[str, Any]:
-        """JSON-ready form; `kept` is there where anything is."""
+        """JSON-ready form; `kept` and `stored_bytes` are there for models that need them."""
         data = asdict(self)
-        return data if self.kept else {name: value for name, value in data.items() if name != "kept"}
+        needed = {"kept": bool(self.kept), "stored_bytes": self.stored_bytes is not None}
+        return {name: value for name, value in data.items() if needed.get(name, True)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ModelStructure:

@@ -1,3 +1,4 @@
+import importlib.metadata
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from lmq.errors import InputError
 from lmq.text.calibration import load_tokenizer
 from lmq.text.known_texts import KNOWN_TEXTS
 from lmq_flows.cli import main
+from lmq_flows.graph.judging import evaluation_tasks
 from lmq_flows.run.plan import check_run
 from lmq_flows.run.prepare import check_window, identify_texts
 from tests.conftest import TINY_SHAPE
@@ -77,3 +79,10 @@ def test_what_a_data_set_means_now_is_said(tiny_llama: Path, tmp_path: Path) -> 
     assert before == [f"{source} is read as it is now: {identify_texts(config)[source].identity}"]
     (tmp_path / "texts" / "a.jsonl").write_text(json.dumps({"text": "b"}) + "\n")
     assert check_run(config) != before
+
+
+def test_tasks_of_lm_eval_go_by_their_names_and_its_release(tiny_llama: Path, tmp_path: Path) -> None:
+    config = tiny_config(tiny_llama, tmp_path, evaluation__tasks=["piqa", "boolq"])
+    version = importlib.metadata.version("lm_eval")
+    assert check_run(config) == [f"piqa, boolq: known by name and lm-eval {version}, not by the questions on the hub"]
+    assert [task.config["lm_eval"] for task in evaluation_tasks(config.evaluation)] == [version] * 2

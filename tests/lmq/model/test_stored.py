@@ -16,6 +16,7 @@ from lmq.errors import InputError, UnsupportedModel
 from lmq.model.discovery import discover, find_layers
 from lmq.model.stored import StoredModel, read_stored_model
 from lmq.model.streaming import StreamedModel
+from lmq.model.structure import ModelStructure
 from lmq.model.tensors import INDEX_FILE, SINGLE_FILE, weight_files
 
 SHAPE = {
@@ -227,6 +228,21 @@ def test_sizes_are_those_of_the_file(wide: str, tmp_path: Path) -> None:
     data = sum(tensor.nbytes for tensor in load_file(tmp_path / SINGLE_FILE).values())
     assert structure.dtype == "bfloat16"
     assert structure.other_bytes == data - 2 * structure.parameters
+
+
+@pytest.mark.parametrize("wide", ["layers.0.", "down_proj", "q_proj", "nothing"])
+def test_the_size_of_the_matrices_is_that_of_the_file(wide: str, tmp_path: Path) -> None:
+    """Some of them in float32, as finetuning and merging leave them."""
+    make("llama", num_hidden_layers=3).to(torch.bfloat16).save_pretrained(tmp_path)
+    change_tensors(tmp_path, lambda tensors: tensors.update({n: t.float() for n, t in tensors.items() if wide in n}))
+    structure = discover(tmp_path, weights_sha256="0")
+    matrices = {f"{structure.path(module.id)}.weight" for module in structure.modules}
+    stored = load_file(tmp_path / SINGLE_FILE)
+    assert structure.dtype == "bfloat16"
+    assert structure.source_bytes == sum(stored[name].nbytes for name in matrices)
+    assert structure.source_bytes + structure.other_bytes == sum(tensor.nbytes for tensor in stored.values())
+    assert ("stored_bytes" in structure.to_json()) == (wide != "nothing")
+    assert ModelStructure.from_json(json.loads(json.dumps(structure.to_json()))) == structure
 
 
 @pytest.mark.parametrize("kind", ["modernbert-decoder", "bart", "gpt_bigcode"])
