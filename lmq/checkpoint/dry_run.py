@@ -7,6 +7,7 @@ Blocks run here without weights, on the meta device, so that a model of any size
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,19 @@ from lmq.formats.packed_layer import QuantizedLinear
 from lmq.formats.spec import STOPS
 from lmq.model.skeleton import build_skeleton
 from lmq.model.streaming import BlockInputs, StreamedModel
-from lmq.model.structure import ModelStructure
+from lmq.model.structure import ModelStructure, ModuleId
 
 _TOKENS = 4
 _FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError, NotImplementedError)
 """What code of models raises for states and layers that it was not made for."""
 
 
-def dry_run(model_dir: Path, structure: ModelStructure) -> None:
-    """Raise UnsupportedModel naming the property that the model lacks."""
+def dry_run(model_dir: Path, structure: ModelStructure) -> tuple[ModuleId, ...]:
+    """Raise UnsupportedModel naming the property that the model lacks.
+
+    Returns the modules that their blocks never call, using the weight themselves (`dt_proj` of Mamba): nothing can be
+    measured of them, so they are to be kept as they are.
+    """
     try:
         model = StreamedModel.open(model_dir, structure)
         inputs = model.block_inputs(_TOKENS)
@@ -36,9 +41,24 @@ def dry_run(model_dir: Path, structure: ModelStructure) -> None:
             f"{structure.architecture} cannot be run block by block: what lies around its blocks does not work on "
             f"hidden states alone ({_around(error)})"
         ) from error
+    calls: Counter[ModuleId] = Counter()
     for layer in range(structure.layers):
-        _try_block(model.bare_block(layer), inputs[layer], structure, layer)
+        block = model.bare_block(layer)
+        for module in structure.in_layer(layer):
+            _count_calls(block.get_submodule(module.id.kind), module.id, calls)
+        _try_block(block, inputs[layer], structure, layer)
+    for module, count in calls.items():
+        if count > 1:
+            raise UnsupportedModel(
+                f"block {module.layer} of {structure.architecture} calls {module.kind} {count} times for the same "
+                "states; lmq measures modules that are called once"
+            )
     _try_opening(build_skeleton(model_dir), structure)
+    return tuple(info.id for info in structure.modules if not calls[info.id])
+
+
+def _count_calls(module: nn.Module, name: ModuleId, calls: Counter[ModuleId]) -> None:
+    module.register_forward_hook(lambda *_: calls.update([name]))
 
 
 def _try_block(block: nn.Module, inputs: BlockInputs, structure: ModelStructure, layer: int) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,10 +27,11 @@ if TYPE_CHECKING:
 _FLOAT_TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
-def discover(model_dir: Path, *, weights_sha256: str | None = None) -> ModelStructure:
+def discover(model_dir: Path, *, weights_sha256: str | None = None, kept: Collection[ModuleId] = ()) -> ModelStructure:
     """Discover the structure of a safetensors checkpoint from its configuration and headers.
 
-    `weights_sha256` is the digest of the model, computed here when it is not given. Raises UnsupportedModel
+    `weights_sha256` is the digest of the model, computed here when it is not given. Modules that are `kept` are not
+    quantized, as if they were no nn.Linear. Raises UnsupportedModel
     naming what cannot be quantized (blocks most of whose weights are outside nn.Linear: Conv1D, fused experts; a
     checkpoint that is quantized already; tensors that are missing), InputError for damaged files.
     """
@@ -39,8 +40,9 @@ def discover(model_dir: Path, *, weights_sha256: str | None = None) -> ModelStru
     layers_path = find_layers(model)
     hidden_size = model.config.get_text_config().hidden_size
     blocks = model.get_submodule(layers_path)
-    kept = tuple(_kept(blocks, layers_path))
-    modules = tuple(_modules(blocks, layers_path, hidden_size))
+    linear = [_linear_modules(block, layer, kept) for layer, block in enumerate(blocks.children())]
+    kept_tensors = tuple(_kept(blocks, linear, layers_path))
+    modules = tuple(_modules(blocks, linear, layers_path, hidden_size))
     quantized = [f"{layers_path}.{info.id.layer}.{info.id.kind}.weight" for info in modules]
     dtype = _common_dtype(stored, quantized)
     source_bytes = sum(size_bytes(stored.tensors[name]) for name in quantized)
@@ -62,7 +64,7 @@ def discover(model_dir: Path, *, weights_sha256: str | None = None) -> ModelStru
         other_parameters=sum(tensor.elements for tensor in others),
         other_bytes=sum(size_bytes(tensor) for tensor in others),
         weights_sha256=weights_sha256,
-        kept=kept,
+        kept=kept_tensors,
         stored_bytes=source_bytes if is_mixed else None,
     )
 
@@ -93,9 +95,22 @@ def find_layers(model: PreTrainedModel) -> str:
             raise UnsupportedModel(f"{type(model).__name__} has no list of decoder blocks, which lmq works through")
 
 
-def _modules(blocks: nn.Module, layers_path: str, hidden_size: int) -> Iterator[ModuleInfo]:
-    for layer, block in enumerate(blocks.children()):
-        linear = _linear_modules(block)
+Linear = Mapping[str, nn.Linear]
+"""The nn.Linear modules of a block that are quantized, by their names inside it."""
+
+
+def _linear_modules(block: nn.Module, layer: int, kept: Collection[ModuleId]) -> Linear:
+    return {
+        path: module
+        for path, module in block.named_modules()
+        if isinstance(module, nn.Linear) and ModuleId(layer, path) not in kept
+    }
+
+
+def _modules(
+    blocks: nn.Module, linear_modules: Sequence[Linear], layers_path: str, hidden_size: int
+) -> Iterator[ModuleInfo]:
+    for layer, (block, linear) in enumerate(zip(blocks.children(), linear_modules, strict=True)):
         if not linear:
             raise UnsupportedModel(f"{layers_path}.{layer} ({type(block).__name__}) holds no nn.Linear to quantize")
         parts = _parts(linear, hidden_size, block_path=f"{layers_path}.{layer}")
@@ -103,17 +118,12 @@ def _modules(blocks: nn.Module, layers_path: str, hidden_size: int) -> Iterator[
             yield ModuleInfo(ModuleId(layer, kind), module.out_features, module.in_features, parts[kind])
 
 
-def _linear_modules(block: nn.Module) -> dict[str, nn.Linear]:
-    return {path: module for path, module in block.named_modules() if isinstance(module, nn.Linear)}
-
-
-def _kept(blocks: nn.Module, layers_path: str) -> Iterator[KeptTensor]:
+def _kept(blocks: nn.Module, linear_modules: Sequence[Linear], layers_path: str) -> Iterator[KeptTensor]:
     """Tensors of blocks that stay as they are: convolutions and state matrices of a hybrid, beside its projections.
 
     Raises UnsupportedModel where they are most of a block's weights (Conv1D, fused experts).
     """
-    for layer, block in enumerate(blocks.children()):
-        linear = _linear_modules(block)
+    for layer, (block, linear) in enumerate(zip(blocks.children(), linear_modules, strict=True)):
         others = {
             (path, name): (type(module).__name__, parameter)
             for path, module in block.named_modules()
@@ -131,7 +141,7 @@ def _kept(blocks: nn.Module, layers_path: str) -> Iterator[KeptTensor]:
             yield KeptTensor(layer, f"{path}.{name}".removeprefix("."), tuple(parameter.shape))
 
 
-def _parts(linear: Mapping[str, nn.Linear], hidden_size: int, block_path: str) -> dict[str, str]:
+def _parts(linear: Linear, hidden_size: int, block_path: str) -> dict[str, str]:
     """The part of each module kind of one block.
 
     Modules below a submodule named for attention are attention, the others MLP. The way out of either is the

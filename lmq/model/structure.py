@@ -41,7 +41,7 @@ class ModuleInfo:
 
 @dataclass(frozen=True)
 class KeptTensor:
-    """A tensor of a block that stays as it is, since it is no nn.Linear's: a convolution, a state matrix.
+    """A tensor of a block that stays as it is: a convolution, a state matrix, an nn.Linear that is never called.
 
     `name` is inside the block, as `conv.conv.weight`. Vectors (norms, biases) are never quantized and not listed.
     """

@@ -12,6 +12,7 @@ from lmq.checkpoint.dry_run import dry_run
 from lmq.errors import UnsupportedModel
 from lmq.formats.packed_layer import QuantizedLinear
 from lmq.model.discovery import discover
+from lmq.model.structure import ModuleId
 
 SHAPE = {
     "vocab_size": 96,
@@ -36,8 +37,8 @@ def make(model_type: str, **options) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config).float().eval()
 
 
-def try_model(path: Path) -> None:
-    dry_run(path, discover(path, weights_sha256="0"))
+def try_model(path: Path) -> tuple[ModuleId, ...]:
+    return dry_run(path, discover(path, weights_sha256="0"))
 
 
 @pytest.mark.parametrize(
@@ -55,7 +56,48 @@ def try_model(path: Path) -> None:
     ],
 )
 def test_models_that_work_pass(model_type: str, options: dict, tmp_path: Path) -> None:
-    try_model(saved(make(model_type, **options), tmp_path))
+    assert try_model(saved(make(model_type, **options), tmp_path)) == ()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options", "layers"),
+    [
+        ("mamba", {"state_size": 8}, [0, 1]),
+        ("falcon_mamba", {"state_size": 8}, [0, 1]),
+        (
+            "jamba",
+            {
+                "num_experts": 1, "attn_layer_period": 2, "attn_layer_offset": 1, "num_key_value_heads": 2,
+                "mamba_d_state": 8, "mamba_dt_rank": 4, "use_mamba_kernels": False,
+            },
+            [0],
+        ),
+    ],
+)  # fmt: skip
+def test_a_module_whose_weight_is_used_without_a_call_is_kept(
+    model_type: str, options: dict, layers: list[int], tmp_path: Path
+) -> None:
+    """Nothing can be measured of it. Sizes of quantized and other weights still add up to the file's."""
+    path = saved(make(model_type, **options), tmp_path)
+    never_called = try_model(path)
+    assert [module.layer for module in never_called] == layers
+    assert {module.kind.rpartition(".")[2] for module in never_called} == {"dt_proj"}
+    before, after = discover(path, weights_sha256="0"), discover(path, weights_sha256="0", kept=never_called)
+    assert {info.id for info in before.modules} - {info.id for info in after.modules} == set(never_called)
+    assert {tensor.name for tensor in after.kept} - {tensor.name for tensor in before.kept} == {
+        f"{module.kind}.weight" for module in never_called
+    }
+    assert after.source_bytes + after.other_bytes == before.source_bytes + before.other_bytes
+    assert dry_run(path, after) == ()
+
+
+def test_a_module_that_is_called_twice_is_refused(tmp_path: Path, monkeypatch) -> None:
+    model = make("llama")
+    path, mlp = saved(model, tmp_path), type(model.model.layers[0].mlp)
+    original = mlp.forward
+    monkeypatch.setattr(mlp, "forward", lambda self, states: original(self, states) + original(self, 2 * states))
+    with pytest.raises(UnsupportedModel, match=r"block 0 of LlamaForCausalLM calls mlp\.gate_proj 2 times"):
+        try_model(path)
 
 
 GEMMA_WITH_EMBEDDINGS_PER_LAYER = {
