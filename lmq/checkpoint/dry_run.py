@@ -44,8 +44,8 @@ def dry_run(model_dir: Path, structure: ModelStructure) -> tuple[ModuleId, ...]:
     calls: Counter[ModuleId] = Counter()
     for layer in range(structure.layers):
         block = model.bare_block(layer)
-        for module in structure.in_layer(layer):
-            _count_calls(block.get_submodule(module.id.kind), module.id, calls)
+        for info in structure.in_layer(layer):
+            _count_calls(block.get_submodule(info.id.kind), info.id, calls)
         _try_block(block, inputs[layer], structure, layer)
     for module, count in calls.items():
         if count > 1:
