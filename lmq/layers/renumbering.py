@@ -74,16 +74,22 @@ def _require_same(found: Tensor, expected: Tensor, structure: ModelStructure, wh
 def _require_same_constants(
     block: nn.Module, twin: nn.Module, structure: ModelStructure, places: tuple[int, int]
 ) -> None:
-    """Compare what the modules of a block were made with: what shows only in long texts, as a window, is there."""
-    found, expected = _constants(twin), _constants(block)
-    for name in sorted(found.keys() | expected.keys()):
-        values = (expected.get(name), found.get(name))
-        if values[0] != values[1] and values != places:
-            raise UnsupportedModel(
-                f"{structure.architecture} cannot be pruned: {name} of layer {places[0]} would be {values[1]!r} "
-                f"instead of {values[0]!r} in its new place {places[1]}, as it follows from the layer's number or "
-                "the number of layers, which config.json cannot say otherwise"
-            )
+    """Compare the modules of a block, and what they were made with: what shows only in long texts, as a window."""
+    for of in (_classes, _constants):
+        expected, found = of(block), of(twin)
+        for name in dict.fromkeys([*expected, *found]):
+            values = (expected.get(name), found.get(name))
+            if values[0] != values[1] and values != places:
+                raise UnsupportedModel(
+                    f"{structure.architecture} cannot be pruned: {name or 'all'} of layer {places[0]} would be "
+                    f"{values[1]} instead of {values[0]} in its new place {places[1]}, as it follows from the layer's "
+                    "number or the number of layers, which config.json cannot say otherwise"
+                )
+
+
+def _classes(block: nn.Module) -> dict[str, str]:
+    """The classes of a block's modules: in a hybrid, layers differ in them."""
+    return {path: type(module).__name__ for path, module in block.named_modules()}
 
 
 def _constants(block: nn.Module) -> dict[str, Any]:

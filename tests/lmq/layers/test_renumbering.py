@@ -72,6 +72,47 @@ def test_constants_of_a_layer_that_follow_from_its_number(tmp_path: Path) -> Non
     prune(path, [3])  # those that are left keep their numbers
 
 
+MAMBA = {"num_experts": 1, "mamba_d_state": 8, "mamba_dt_rank": 4, "use_mamba_kernels": False}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        (
+            "jamba",
+            {**MAMBA, "attn_layer_period": 2, "attn_layer_offset": 1},
+            "all of layer 1 would be JambaMambaDecoderLayer instead of JambaAttentionDecoderLayer in its new place 0",
+        ),
+        (
+            "recurrent_gemma",
+            {"lru_width": 32, "block_types": ["recurrent", "attention"], "head_dim": 8},
+            r"temporal_block of layer 1 would be RecurrentGemmaRecurrentBlock instead of RecurrentGemma\w*Attention",
+        ),
+        (
+            "modernbert-decoder",
+            {"global_attn_every_n_layers": 2},
+            "attn_norm of layer 1 would be Identity instead of LayerNorm in its new place 0",
+        ),
+    ],
+)
+def test_hybrids_whose_kinds_of_layers_follow_from_their_numbers(
+    kind: str, options: dict, message: str, tmp_path: Path
+) -> None:
+    """The configuration says a period, not layer by layer."""
+    path = make(tmp_path / "model", kind, num_key_value_heads=2, **options)
+    with pytest.raises(UnsupportedModel, match=message):
+        prune(path, [0])
+    assert not (tmp_path / "pruned").exists()
+
+
+def test_hybrids_that_list_their_kinds_of_layers_are_pruned(tmp_path: Path) -> None:
+    path = make(
+        tmp_path / "model", "lfm2", num_key_value_heads=2, layer_types=["conv", "full_attention"] * 2, block_ff_dim=64
+    )
+    opened = AutoModelForCausalLM.from_pretrained(prune(path, [0, 3]), dtype=torch.float32)
+    assert opened.config.layer_types == ["full_attention", "conv"]
+
+
 def test_scales_by_the_number_of_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As MiniCPM scales what its sub-layers add; here computed from the configuration in every call."""
     block = transformers.models.llama.modeling_llama.LlamaDecoderLayer
