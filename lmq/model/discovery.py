@@ -31,9 +31,9 @@ def discover(model_dir: Path, *, weights_sha256: str | None = None, kept: Collec
     """Discover the structure of a safetensors checkpoint from its configuration and headers.
 
     `weights_sha256` is the digest of the model, computed here when it is not given. Modules that are `kept` are not
-    quantized, as if they were no nn.Linear. Raises UnsupportedModel
-    naming what cannot be quantized (blocks most of whose weights are outside nn.Linear: Conv1D, fused experts; a
-    checkpoint that is quantized already; tensors that are missing), InputError for damaged files.
+    quantized, as if they were no nn.Linear. Raises UnsupportedModel naming what cannot be quantized (blocks most of
+    whose weights are outside nn.Linear: Conv1D, fused experts; a checkpoint that is quantized already; tensors that are
+    missing), InputError for damaged files.
     """
     stored = read_stored_model(model_dir)
     model = stored.model
@@ -95,11 +95,11 @@ def find_layers(model: PreTrainedModel) -> str:
             raise UnsupportedModel(f"{type(model).__name__} has no list of decoder blocks, which lmq works through")
 
 
-Linear = Mapping[str, nn.Linear]
+LinearModules = Mapping[str, nn.Linear]
 """The nn.Linear modules of a block that are quantized, by their names inside it."""
 
 
-def _linear_modules(block: nn.Module, layer: int, kept: Collection[ModuleId]) -> Linear:
+def _linear_modules(block: nn.Module, layer: int, kept: Collection[ModuleId]) -> LinearModules:
     return {
         path: module
         for path, module in block.named_modules()
@@ -108,7 +108,7 @@ def _linear_modules(block: nn.Module, layer: int, kept: Collection[ModuleId]) ->
 
 
 def _modules(
-    blocks: nn.Module, linear_modules: Sequence[Linear], layers_path: str, hidden_size: int
+    blocks: nn.Module, linear_modules: Sequence[LinearModules], layers_path: str, hidden_size: int
 ) -> Iterator[ModuleInfo]:
     for layer, (block, linear) in enumerate(zip(blocks.children(), linear_modules, strict=True)):
         if not linear:
@@ -118,7 +118,7 @@ def _modules(
             yield ModuleInfo(ModuleId(layer, kind), module.out_features, module.in_features, parts[kind])
 
 
-def _kept(blocks: nn.Module, linear_modules: Sequence[Linear], layers_path: str) -> Iterator[KeptTensor]:
+def _kept(blocks: nn.Module, linear_modules: Sequence[LinearModules], layers_path: str) -> Iterator[KeptTensor]:
     """Tensors of blocks that stay as they are: convolutions and state matrices of a hybrid, beside its projections.
 
     Raises UnsupportedModel where they are most of a block's weights (Conv1D, fused experts).
@@ -141,7 +141,7 @@ def _kept(blocks: nn.Module, linear_modules: Sequence[Linear], layers_path: str)
             yield KeptTensor(layer, f"{path}.{name}".removeprefix("."), tuple(parameter.shape))
 
 
-def _parts(linear: Linear, hidden_size: int, block_path: str) -> dict[str, str]:
+def _parts(linear: LinearModules, hidden_size: int, block_path: str) -> dict[str, str]:
     """The part of each module kind of one block.
 
     Modules below a submodule named for attention are attention, the others MLP. The way out of either is the
