@@ -53,11 +53,9 @@ def problems(checkpoint: QuantizedCheckpoint) -> list[str]:
     if "CausalLM" not in type(model).__name__:
         found.append(f"hqq opens language models whose class is named ...ForCausalLM, not {type(model).__name__}")
     leaves = {name for name, module in model.named_modules() if not list(module.children())}
-    found += [
-        f"{name} belongs to a module that holds others; hqq loads the tensors of leaf modules only"
-        for name in model.state_dict()
-        if name.rpartition(".")[0] not in leaves
-    ]
+    if lost := [name for name in model.state_dict() if name.rpartition(".")[0] not in leaves]:
+        names = lost[0] if len(lost) == 1 else f"each of {len(lost)} tensors such as {lost[0]}"
+        found.append(f"{names} belongs to a module that holds others; hqq loads the tensors of leaf modules only")
     return found
 
 

@@ -7,7 +7,7 @@ import torch
 from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 from hqq.models.hf.base import AutoHQQHFModel
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedModel
 
 import lmq
 import lmq.export.hqq as hqq_export
@@ -107,6 +107,15 @@ def test_what_hqq_cannot_hold_is_said_before_work_starts(tmp_path: Path, monkeyp
         "gain belongs to a module that holds others; hqq loads the tensors of leaf modules only",
     ]
     assert not (tmp_path / "out").exists()
+
+
+def test_tensors_that_hqq_does_not_load_are_counted(tmp_path: Path) -> None:
+    config = MambaConfig(hidden_size=64, vocab_size=96, num_hidden_layers=3, state_size=8)
+    MambaForCausalLM(config).save_pretrained(tmp_path / "model")
+    assert problems(write_small(tmp_path / "model", tmp_path / "q", "b4g64")) == [
+        "each of 6 tensors such as backbone.layers.0.mixer.A_log belongs to a module that holds others; "
+        "hqq loads the tensors of leaf modules only"
+    ]
 
 
 def test_a_grid_that_float16_cannot_hold_is_named(tiny_llama: Path, tmp_path: Path) -> None:
