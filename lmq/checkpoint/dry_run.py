@@ -1,12 +1,14 @@
 """Whether a model can do what is asked of it, tried on a few arbitrary states before anything is measured.
 
-Everything that lmq measures rests on four properties: blocks run one by one on hidden states alone, return states of
-the same shape, let a gradient through, and the model's class opens with other layers in the place of its linear ones.
+Everything that lmq measures rests on five properties: blocks run one by one on hidden states alone, return states of
+the same shape, let a gradient through, read the text one way, and the model's class opens with other layers in the
+place of its linear ones.
 Blocks run here without weights, on the meta device, so that a model of any size takes seconds.
 """
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,12 @@ from torch.utils._pytree import tree_map
 from lmq.errors import UnsupportedModel
 from lmq.formats.packed_layer import QuantizedLinear
 from lmq.formats.spec import STOPS
+from lmq.model.causality import require_causal
 from lmq.model.skeleton import build_skeleton
 from lmq.model.streaming import BlockInputs, StreamedModel
-from lmq.model.structure import ModelStructure, ModuleId
+from lmq.model.structure import ModelStructure, ModuleId, ModuleInfo
+
+_log = logging.getLogger(__name__)
 
 _TOKENS = 4
 _FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError, NotImplementedError)
@@ -53,6 +58,8 @@ def dry_run(model_dir: Path, structure: ModelStructure) -> tuple[ModuleId, ...]:
                 f"block {module.layer} of {structure.architecture} calls {module.kind} {count} times for the same "
                 "states; lmq measures modules that are called once"
             )
+    called = [info for info in structure.in_layer(0) if calls[info.id]]
+    _try_reading(model.bare_block(0), inputs[0], structure, called)
     _try_opening(build_skeleton(model_dir), structure)
     return tuple(info.id for info in structure.modules if not calls[info.id])
 
@@ -80,6 +87,31 @@ def _try_block(block: nn.Module, inputs: BlockInputs, structure: ModelStructure,
         raise UnsupportedModel(
             f"{name} lets no gradient through to the states that enter it, which measurements need ({_brief(error)})"
         ) from error
+
+
+class _Tiled(nn.Linear):
+    """Stands in for a projection of any size: its outputs are its inputs, repeated, whatever its weight."""
+
+    def forward(self, states: Tensor) -> Tensor:
+        return states.repeat_interleave(-(-self.out_features // self.in_features), -1)[..., : self.out_features]
+
+
+def _try_reading(block: nn.Module, inputs: BlockInputs, structure: ModelStructure, called: list[ModuleInfo]) -> None:
+    """Raise InputError where the first block reads the text both ways, by its attention alone: no weight is read."""
+    generator = torch.Generator().manual_seed(0)
+    for info in called:
+        block.set_submodule(info.id.kind, _Tiled(info.in_features, info.out_features, bias=False, device="meta"))
+    for module in block.modules():
+        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            if tensor.is_meta and not isinstance(module, _Tiled):
+                value = torch.randn(tensor.shape, generator=generator)
+                setattr(module, name, nn.Parameter(value) if isinstance(tensor, nn.Parameter) else value)
+    states = torch.randn(1, _TOKENS, structure.hidden_size, generator=generator)
+    changed = torch.cat([states[:, :-1], -states[:, -1:]], dim=1)
+    try:
+        require_causal(lambda hidden: inputs.run(block, hidden), states, changed, structure.architecture)
+    except _FAILURES as error:  # a block that asks more of its projections than their outputs is not judged by them
+        _log.debug("block 0 of %s does not run on stand-ins: %s", structure.architecture, error)
 
 
 def _try_opening(model: Any, structure: ModelStructure) -> None:

@@ -26,6 +26,7 @@ from lmq.evaluation.windows import (
     window_tokens,
 )
 from lmq.measurement.divergence import score_tokens
+from lmq.model.causality import require_causal
 from lmq.model.discovery import discover
 from lmq.model.streaming import StreamedModel, tokens_at_once
 from lmq.model.structure import ModelStructure
@@ -39,8 +40,6 @@ _log = logging.getLogger(__name__)
 
 _SHAPE = ("hidden_size", "num_hidden_layers", "vocab_size")
 _FEW_TOKENS = 8
-_CAUSAL_TOLERANCE = 1e-3
-"""Largest change of what comes before, relative to it, that rounding can make."""
 
 ReferenceLogits = Callable[[int, slice], Tensor]
 """Full-precision logits [positions, vocabulary] of a window (by number) at a slice of what the model saw of it."""
@@ -136,21 +135,6 @@ def require_language_model(path: Path) -> None:
         )
 
 
-@torch.no_grad()
-def require_causal(run: Callable[[Tensor], Tensor], inputs: Tensor, changed: Tensor, path: Path) -> None:
-    """Raise InputError where what comes last changes what is before it: an encoder, which has seen all it predicts.
-
-    `inputs` and `changed` [1, tokens, ...] differ at the last token alone.
-    """
-    first, second = (run(states)[:, :-1].float() for states in (inputs, changed))
-    distance, size = (first - second).abs().max(), first.abs().max()
-    if distance > _CAUSAL_TOLERANCE * size:
-        raise InputError(
-            f"{path} reads its text both ways, as encoders do: later tokens change what it says of earlier ones, so "
-            "that it has no perplexity; give a model that predicts the next token from those before"
-        )
-
-
 def _rows_by_block(path: Path, windows: Sequence[Window], seen: Tensor) -> list[dict[str, Any]] | None:
     """Rows of the windows table, block by block; None for a model that can only be run whole."""
     try:
@@ -160,7 +144,7 @@ def _rows_by_block(path: Path, windows: Sequence[Window], seen: Tensor) -> list[
         changed[:, -1] = few[:, -1].flip(-1) + 1
         inputs = model.block_inputs(few.shape[1])[0]
         with model.block(0) as block:
-            require_causal(lambda states: inputs.run(block, states), few, changed, path)
+            require_causal(lambda states: inputs.run(block, states), few, changed, str(path))
         return score_windows(model, windows, seen, last_states(model, seen), None)
     except UnsupportedModel as error:
         _log.info("%s is opened whole: %s", path, error)
@@ -173,7 +157,7 @@ def _open_whole(path: Path, seen: Tensor) -> PreTrainedModel:
     few = seen[:1, :_FEW_TOKENS].long()
     changed = few.clone()
     changed[:, -1] = (few[:, -1] + 1) % few.max().clamp(min=2)
-    require_causal(lambda tokens: model(tokens).logits, few, changed, path)
+    require_causal(lambda tokens: model(tokens).logits, few, changed, str(path))
     opened: PreTrainedModel = model
     return opened
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lmq.checkpoint.dry_run import dry_run
-from lmq.errors import UnsupportedModel
+from lmq.errors import InputError, UnsupportedModel
 from lmq.formats.packed_layer import QuantizedLinear
 from lmq.model.discovery import discover
 from lmq.model.structure import ModuleId
@@ -153,6 +153,15 @@ def test_blocks_that_take_inputs_made_of_the_tokens_are_refused(tmp_path: Path, 
     monkeypatch.setattr(transformers.models.llama.modeling_llama.LlamaModel, "forward", forward)
     with pytest.raises(UnsupportedModel, match=r"takes an input \(per_layer_input\) that depends on the tokens"):
         try_model(path)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "electra", "roformer"])
+def test_encoders_are_refused_unless_they_are_set_to_read_one_way(model_type: str, tmp_path: Path) -> None:
+    """They have a head for the next token, and a perplexity that means nothing."""
+    options = {"embedding_size": 64} if model_type in ("electra", "roformer") else {}
+    with pytest.raises(InputError, match=r"\w+ reads its text both ways, as encoders do"):
+        try_model(saved(make(model_type, **options), tmp_path / "encoder"))
+    try_model(saved(make(model_type, **options, is_decoder=True), tmp_path / "decoder"))
 
 
 def test_blocks_that_stop_the_gradient_are_refused(tmp_path: Path, monkeypatch) -> None:
