@@ -60,15 +60,15 @@ def read_table(path: Path, schema: TableSchema) -> pa.Table:
     """Read a table, checking that it is one of this schema. Raises DamagedFile otherwise."""
     try:
         table = pq.read_table(path, page_checksum_verification=True)
-        found = (table.schema.metadata or {}).get(b"lmq.schema", b"none").decode()
+        stored = (table.schema.metadata or {}).get(b"lmq.schema", b"none").decode()
         columns = table.column_names
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DamagedFile(
             f"{path} is not a readable Parquet table: {error}; remove it, it will be made again"
         ) from error
-    if found != schema.label:
+    if stored != schema.label:
         raise DamagedFile(
-            f"{path} holds a table {found!r} where {schema.label!r} was expected; remove it and run again"
+            f"{path} holds a table {stored!r} where {schema.label!r} was expected; remove it and run again"
         )
     if columns != schema.columns.names:
         raise DamagedFile(f"{path} has columns {columns}, not {schema.columns.names}; remove it and run again")

@@ -47,15 +47,15 @@ def allocate(job: Job) -> None:
     write_allocation(job, chosen.allocate(measurements, job.config["budget_bytes"]))
 
 
-def write_allocation(job: Job, allocation: Allocation, **found: float | None) -> None:
-    """Write the files of an allocation; `found` is added to solution.json."""
+def write_allocation(job: Job, allocation: Allocation, **extra: float | None) -> None:
+    """Write the files of an allocation; `extra` is added to solution.json."""
     write_rows(job.output / "allocation.parquet", ALLOCATION_SCHEMA, allocation.to_rows())
     solution = {
         "size_bytes": allocation.size_bytes,
         "objective": allocation.objective,
         "lower_bound": allocation.lower_bound,
         "gap": allocation.gap,
-        **found,
+        **extra,
     }
     (job.output / "solution.json").write_text(json.dumps(solution))
     write_configurations(job.output / ALLOCATION_FILE, allocation.specs)

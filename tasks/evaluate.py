@@ -111,14 +111,14 @@ PERFORMANCE_FILE = "performance.json"
 @stage("performance", version=1, schema="performance/1")
 def performance(job: Job) -> None:
     """Memory after opening and while generating, and tokens per second, in a process of its own."""
-    found = measure_performance(
+    measured = measure_performance(
         variant_dir(job),
         prompt_tokens=job.config["prompt_tokens"],
         generated_tokens=job.config["generated_tokens"],
         device=job.site.device,
         threads=job.site.threads_per_worker,
     )
-    (job.output / PERFORMANCE_FILE).write_text(json.dumps(asdict(found)))
+    (job.output / PERFORMANCE_FILE).write_text(json.dumps(asdict(measured)))
 
 
 def variant_dir(job: Job) -> Path:

@@ -36,13 +36,13 @@ def measure_removal_importance(job: Job) -> None:
     tokens = read_tokens(job.input("tokens", TOKENS_FILE))
     dtype = fast_matmul_dtype(job.device)
     value = RemovalValue(open_model(job), tokens, matmul_dtype=dtype)
-    found = removal_importance(value, ShapleyOptions(**job.config))
-    write_rows(job.output / SUBLAYERS_FILE, SUBLAYER_IMPORTANCE_SCHEMA, found.sublayers)
-    write_rows(job.output / LAYERS_FILE, LAYER_IMPORTANCE_SCHEMA, found.layers)
+    importance = removal_importance(value, ShapleyOptions(**job.config))
+    write_rows(job.output / SUBLAYERS_FILE, SUBLAYER_IMPORTANCE_SCHEMA, importance.sublayers)
+    write_rows(job.output / LAYERS_FILE, LAYER_IMPORTANCE_SCHEMA, importance.layers)
     summary = {
         "loss": value.loss,
         "matmul_dtype": str(dtype).removeprefix("torch."),
-        "evaluations_unshared": found.evaluations_unshared,
+        "evaluations_unshared": importance.evaluations_unshared,
         **asdict(value.work),
     }
     (job.output / REMOVAL_FILE).write_text(json.dumps(summary))

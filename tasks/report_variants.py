@@ -1,4 +1,4 @@
-"""What a run found out about a variant, read from the artifacts that the report is given."""
+"""What a run measured of a variant, read from the artifacts that the report is given."""
 
 from __future__ import annotations
 

@@ -120,14 +120,14 @@ def _imported(node: ast.AST) -> Iterator[tuple[str, tuple[str, str]]]:
 @cache
 def _closure(module: str) -> frozenset[str]:
     """The library module and every library module it imports, directly or not."""
-    found: set[str] = set()
+    modules: set[str] = set()
     waiting = [module]
     while waiting:
         name = waiting.pop()
-        if name not in found:
-            found.add(name)
+        if name not in modules:
+            modules.add(name)
             waiting += _imported_library(name)
-    return frozenset(found)
+    return frozenset(modules)
 
 
 @cache

@@ -121,13 +121,13 @@ def module_name(module: ModuleId) -> str:
 def violations(allocation: Allocation, constraints: Constraints) -> list[str]:
     """What an allocation does not keep, one sentence each; empty where it keeps everything."""
     specs = allocation.specs
-    found = []
+    broken = []
     for pattern, spec in constraints.fixed.items():
-        found += [
+        broken += [
             f"{module} has {chosen}, fixed to {spec}" for module, chosen in _matching(specs, pattern) if chosen != spec
         ]
     for pattern, spec in constraints.floor.items():
-        found += [
+        broken += [
             f"{module} has {chosen}, below the floor {spec}"
             for module, chosen in _matching(specs, pattern)
             if chosen.bits_per_weight < spec.bits_per_weight
@@ -135,15 +135,15 @@ def violations(allocation: Allocation, constraints: Constraints) -> list[str]:
     ids = list(specs)
     for group in _alike_groups(constraints.alike, ids):
         if len({specs[ids[row]] for row in group}) > 1:
-            found.append(f"{', '.join(f'{ids[row]} has {specs[ids[row]]}' for row in group)}, but must be alike")
+            broken.append(f"{', '.join(f'{ids[row]} has {specs[ids[row]]}' for row in group)}, but must be alike")
     used, most = len(set(specs.values())), constraints.most_configurations
     if most is not None and used > most:
-        found.append(f"{used} different configurations are in use, at most {most} may be")
+        broken.append(f"{used} different configurations are in use, at most {most} may be")
     for limit in constraints.device_limits:
         size_bytes = sum(item.size_bytes for item in allocation.assignments if limit.holds(item.module))
         if size_bytes > limit.size_bytes:
-            found.append(f"{limit.layers} take {size_bytes:,} bytes, at most {limit.size_bytes:,} may be")
-    return found
+            broken.append(f"{limit.layers} take {size_bytes:,} bytes, at most {limit.size_bytes:,} may be")
+    return broken
 
 
 def parse_constraints(values: Mapping[str, Any]) -> Constraints:

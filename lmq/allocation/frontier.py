@@ -45,14 +45,14 @@ def frontier(chosen: Strategy, measurements: Measurements, budgets: Sequence[int
     The unit of the objective is that of the strategy's costs. Raises InputError for a strategy that solves no program
     or tries allocations on the model, InfeasibleBudget as the strategy does.
     """
-    found: list[FrontierPoint] = []
+    solved: list[FrontierPoint] = []
     for budget_bytes in sorted(budgets):
         point = _point(chosen, measurements, budget_bytes)
-        if found and found[-1].objective < point.objective:
+        if solved and solved[-1].objective < point.objective:
             # within the solver's tolerance the allocation of a smaller budget may cost less: it fits here as well
-            point = replace(found[-1], budget_bytes=budget_bytes, lower_bound=point.lower_bound)
-        found.append(point)
-    return found
+            point = replace(solved[-1], budget_bytes=budget_bytes, lower_bound=point.lower_bound)
+        solved.append(point)
+    return solved
 
 
 def uniform_points(chosen: Strategy, measurements: Measurements) -> dict[QuantSpec, FrontierPoint]:

@@ -90,12 +90,12 @@ def solve_knapsack(costs: np.ndarray, sizes: np.ndarray, capacity: int) -> tuple
     searched = 0.0
     while gap > max(searched, margin):
         try:
-            found = _search(sizes, capacity, bound, limit + margin)
+            cheaper = _search(sizes, capacity, bound, limit + margin)
         except _TooManyStates:
             break
         searched = limit
-        if found is not None and total(costs, found) < total(costs, best):
-            best = found
+        if cheaper is not None and total(costs, cheaper) < total(costs, best):
+            best = cheaper
             gap = total(costs, best) - bound.value
         limit = min(limit * GROWTH, gap)
     return best, float(least_costs.sum()) + bound.value + min(searched, gap) - margin

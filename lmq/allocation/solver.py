@@ -188,8 +188,8 @@ def solve(
     if unproven <= PROVEN_GAP * max(abs(solution.objective), float(np.abs(cost_table).max())):
         return solution  # relative to the costs where they cancel to an objective near 0
     logger.warning("knapsack search needs too much memory at a gap of %.1e; continuing with HiGHS", solution.gap)
-    found, bound = solve_milp(program, capacity, columns, time_limit_s=TIME_LIMIT_S)
-    better = min(found, columns, key=lambda candidate: total(program.costs, candidate))
+    solved, bound = solve_milp(program, capacity, columns, time_limit_s=TIME_LIMIT_S)
+    better = min(solved, columns, key=lambda candidate: total(program.costs, candidate))
     return _solution(cost_table, size_table, program, better, max(bound, lower_bound))
 
 

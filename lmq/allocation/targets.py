@@ -129,8 +129,8 @@ def _holds_all(target: Target, spec: QuantSpec, modules: Sequence[ModuleInfo]) -
 
 
 def _misfits(target: Target, spec: QuantSpec, modules: Sequence[ModuleInfo]) -> list[str]:
-    found = ((module, target.misfit(spec, module.out_features, module.in_features)) for module in modules)
-    return [f"{module.id} has {reason}" for module, reason in found if reason is not None]
+    misfits = ((module, target.misfit(spec, module.out_features, module.in_features)) for module in modules)
+    return [f"{module.id} has {reason}" for module, reason in misfits if reason is not None]
 
 
 def _either(values: Sequence[int]) -> str:

@@ -57,7 +57,7 @@ def by_yardstick(runs: Runs) -> dict[Yardstick, list[tuple[str, VariantResult]]]
     """
     if not runs:
         raise InputError("there is no run to compare; name one or more run directories")
-    found: dict[Yardstick, list[tuple[str, VariantResult]]] = defaultdict(list)
+    groups: dict[Yardstick, list[tuple[str, VariantResult]]] = defaultdict(list)
     for run, results in runs.items():
         for result in results:
             if result.perplexity is None:
@@ -70,8 +70,8 @@ def by_yardstick(runs: Runs) -> dict[Yardstick, list[tuple[str, VariantResult]]]
                 tokens=result.tokens or 0,
                 full_precision=reference,
             )
-            found[yardstick].append((run, result))
-    return dict(sorted(found.items()))
+            groups[yardstick].append((run, result))
+    return dict(sorted(groups.items()))
 
 
 def pareto_front(results: Sequence[VariantResult]) -> list[VariantResult]:
@@ -105,11 +105,11 @@ def seeded_draws(results: Sequence[VariantResult]) -> list[Draws]:
     `strategy` is its label without the seed; other options keep their draws apart. All of one model must have one
     yardstick.
     """
-    found: dict[tuple[str, str, str], list[float]] = defaultdict(list)
+    perplexities: dict[tuple[str, str, str], list[float]] = defaultdict(list)
     for result in results:
         seedless = re.sub(r" seed=\d+\b", "", result.strategy)
         if result.budget is not None and result.perplexity is not None:
-            found[result.model, seedless, result.budget].append(result.perplexity)
+            perplexities[result.model, seedless, result.budget].append(result.perplexity)
     return [
         Draws(
             model=model,
@@ -119,7 +119,7 @@ def seeded_draws(results: Sequence[VariantResult]) -> list[Draws]:
             mean=statistics.fmean(values),
             deviation=statistics.stdev(values),
         )
-        for (model, strategy, budget), values in found.items()
+        for (model, strategy, budget), values in perplexities.items()
         if len(values) > 1
     ]
 
@@ -135,14 +135,14 @@ def tallies(groups: Mapping[Yardstick, Sequence[tuple[str, VariantResult]]]) -> 
         for first, second in permutations(cell, 2):
             place = 1 if cell[first] == cell[second] else 0 if cell[first] < cell[second] else 2
             counts[first, second][place] += 1
-    found = [
+    pairs = [
         Tally(strategy=first, against=second, wins=wins, ties=ties, losses=losses)
         for (first, second), (wins, ties, losses) in counts.items()
     ]
     won: dict[str, int] = defaultdict(int)
-    for tally in found:
+    for tally in pairs:
         won[tally.strategy] += tally.wins - tally.losses
-    return sorted(found, key=lambda t: (-won[t.strategy], t.strategy, -won[t.against], t.against))
+    return sorted(pairs, key=lambda t: (-won[t.strategy], t.strategy, -won[t.against], t.against))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +168,7 @@ def equal_bytes(results: Sequence[VariantResult]) -> list[EqualBytes]:
     """
     sized = [r for r in results if r.size_bytes is not None and r.perplexity is not None]
     uniform = sorted((r for r in sized if r.strategy == UNIFORM), key=lambda r: (r.size_bytes or 0, r.perplexity or 0))
-    found = []
+    comparisons = []
     for variant in sized:
         size = variant.size_bytes or 0
         smaller = [r for r in uniform if (r.size_bytes or 0) <= size]
@@ -176,8 +176,8 @@ def equal_bytes(results: Sequence[VariantResult]) -> list[EqualBytes]:
         if variant.strategy not in (UNIFORM, FULL_PRECISION) and smaller and larger:
             below, above = smaller[-1], larger[0]
             perplexity = _between(below, above, size)
-            found.append(EqualBytes(variant=variant, uniform_perplexity=perplexity, smaller=below, larger=above))
-    return found
+            comparisons.append(EqualBytes(variant=variant, uniform_perplexity=perplexity, smaller=below, larger=above))
+    return comparisons
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -132,9 +132,9 @@ def _accuracy(result: VariantResult, task: str) -> str:
 def _note(result: VariantResult) -> str:
     notes = [f"failed: {result.error}"] if result.error else []
     if result.validation_divergence is not None:
-        found, uniform = (
+        own, uniform = (
             format_number(value, 4) for value in (result.validation_divergence, result.uniform_validation_divergence)
         )
-        notes.append(f"KL {found} on validation text, uniform {uniform}")
+        notes.append(f"KL {own} on validation text, uniform {uniform}")
     notes += [f"{score.task}: {score.error}" for score in result.tasks or () if score.error]
     return "; ".join(notes)

@@ -64,7 +64,7 @@ def agreements(profiles: Mapping[Setting, Mapping[str, Profile]]) -> list[Agreem
 
     `profiles` maps setting → part → one number per layer. Settings with different numbers of layers are not compared.
     """
-    found = []
+    every_pair = []
     for first, second in combinations(profiles, 2):
         differing = [name for name in DIMENSIONS if getattr(first, name) != getattr(second, name)]
         if len(differing) != 1 or _layers(profiles[first]) != _layers(profiles[second]):
@@ -73,7 +73,7 @@ def agreements(profiles: Mapping[Setting, Mapping[str, Profile]]) -> list[Agreem
             if part not in profiles[second]:
                 continue
             pair = (profiles[first][part], profiles[second][part])
-            found.append(
+            every_pair.append(
                 Agreement(
                     dimension=differing[0],
                     first=first,
@@ -83,13 +83,13 @@ def agreements(profiles: Mapping[Setting, Mapping[str, Profile]]) -> list[Agreem
                     steps=_rank_correlation(*map(_steps, pair)),
                 )
             )
-    return found
+    return every_pair
 
 
-def summarize_agreements(found: Sequence[Agreement]) -> list[AgreementSummary]:
+def summarize_agreements(pairs: Sequence[Agreement]) -> list[AgreementSummary]:
     """One summary per dimension and pair of its values, in the order of `DIMENSIONS`."""
     groups: dict[tuple[str, str, str], list[Agreement]] = defaultdict(list)
-    for item in found:
+    for item in pairs:
         values = (getattr(item.first, item.dimension), getattr(item.second, item.dimension))
         groups[item.dimension, *values].append(item)
     return [
@@ -111,12 +111,12 @@ def summarize_agreements(found: Sequence[Agreement]) -> list[AgreementSummary]:
 
 def models_by_layers(profiles: Mapping[Setting, Mapping[str, Profile]]) -> dict[int, list[str]]:
     """Number of layers → models; only models of one entry are compared with each other."""
-    found: dict[int, list[str]] = {}
+    grouped: dict[int, list[str]] = {}
     for setting, by_part in profiles.items():
-        names = found.setdefault(_layers(by_part), [])
+        names = grouped.setdefault(_layers(by_part), [])
         if setting.model not in names:
             names.append(setting.model)
-    return found
+    return grouped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,11 +169,11 @@ def cost_qualities(pairs: Sequence[CostPair], *, resamples: int = 1000, seed: in
     names = [name for name in pairs[0].cheap if all(name in pair.cheap for pair in pairs)]
     specs = sorted({pair.spec for pair in pairs})
     draws = np.random.default_rng(seed).integers(0, len(pairs), (resamples, len(pairs)))
-    found = []
+    qualities = []
     for name in names:
         cheap = np.array([pair.cheap[name] for pair in pairs])
         groups = [np.array([pair.spec == spec for pair in pairs]) for spec in specs]
-        found.append(
+        qualities.append(
             CostQuality(
                 cost=name,
                 pairs=len(pairs),
@@ -182,7 +182,7 @@ def cost_qualities(pairs: Sequence[CostPair], *, resamples: int = 1000, seed: in
                 within=_mean([_rank_correlation(cheap[group].tolist(), exact[group].tolist()) for group in groups]),
             )
         )
-    return sorted(found, key=lambda quality: -1.0 if quality.rho is None else quality.rho, reverse=True)
+    return sorted(qualities, key=lambda quality: -1.0 if quality.rho is None else quality.rho, reverse=True)
 
 
 def _layers(by_part: Mapping[str, Profile]) -> int:

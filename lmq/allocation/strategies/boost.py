@@ -114,12 +114,12 @@ class RandomBoost:
         """Boost the drawn modules; the size may be above the budget. Raises InfeasibleBudget, InputError."""
         choices = Choices.of(measurements, budget_bytes)
         profiles = {name: module_profile(measurements, name, choices.modules) for name in _SIGNALS}
-        found = {name: profile_outliers(name, profiles[name], self.top_m) for name in _SIGNALS}
+        outliers_by_signal = {name: profile_outliers(name, profiles[name], self.top_m) for name in _SIGNALS}
         generator = np.random.default_rng(self.seed)
         drawn: dict[str, list[int]] = {}
         for kind, profile in profiles_by_kind(profiles["sensitivity"]).items():
-            others = sorted(set(profile).difference(*(outliers[kind] for outliers in found.values())))
-            count = min(len(found[SIGNAL[self.like]][kind]), len(others))
+            others = sorted(set(profile).difference(*(outliers[kind] for outliers in outliers_by_signal.values())))
+            count = min(len(outliers_by_signal[SIGNAL[self.like]][kind]), len(others))
             drawn[kind] = generator.choice(np.array(others, int), count, replace=False).tolist()
         base = choices.largest_uniform(budget_bytes)
         columns = boost(choices, base, drawn, self.boost_stop)

@@ -25,9 +25,9 @@ SURE_STDERRS = 2.0
 
 def certainty_part(data: ReportData, several_models: bool) -> str:
     """Paired differences, the front, the comparison at equal bytes, and who wins where a run has several budgets."""
-    found = tallies(by_yardstick({data.run: data.results}))
+    pairs = tallies(by_yardstick({data.run: data.results}))
     budgets = {(result.model, result.budget) for result in data.results if result.budget is not None}
-    tally = tally_table(found) if found and len(budgets) > 1 else ""
+    tally = tally_table(pairs) if pairs and len(budgets) > 1 else ""
     parts = (
         "<h3>How sure is that?</h3>",
         _paired_table(data, several_models),
@@ -92,8 +92,8 @@ def _standard_errors(pair: PairedDifference) -> float | None:
 def equal_bytes_table(results: Sequence[VariantResult]) -> str:
     """Variants against uniform at their own size; nothing where no variant is between two uniform ones."""
     models = list(dict.fromkeys(result.model for result in results))
-    found = [one for model in models for one in equal_bytes([r for r in results if r.model == model])]
-    if not found:
+    comparisons = [one for model in models for one in equal_bytes([r for r in results if r.model == model])]
+    if not comparisons:
         return ""
     several = len(models) > 1
     columns = [
@@ -115,7 +115,7 @@ def equal_bytes_table(results: Sequence[VariantResult]) -> str:
             number(format_percent(one.relative, signed=True), one.relative),
             text(" and ".join(dict.fromkeys((one.smaller.label, one.larger.label)))),
         ]
-        for one in found
+        for one in comparisons
     ]
     note = (
         '<p class="note">What uniform quantization would reach at the variant’s own size, so that no strategy wins by '
@@ -143,7 +143,7 @@ def offer(result: VariantResult) -> str:
     )
 
 
-def tally_table(found: Sequence[Tally]) -> str:
+def tally_table(pairs: Sequence[Tally]) -> str:
     """Wins, ties and losses of every two strategies, with how they are counted."""
     columns = [
         Column("Strategy"),
@@ -154,7 +154,7 @@ def tally_table(found: Sequence[Tally]) -> str:
     ]
     rows = [
         [text(t.strategy), text(t.against), *(number(str(count), count) for count in (t.wins, t.ties, t.losses))]
-        for t in found
+        for t in pairs
     ]
     note = (
         '<p class="note">Over models and budgets where both were measured; perplexities rounded to two decimals, lower '

@@ -88,7 +88,7 @@ def _scatter(model: str, results: Sequence[VariantResult]) -> str:
     return perplexity_figure(model, results, strategy_styles(results), "Bars are ± one standard error.")
 
 
-def _tally_section(found: Sequence[Tally]) -> str:
-    if not found:
+def _tally_section(pairs: Sequence[Tally]) -> str:
+    if not pairs:
         return section("tally", "Who wins?", not_measured("Two strategies at one budget"))
-    return section("tally", "Who wins?", tally_table(found))
+    return section("tally", "Who wins?", tally_table(pairs))

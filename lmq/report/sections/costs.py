@@ -87,15 +87,15 @@ def cost_outliers(costs: ErrorTable, spec: QuantSpec) -> dict[str, list[int]]:
 
     A kind in too few layers, or with a cost that nothing can be divided by, has none.
     """
-    found = {}
+    by_kind = {}
     column = costs.specs.index(spec)
     for kind in dict.fromkeys(module.kind for module in costs.modules):
         rows = [row for row, module in enumerate(costs.modules) if module.kind == kind]
         profile = costs.cost[rows, column]
         if len(rows) < FEWEST_LAYERS_OF_KIND or not np.isfinite(profile).all() or not profile.all():
             continue
-        found[kind] = [costs.modules[rows[i]].layer for i in find_outlier_layers(profile, difference="divide")]
-    return found
+        by_kind[kind] = [costs.modules[rows[i]].layer for i in find_outlier_layers(profile, difference="divide")]
+    return by_kind
 
 
 def cost_figures(model: ModelReport, name: str) -> list[Figure]:

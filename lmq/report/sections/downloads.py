@@ -23,7 +23,7 @@ class _Links(HTMLParser):
         self.files: dict[str, str] = {}
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        found = dict(attrs)
-        name, target = found.get("download"), found.get("href") or ""
+        attributes = dict(attrs)
+        name, target = attributes.get("download"), attributes.get("href") or ""
         if name and target.startswith(CSV_PREFIX):
             self.files[name] = unquote(target.removeprefix(CSV_PREFIX))

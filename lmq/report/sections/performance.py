@@ -46,23 +46,23 @@ def tasks_part(results: Sequence[VariantResult], several_models: bool) -> str:
     scores = {index: result.tasks for index, result in enumerate(results) if result.tasks}
     if not scores:
         return f"<h3>Zero-shot tasks</h3>{not_measured('Zero-shot tasks')}"
-    names = list(dict.fromkeys(_name(one) for found in scores.values() for one in found if one.error is None))
-    samples = {_name(one): one.samples for found in scores.values() for one in found if one.samples is not None}
+    names = list(dict.fromkeys(_name(one) for own in scores.values() for one in own if one.error is None))
+    samples = {_name(one): one.samples for own in scores.values() for one in own if one.samples is not None}
     hints = {name: f"{samples[name]:,} questions" if name in samples else "" for name in names}
     columns = [*_names(several_models), *(Column(name, True, hints[name]) for name in names)]
     rows = []
-    for index, found in scores.items():
-        by_name = {_name(one): one for one in found}
+    for index, own in scores.items():
+        by_name = {_name(one): one for one in own}
         rows.append([*_named(results[index], several_models), *(_score(by_name.get(name)) for name in names)])
     header = ["model", "variant", "task", "metric", "value", "stderr", "samples", "error"]
     data = (
         (results[i].model, results[i].label, s.task, s.metric, s.value, s.stderr, s.samples, s.error)
-        for i, found in scores.items()
-        for s in found
+        for i, own in scores.items()
+        for s in own
     )
     counts = ", ".join(f"{name} {samples[name]:,}" for name in names if name in samples)
     link = csv_link("tasks.csv", header, data)
-    failed = sorted({f"{one.task}: {one.error}" for found in scores.values() for one in found if one.error})
+    failed = sorted({f"{one.task}: {one.error}" for own in scores.values() for one in own if one.error})
     missing = "".join(f"<li>{escape(words)}</li>" for words in failed)
     said = f"<p>Not measured:</p><ul>{missing}</ul>" if missing else ""
     note = f'<p class="note">± is one standard error over questions. Questions: {escape(counts)}. {link}</p>'

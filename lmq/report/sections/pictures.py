@@ -32,31 +32,31 @@ def report_pictures(data: ReportData) -> dict[str, str]:
     styles = strategy_styles(data.results)
     for model in data.models:
         own = [result for result in data.results if result.model == model.name]
-        found: dict[str, str] = {}
+        own_pictures: dict[str, str] = {}
         if drawable(own):
-            found["perplexity"] = standalone_svg([perplexity_by_size(own, model=model.name, styles=styles)])
+            own_pictures["perplexity"] = standalone_svg([perplexity_by_size(own, model=model.name, styles=styles)])
         mixed = [label for label in model.allocations if _is_mixed(model, label)]
         for label in mixed[:MOST_MAPS]:
-            found[f"allocation-{slug(label)}"] = _allocation(model, label)
-        found |= _measured(model)
-        pictures |= {f"{slug(model.name)}-{name}": picture for name, picture in found.items()}
+            own_pictures[f"allocation-{slug(label)}"] = _allocation(model, label)
+        own_pictures |= _measured(model)
+        pictures |= {f"{slug(model.name)}-{name}": picture for name, picture in own_pictures.items()}
     return pictures
 
 
 def _measured(model: ModelReport) -> dict[str, str]:
-    found: dict[str, str] = {}
+    pictures: dict[str, str] = {}
     if (cost := leading_cost(model)) is not None:
         specs = one_per_width(model.costs[cost].specs)
         entries = [("━", colour.light, str(spec)) for spec, colour in zip(specs, SERIES, strict=False)]
-        found["cost"] = _grid(title_panel(COSTS[cost].title, entries), cost_figures(model, cost))
+        pictures["cost"] = _grid(title_panel(COSTS[cost].title, entries), cost_figures(model, cost))
     for name, profile in PROFILES.items():
         curves = profile_curves(model, name)[:MOST_PANELS]
         if curves:
             panels = [profile_figure(model, curve, profile.title) for curve in curves]
-            found[name] = _grid(title_panel(profile.title), panels)
+            pictures[name] = _grid(title_panel(profile.title), panels)
     if model.layer_activity:
-        found["importance"] = standalone_svg([importance_figure(model)])
-    return found
+        pictures["importance"] = standalone_svg([importance_figure(model)])
+    return pictures
 
 
 def _is_mixed(model: ModelReport, label: str) -> bool:

@@ -52,14 +52,14 @@ def variants_section(data: ReportData) -> str:
 
 
 def _answer(model: str, data: ReportData, *, named: bool) -> str:
-    found = verdicts(model, data.results, data.paired)
+    judged = verdicts(model, data.results, data.paired)
     heading = f"<h3>{escape(model)}</h3>" if named else ""
-    if not found:
+    if not judged:
         return f'<div class="answer">{heading}{_without_uniform(model, data.results)}</div>'
     full = full_precision_of(model, data.results)
-    if len(found) > MOST_SENTENCES:
-        return f'<div class="answer">{heading}{_many_sizes(found, full)}</div>'
-    sentences = "".join(f"<p>{_sentence(verdict, full)}</p>" for verdict in found)
+    if len(judged) > MOST_SENTENCES:
+        return f'<div class="answer">{heading}{_many_sizes(judged, full)}</div>'
+    sentences = "".join(f"<p>{_sentence(verdict, full)}</p>" for verdict in judged)
     return f'<div class="answer">{heading}{sentences}</div>'
 
 
@@ -112,18 +112,18 @@ def _perplexity(result: VariantResult) -> str:
     return f'<span class="figure">{format_measured(result.perplexity, result.perplexity_stderr)}</span>'
 
 
-def _many_sizes(found: Sequence[Verdict], full: VariantResult | None) -> str:
-    better = sum(verdict.beats_uniform for verdict in found)
+def _many_sizes(judged: Sequence[Verdict], full: VariantResult | None) -> str:
+    better = sum(verdict.beats_uniform for verdict in judged)
     reference = f" Full precision: {_perplexity(full)}." if full else ""
     return (
-        f"<p>At {better} of {len(found)} sizes another strategy has a lower perplexity than uniform "
-        f"at no more bytes.{reference}</p>{_verdict_table(found)}"
+        f"<p>At {better} of {len(judged)} sizes another strategy has a lower perplexity than uniform "
+        f"at no more bytes.{reference}</p>{_verdict_table(judged)}"
         '<p class="note">Gap closed: share of the log-perplexity gap between uniform and full precision, '
         "± its paired standard error where that was measured.</p>"
     )
 
 
-def _verdict_table(found: Sequence[Verdict]) -> str:
+def _verdict_table(judged: Sequence[Verdict]) -> str:
     columns = [Column("At most", True), Column("Best variant"), Column("Perplexity", True), Column("Uniform")]
     columns += [Column("Its perplexity", True), Column("Gap closed", True)]
     rows = [
@@ -135,7 +135,7 @@ def _verdict_table(found: Sequence[Verdict]) -> str:
             number(format_measured(v.uniform.perplexity, v.uniform.perplexity_stderr), v.uniform.perplexity),
             number(_share(v), v.gap_closed),
         ]
-        for v in found
+        for v in judged
     ]
     return table(columns, rows, "Best variant at no more bytes than each uniform one")
 

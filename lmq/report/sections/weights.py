@@ -35,7 +35,7 @@ def super_weights_part(model: ModelReport) -> str:
         "A single weight that makes a huge activation shows as a spike in input and output of one down_proj: "
         "largest activation over the root mean square of all."
     )
-    found = (
+    answer = (
         f"In {len(likely)} of {len(rows)} modules both spikes are {SPIKE_RATIO:.0f} times the root mean square or more."
         if likely
         else f"In none of {len(rows)} modules are both spikes {SPIKE_RATIO:.0f} times the root mean square."
@@ -43,7 +43,7 @@ def super_weights_part(model: ModelReport) -> str:
     header = list(rows[0])
     link = csv_link(f"super-weights-{slug(model.name)}.csv", header, ([row[name] for name in header] for row in rows))
     shown = panels(SUPER_WEIGHTS.title, note, link, drawn, len(drawn))
-    return f"{shown}<p>{found}</p>{_spike_table(model, rows)}"
+    return f"{shown}<p>{answer}</p>{_spike_table(model, rows)}"
 
 
 def _likelihood(row: Mapping[str, Any]) -> float:
