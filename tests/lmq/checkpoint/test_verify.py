@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import random
@@ -6,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from itertools import cycle
 from pathlib import Path
 
@@ -128,63 +130,77 @@ def test_bytes_of_all_parts_add_up_to_the_files(made: Path, tiny_qwen: Path) -> 
 
 
 _WRITE = """
-import sys
+import os, sys, traceback
 from itertools import cycle
 from pathlib import Path
 from lmq.checkpoint.write import write_checkpoint
 from lmq.model.discovery import discover
 from lmq.formats.spec import STOPS
 from lmq.quantizers import quantizer
-source, target = map(Path, sys.argv[1:])
+source = Path(sys.argv[1])
 structure = discover(source)
 choice = dict(zip((info.id for info in structure.modules), cycle(STOPS)))
-print("ready", flush=True)
-sys.stdin.readline()
-write_checkpoint(target, source, structure, choice, quantizer("rtn"), max_shard_bytes=60_000)
+for line in sys.stdin:
+    child = os.fork()
+    if not child:
+        try:
+            write_checkpoint(Path(line[:-1]), source, structure, choice, quantizer("rtn"), max_shard_bytes=60_000)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
-def _writer(source: Path, target: Path, seed: str = "0") -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-c", _WRITE, str(source), str(target)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env=environment,
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == b"ready\n"
-    return process
+@pytest.fixture(scope="module")
+def writer(tiny_qwen: Path) -> Iterator[subprocess.Popen[str]]:
+    """Writes a checkpoint to every path that it is told, in a process of its own: tells its number, then its end."""
+    environment = {**os.environ, "PYTHONHASHSEED": "4242", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", _WRITE, str(tiny_qwen)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True
+    ) as process:
+        yield process
+        assert process.stdin is not None
+        process.stdin.close()
 
 
-def _go(process: subprocess.Popen[bytes]) -> None:
-    assert process.stdin is not None
-    process.stdin.write(b"\n")
-    process.stdin.flush()
+def _start(writer: subprocess.Popen[str], target: Path) -> int:
+    """Have a process write to `target`; returns its number."""
+    assert writer.stdin is not None
+    writer.stdin.write(f"{target}\n")
+    writer.stdin.flush()
+    return _next_number(writer)
 
 
-def test_another_process_writes_the_same_bytes(made: Path, tiny_qwen: Path, tmp_path: Path) -> None:
-    process = _writer(tiny_qwen, tmp_path / "q", seed="4242")
-    _go(process)
-    process.communicate()
-    assert process.returncode == 0
+def _next_number(writer: subprocess.Popen[str]) -> int:
+    assert writer.stdout is not None
+    return int(writer.stdout.readline())
+
+
+def test_another_process_writes_the_same_bytes(made: Path, writer: subprocess.Popen[str], tmp_path: Path) -> None:
+    _start(writer, tmp_path / "q")
+    assert _next_number(writer) == 0
     assert {file.name: file.read_bytes() for file in (tmp_path / "q").iterdir()} == {
         file.name: file.read_bytes() for file in made.iterdir()
     }
 
 
 @pytest.mark.parametrize("sign", [".q.layers.*/layer-00002*", ".q.*/q/model-00002*", ".q.*/q/config.json"])
-def test_a_killed_writer_leaves_nothing_that_looks_complete(tiny_qwen: Path, tmp_path: Path, sign: str) -> None:
+def test_a_killed_writer_leaves_nothing_that_looks_complete(
+    tiny_qwen: Path, writer: subprocess.Popen[str], tmp_path: Path, sign: str
+) -> None:
     """Killed when the third layer, the second shard and the configuration of the source have appeared."""
-    process = _writer(tiny_qwen, tmp_path / "q")
-    _go(process)
+    process = _start(writer, tmp_path / "q")
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob(sign)):
-        assert process.poll() is None, "the writer was done before it could be killed"
+        assert Path(f"/proc/{process}").exists(), "the writer was done before it could be killed"
         assert time.monotonic() < deadline
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL or (tmp_path / "q").exists()
+    with contextlib.suppress(ProcessLookupError):  # it may end before the signal comes
+        os.kill(process, signal.SIGKILL)
+    assert _next_number(writer) == -signal.SIGKILL or (tmp_path / "q").exists()
     if (tmp_path / "q").exists():  # the kill came after the last rename: then it must be whole
         assert list(find_damage(tmp_path / "q")) == []
         return
