@@ -96,7 +96,9 @@ def run_once(model: Path, kind: str, workers: int, sequences: int, blocks: int |
         times = TaskTimes()
         with started_runner(config.runner) as runner:
             warm_up(runner, workers)
-            runners.CURRENT = lambda: execute(graph, in_flight=workers, watch=times.watch, chunk_seconds=20.0)
+            runners.CURRENT = lambda: execute(
+                graph, in_flight=workers, watch=times.watch, chunk_seconds=20.0, elsewhere=kind != "threads"
+            )
             measure.with_options(task_runner=runner)()
         store = ArtifactStore(config.store)
         seconds = {node: store.manifest(ref.stage, ref.key).seconds for node, ref in times.refs.items()}  # type: ignore[union-attr]
@@ -127,7 +129,9 @@ def tasks_of(graph: Any, times: TaskTimes) -> list[list[Any]]:
 def warm_up(runner: Any, workers: int) -> None:
     """Have every worker import what the stages need, which a run spends once."""
     from benchmarks import runners
-    from lmq_tasks.chunk import run_chunk
+    from lmq_tasks.engine import stage_task
+
+    idle = stage_task("forward")
 
     def idle_tasks() -> None:
         from prefect.context import FlowRunContext
@@ -135,7 +139,9 @@ def warm_up(runner: Any, workers: int) -> None:
         context = FlowRunContext.get()
         assert context is not None
         for _ in range(3):
-            futures = [context.task_runner.submit(run_chunk, {"label": "idle", "items": []}) for _ in range(workers)]
+            futures = [
+                context.task_runner.submit(idle, {"label": "idle", "items": [], "total": 2}) for _ in range(workers)
+            ]
             for future in futures:
                 future.wait()
 

@@ -76,7 +76,7 @@ class Simulation:
         self.work_s: dict[str, float] = defaultdict(float)
         self.last_s: dict[str, float] = {}
         self._walk = Walk(
-            graph, lambda *_: None, in_flight=workers, chunk_seconds=chunk_seconds, is_there=lambda *_: False
+            graph, lambda *_: None, in_flight=workers, chunk_seconds=chunk_seconds, elsewhere=True, find=lambda *_: None
         )
 
     def run(self) -> float:

@@ -118,7 +118,9 @@ def collect_garbage(store: ArtifactStore, *, keep_runs: int, keep_hours: float, 
             files.create(manifest_path(*uri.split("/")), removed[uri])
         removable = [uri for uri in removable if uri not in in_use]
         for uri in removable:
-            files.remove(f"records/{uri.replace('/', '-')}")
+            files.remove(
+                f"records/{uri.replace('/', '-')}"
+            )  # notes of Prefect, which it kept until its cache was left out
     freed, kept_content = _remove_blobs(store, set(removable), runs, older_than, dry_run)
     leftovers = _remove_leftovers(store, kept_content, leases, runs, older_than, dry_run)
     kept_for = tuple(dict.fromkeys(f"{run.name} ({run.state})" for run in runs))

@@ -4,7 +4,6 @@
     manifests/<stage>/<key>.json     what an artifact consists of; written last
     runs/<run>.json                  the artifacts that a finished run needs
     leases/                          those that runs in progress need (`lmq_storage.leases`)
-    records/                         the workflow engine's own notes of finished tasks
     tmp/, locks/                     files being written and locks, on this machine
 
 Bytes are written under a temporary name and get their final name by rename (or, on object stores, by one upload);

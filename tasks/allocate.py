@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -33,9 +33,15 @@ from lmq_tasks.stage import Job, stage
 from lmq_tasks.states import HIDDEN_STATES_FILE
 
 ALLOCATION_FILE = "allocation.json"
+SOLUTION_FILE = "solution.json"
 
 
-@stage("allocate", version=2, schema=ALLOCATION_SCHEMA.label)
+def allocated(path: Callable[[str], Path]) -> str:
+    """`56.5 MB`: what the matrices of an allocation take."""
+    return f"{json.loads(path(SOLUTION_FILE).read_text())['size_bytes'] / 1e6:,.1f} MB"
+
+
+@stage("allocate", version=2, schema=ALLOCATION_SCHEMA.label, result=allocated)
 def allocate(job: Job) -> None:
     """Choose the configuration of every module under a budget in bytes.
 
@@ -57,7 +63,7 @@ def write_allocation(job: Job, allocation: Allocation, **extra: float | None) ->
         "gap": allocation.gap,
         **extra,
     }
-    (job.output / "solution.json").write_text(json.dumps(solution))
+    (job.output / SOLUTION_FILE).write_text(json.dumps(solution))
     write_configurations(job.output / ALLOCATION_FILE, allocation.specs)
     for layer in sorted({module.layer for module in allocation.specs}):
         in_layer = {module: spec for module, spec in allocation.specs.items() if module.layer == layer}
@@ -120,7 +126,7 @@ TRIALS_SCHEMA = TableSchema(
 """Every plan that was tried: `divergence` in nats per token on the validation slice, null where it broke the model."""
 
 
-@stage("refine", version=2, schema=ALLOCATION_SCHEMA.label)
+@stage("refine", version=2, schema=ALLOCATION_SCHEMA.label, result=allocated)
 def refine(job: Job) -> None:
     """Choose the configuration of every module by trying plans on the model, under a budget in bytes.
 

@@ -1,99 +1,42 @@
-"""Several nodes of one stage carried by one Prefect task, for runners whose tasks cost a good part of a second.
+"""Several nodes of one stage carried by one Prefect task, one after the other.
 
-Inside, every node is a Prefect task of its own with its own key, state and artifact: a worker that dies loses the
-node it worked on, and what is there already is shown as Cached.
+Every node has its own key and artifact: a worker that dies loses the node it worked on, and no other.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from prefect import task
-from prefect.cache_policies import NO_CACHE
-from prefect.states import State
-
-from lmq_storage import ArtifactRef
-from lmq_tasks.engine import stage_task
-from lmq_tasks.stage import JsonDict, Site, open_store, stage_key
+from lmq_tasks.stage import JsonDict
 
 NOT_RUN = "NotRun"
 """Name of the outcome of a node whose input, carried by the same task, could not be made."""
 
+Tell = Callable[[int, JsonDict | None], None]
+"""Called with an item's number and None when it starts, with its outcome when it is made."""
 
-@task(
-    name="chunk",
-    description="Nodes of one stage, one after the other",
-    task_run_name="{label}",
-    cache_policy=NO_CACHE,
-    persist_result=False,
-    log_prints=False,
-)
-def run_chunk(label: str, items: list[JsonDict]) -> list[JsonDict]:
-    """Outcomes of the items in their order, as `run_node` gives them.
 
-    An item is `{stage, label, site, config, inputs, tags}`; `{"artifact": {"item": 3}}` among its inputs stands for
-    what the item of this number makes.
+def run_items(
+    items: Sequence[JsonDict], run_item: Callable[[JsonDict], JsonDict], tell: Tell | None = None
+) -> list[JsonDict]:
+    """Outcomes of the items in their order.
+
+    An item is `{label, site, config, inputs}`; `{"artifact": {"item": 3}}` among its inputs stands for what the item of
+    this number makes. Its outcome is what `run_item` gives: `{state, ref}`, or `{state, message}` when it failed.
     """
     outcomes: list[JsonDict] = []
-    for item in items:
-        missing = [outcomes[number] for number in _items_among(item["inputs"]) if "ref" not in outcomes[number]]
+    for number, item in enumerate(items):
+        missing = [outcomes[other] for other in _items_among(item["inputs"]) if "ref" not in outcomes[other]]
         if missing:
             outcomes.append({"state": NOT_RUN, "message": missing[0]["message"]})
-        else:
-            outcomes.append(run_node(**{**item, "inputs": _resolved(item["inputs"], outcomes)}))
+            continue
+        if tell is not None:
+            tell(number, None)
+        outcomes.append(run_item({**item, "inputs": _resolved(item["inputs"], outcomes)}))
+        if tell is not None and "ref" in outcomes[-1]:
+            tell(number, outcomes[-1])
     return outcomes
-
-
-def run_node(
-    stage: str,
-    label: str,
-    site: JsonDict,
-    config: JsonDict,
-    inputs: JsonDict,
-    tags: Sequence[str] = (),
-    **options: Any,
-) -> JsonDict:
-    """Run one node as a Prefect task here; its `node_outcome`, with the `seconds` it took when it ran.
-
-    `options` are those of the task, such as `result_storage`, which otherwise is that of the task or flow around it.
-    """
-    started = time.perf_counter()
-    carrier, parameters, was_there = node_task(stage, label, site, config, inputs, tags, **options)
-    outcome = node_outcome(carrier(**parameters, return_state=True), was_there)
-    return outcome if was_there else {**outcome, "seconds": time.perf_counter() - started}
-
-
-def node_task(
-    stage: str,
-    label: str,
-    site: JsonDict,
-    config: JsonDict,
-    inputs: JsonDict,
-    tags: Sequence[str] = (),
-    **options: Any,
-) -> tuple[Any, JsonDict, bool]:
-    """The Prefect task of a node, the parameters to call it with, and whether its artifact is there already."""
-    from lmq_tasks import STAGES
-
-    store = open_store(Site.from_json(site).store_url)
-    key = stage_key(store, STAGES[stage], config, inputs)
-    was_there = store.find(stage, key) is not None
-    carrier = stage_task(stage).with_options(refresh_cache=not was_there, tags=list(tags), **options)
-    parameters = {"label": f"{stage} {label}", "key": key, "site": site, "config": config, "inputs": inputs}
-    return carrier, parameters, was_there
-
-
-def node_outcome(state: State[Any], was_there: bool) -> JsonDict:
-    """What became of a node whose task ended in this state: `{state, ref}`, or `{state, message}` when it failed.
-
-    `state` is "cached" or "ran", or the name of the state that the task failed in.
-    """
-    if not state.is_completed():
-        return {"state": state.name, "message": state.message or "failed without a message"}
-    ref = ArtifactRef.from_json(state.result())
-    return {"state": "cached" if was_there else "ran", "ref": ref.to_json()}
 
 
 def _as_list(value: Any) -> Sequence[JsonDict]:

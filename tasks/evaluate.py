@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,10 +15,10 @@ from lmq.evaluation.baselines import RoundedBaseline
 from lmq.evaluation.performance import measure_performance
 from lmq.evaluation.perplexity import Window, full_windows
 from lmq.evaluation.whole_model import reference_logits, require_same_model, score_whole_model, stored_bytes
-from lmq.evaluation.windows import WINDOWS_SCHEMA, last_states, score_windows, window_tokens
+from lmq.evaluation.windows import WINDOWS_SCHEMA, last_states, score_windows, summarize, window_tokens
 from lmq.evaluation.zero_shot import load_task, measure_task
 from lmq.measurement.replay import read_hidden_states, write_hidden_states
-from lmq.tables import write_rows
+from lmq.tables import read_rows, write_rows
 from lmq.text.calibration import load_tokenizer, read_tokens
 from lmq_tasks.inputs import materialized, model_dir, open_model, read_structure
 from lmq_tasks.sources import PREFIX_FILE, TOKENS_FILE
@@ -29,19 +30,26 @@ SIZE_FILE = "size.json"
 """What a baseline takes: size_bytes of its matrices, and checkpoint_bytes of its files or null."""
 
 
-@stage("reference", version=3, schema="reference/1")
+def judged(path: Callable[[str], Path]) -> str:
+    """`perplexity 14.04, KL 0.149`: what the windows of an evaluation come to."""
+    found = summarize(read_rows(path(WINDOWS_FILE), WINDOWS_SCHEMA))
+    divergence = "" if found.kl_divergence is None else f", KL {found.kl_divergence.value:.3f}"
+    return f"perplexity {found.perplexity.value:.2f}{divergence}"
+
+
+@stage("reference", version=3, schema="reference/1", result=judged)
 def reference(job: Job) -> None:
     """Perplexity of the full-precision model, and the states its predictions follow from."""
     _evaluate(job)
 
 
-@stage("evaluate", version=3, schema=WINDOWS_SCHEMA.label)
+@stage("evaluate", version=3, schema=WINDOWS_SCHEMA.label, result=judged)
 def evaluate(job: Job) -> None:
     """Perplexity of a variant, and its divergence from the full-precision model."""
     _evaluate(job)
 
 
-@stage("evaluate-without-layers", version=3, schema=WINDOWS_SCHEMA.label)
+@stage("evaluate-without-layers", version=3, schema=WINDOWS_SCHEMA.label, result=judged)
 def evaluate_without_layers(job: Job) -> None:
     """Perplexity of the full-precision model without the layers `removed`, of which no checkpoint is written."""
     model = open_model(job)
@@ -50,7 +58,7 @@ def evaluate_without_layers(job: Job) -> None:
     write_rows(job.output / WINDOWS_FILE, WINDOWS_SCHEMA, score_windows(model, windows, tokens, states, None))
 
 
-@stage("evaluate-rounded", version=2, schema=WINDOWS_SCHEMA.label)
+@stage("evaluate-rounded", version=2, schema=WINDOWS_SCHEMA.label, result=judged)
 def evaluate_rounded(job: Job) -> None:
     """Perplexity and divergence of a baseline that rounds every matrix alike, of which no checkpoint is written."""
     baseline = RoundedBaseline.parse(job.config["baseline"])
@@ -64,7 +72,7 @@ def evaluate_rounded(job: Job) -> None:
     _write_size(job, baseline.size_bytes(model.structure), None)
 
 
-@stage("evaluate-other", version=2, schema=WINDOWS_SCHEMA.label)
+@stage("evaluate-other", version=2, schema=WINDOWS_SCHEMA.label, result=judged)
 def evaluate_other(job: Job) -> None:
     """Perplexity and divergence of a checkpoint that another program made of the model, opened whole."""
     path = Path(job.site.places["checkpoint"])

@@ -111,7 +111,8 @@ class Job:
 class Stage:
     """A step of the pipeline. Raise `version` when the same inputs would give other bytes.
 
-    `made_by` are the functions that its bytes come from, where the body is not one that a module defines.
+    `made_by` are the functions that its bytes come from, where the body is not one that a module defines. `result` says
+    in a few words what an artifact came to, given the path of each of its files: "perplexity 14.04".
     """
 
     name: str
@@ -119,6 +120,7 @@ class Stage:
     schema: str
     body: Callable[[Job], None]
     made_by: tuple[Callable[..., Any], ...] = ()
+    result: Callable[[Callable[[str], Path]], str] | None = None
 
 
 Input = JsonDict
@@ -127,11 +129,13 @@ Input = JsonDict
 Inputs = Mapping[str, Input | list[Input]]
 
 
-def stage(name: str, *, version: int, schema: str) -> Callable[[Callable[[Job], None]], Stage]:
+def stage(
+    name: str, *, version: int, schema: str, result: Callable[[Callable[[str], Path]], str] | None = None
+) -> Callable[[Callable[[Job], None]], Stage]:
     """Decorate a function `body(job)` to make it a Stage."""
 
     def decorate(body: Callable[[Job], None]) -> Stage:
-        return Stage(name, version, schema, body)
+        return Stage(name, version, schema, body, result=result)
 
     return decorate
 

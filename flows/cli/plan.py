@@ -41,7 +41,7 @@ def _print_plan(planned: list[PlannedNode], by_layer: bool) -> None:
     table = Table("Stage", "For", "To run", "Cached", "Keeps", "Why")
     groups: dict[tuple[str, str, str], list[PlannedNode]] = defaultdict(list)
     for item in planned:
-        what = item.node.label if by_layer else item.node.label.partition(" layer ")[0]
+        what = item.node.label if by_layer else item.node.subject
         groups[item.node.stage.name, what, _stage_reason(item, by_layer)].append(item)
     for (stage, what, reason), items in groups.items():
         cached = sum(item.cached for item in items)

@@ -248,7 +248,9 @@ class RunnerConfig(Section):
     )
     workers: int = Field(2, ge=1, description="Stages (with Dask and Ray: tasks) worked on at once")
     threads_per_worker: int = Field(1, ge=1, description="Threads of one stage's tensor work")
-    chunk_seconds: float = Field(20.0, gt=0, description="Seconds of work per Dask or Ray task")
+    chunk_seconds: float = Field(
+        20.0, gt=0, description="Seconds of work per task, which carries several layers of a stage"
+    )
     device: str = Field("auto", description="auto (CUDA when there is one), cpu, or cuda[:n]")
 
     @model_validator(mode="after")

@@ -268,9 +268,7 @@ class _ModelGraph(ModelNodes):
         for layer, grids in enumerate(self.measured.grids):
             inputs = {"allocation": FileOf(variant.allocation, layer_file(layer)), "grids": grids}
             expected = (variant.budget_bytes or 0) // self.model.structure.layers
-            node = self.add(
-                "quantize", f"{what} layer {layer}", {"layer": layer}, inputs, expected_bytes=expected, **own
-            )
+            node = self.add_layer("quantize", layer, {}, inputs, what=what, expected_bytes=expected, **own)
             variant.quantized.append(node)
         variant.checkpoint = self.add(
             "checkpoint",

@@ -53,21 +53,27 @@ class ModelNodes:
         self._texts = texts
 
     def add(self, stage: str, what: str, config: dict[str, Any], inputs: dict[str, Any], **options: Any) -> Node:
-        """A node of this model, labelled `what`; `options` are those of `Graph.add`, and a site of its own."""
-        label = f"{self.model.config.name} {what}".strip()
+        """A node of this model about `what`; `options` are other fields of a node, its site that of the model."""
         site = options.pop("site", self.model.site)
         inputs = {"structure": self.model.structure_ref, **inputs}
-        return self.graph.add(STAGES[stage], label, site, config=config, inputs=inputs, **options)
+        return self.graph.add(
+            STAGES[stage], self.model.config.name, what, site, config=config, inputs=inputs, **options
+        )
+
+    def add_layer(self, stage: str, layer: int, config: dict[str, Any], inputs: dict[str, Any], **options: Any) -> Node:
+        """A node about one layer, whose number enters its configuration; `options` may hold `what` it is about."""
+        what = options.pop("what", "")
+        return self.add(stage, what, {"layer": layer, **config}, inputs, layer=layer, **options)
 
     def per_layer(
         self, stage: str, config: dict[str, Any], expected_bytes: int | None = None, **inputs: Any
     ) -> list[Node]:
         """A node for every layer; `inputs` are lists with one item per layer."""
         return [
-            self.add(
+            self.add_layer(
                 stage,
-                f"layer {layer}",
-                {"layer": layer, **config},
+                layer,
+                config,
                 {name: nodes[layer] for name, nodes in inputs.items()},
                 expected_bytes=expected_bytes,
             )
@@ -170,7 +176,7 @@ class CapturedText:
         states = [self._nodes.add("embed", "", {}, {"tokens": self.tokens}, expected_bytes=keep)]
         for layer in range(self._layers):
             inputs = {"hidden": states[-1]}
-            states.append(self._nodes.add("forward", f"layer {layer}", {"layer": layer}, inputs, expected_bytes=keep))
+            states.append(self._nodes.add_layer("forward", layer, {}, inputs, expected_bytes=keep))
         return states
 
     @property
@@ -209,7 +215,7 @@ class CapturedText:
         for layer in range(self._layers - 1, 0, -1):
             inputs = {"hidden": self.entering[layer], "gradient": gradients[-1]}
             keep = gradient.expected_bytes
-            gradients.append(self._nodes.add(stage, f"layer {layer}", {"layer": layer}, inputs, expected_bytes=keep))
+            gradients.append(self._nodes.add_layer(stage, layer, {}, inputs, expected_bytes=keep))
         return gradients[::-1]
 
 

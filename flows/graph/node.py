@@ -14,16 +14,19 @@ from lmq_tasks.stage import Site, Stage
 class Node:
     """One stage applied to one thing: a layer, a variant, a model.
 
-    `inputs` are nodes, files of nodes, finished artifacts, or lists of them. `expected_bytes` is what the
-    artifact is expected to keep on disk, None when that is not known beforehand. `tags` find its task in the UI. A node
-    that is to be made `here` reads files that only the machine of the flow is sure to have.
+    `model` and `what` name the thing, as in "smollm2" and "mxq @ 4.25"; either may be empty. `inputs` are nodes, files
+    of nodes, finished artifacts, or lists of them. `expected_bytes` is what the artifact is expected to keep on disk,
+    None when that is not known beforehand. `tags` find its task in the UI. A node that is to be made `here` reads files
+    that only the machine of the flow is sure to have.
     """
 
     stage: Stage
-    label: str
+    model: str
+    what: str
     config: dict[str, Any]
     inputs: dict[str, Input | list[Input]]
     site: Site
+    layer: int | None = None
     expected_bytes: int | None = None
     variant: str | None = None
     tags: tuple[str, ...] = ()
@@ -37,6 +40,16 @@ class Node:
 
     def __repr__(self) -> str:
         return f"Node({self.stage.name}, {self.label!r})"
+
+    @property
+    def subject(self) -> str:
+        """`smollm2 mxq @ 4.25`: what the node is about, without its layer."""
+        return f"{self.model} {self.what}".strip()
+
+    @property
+    def label(self) -> str:
+        """`smollm2 mxq @ 4.25 layer 3`."""
+        return self.subject if self.layer is None else f"{self.subject} layer {self.layer}".strip()
 
 
 @dataclass(frozen=True)
@@ -56,21 +69,9 @@ class Graph:
     def __init__(self) -> None:
         self.nodes: list[Node] = []
 
-    def add(
-        self,
-        stage: Stage,
-        label: str,
-        site: Site,
-        *,
-        config: dict[str, Any] | None = None,
-        inputs: dict[str, Input | list[Input]] | None = None,
-        expected_bytes: int | None = None,
-        variant: str | None = None,
-        tags: tuple[str, ...] = (),
-        here: bool = False,
-    ) -> Node:
-        """Append a node and return it."""
-        node = Node(stage, label, config or {}, inputs or {}, site, expected_bytes, variant, tags, here)
+    def add(self, stage: Stage, model: str, what: str, site: Site, **fields: Any) -> Node:
+        """Append a node and return it; `fields` are others of Node, its `config` and `inputs` empty by default."""
+        node = Node(stage, model, what, site=site, **{"config": {}, "inputs": {}, **fields})
         self.nodes.append(node)
         return node
 
@@ -117,3 +118,21 @@ def resolve_inputs(node: Node, refs: dict[Node, Any]) -> dict[str, Any]:
         name: [resolve(item) for item in value] if isinstance(value, list) else resolve(value)
         for name, value in node.inputs.items()
     }
+
+
+def joint_title(nodes: Sequence[Node]) -> str:
+    """What nodes that share a task are called in the UI: `fisher · layers 0–14`, `evaluate · mxq @ 4.25`."""
+    layers = sorted(node.layer for node in nodes if node.layer is not None)
+    return " · ".join(filter(None, [nodes[0].stage.name, nodes[0].what, _ranges(layers)]))
+
+
+def _ranges(layers: Sequence[int]) -> str:
+    """`layer 3`, `layers 0–14`, `layers 0–3, 7`."""
+    ranges: list[list[int]] = []
+    for layer in layers:
+        if ranges and layer == ranges[-1][1] + 1:
+            ranges[-1][1] = layer
+        else:
+            ranges.append([layer, layer])
+    texts = [str(first) if first == last else f"{first}–{last}" for first, last in ranges]
+    return f"layer{'s' if len(layers) > 1 else ''} {', '.join(texts)}" if texts else ""

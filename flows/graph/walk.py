@@ -1,13 +1,13 @@
 """Walk a graph with Prefect: hand over work when its inputs are there, the longest chain first.
 
-Prefect runs, caches, retries and shows the tasks. What is decided here is only the order, and how many nodes share a
-task. Handing Prefect all tasks at once would leave the serial chain of captures waiting behind hundreds of short
-independent measurements, and one core idle at the end.
+Prefect runs, retries and shows the tasks. What is decided here is only the order, and which nodes share a task: nodes
+of one stage, model and variant. All that are there already are one task that Prefect shows as Cached. Of those to be
+made, a task carries a chunk: what is ready, and what waits for nothing but members of the chunk, so that the serial
+chain is carried many layers at a time. How many follows from how long the stage's nodes took so far: a task of Dask or
+Ray costs a good part of a second, and a person who looks at the run should see stages, not hundreds of layers.
 
-A task costs a few milliseconds on threads, where every chunk is one node. With Dask and Ray it costs a good part of a
-second, so a task carries a chunk of nodes of one stage and model: those that are ready, and those that wait for nothing
-but members of the chunk, so that the serial chain is carried many layers at a time. How many follows from how long the
-stage's nodes took so far.
+Handing Prefect all tasks at once would leave the serial chain of captures waiting behind hundreds of short independent
+measurements, and one core idle at the end.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import heapq
 import itertools
 import queue
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,13 +25,13 @@ from uuid import UUID
 from prefect.client.schemas.objects import RunInput, TaskRunResult
 from prefect.context import FlowRunContext
 from prefect.futures import PrefectFuture
+from prefect.states import State
+from prefect.task_engine import run_task
 
 from lmq.errors import InputError
-from lmq_flows.graph.node import Graph, Node, resolve_inputs
-from lmq_flows.graph.records import record_storage
+from lmq_flows.graph.node import Graph, Node, joint_title, resolve_inputs
 from lmq_storage import ArtifactRef
-from lmq_tasks.chunk import node_outcome, node_task, run_chunk, run_node
-from lmq_tasks.engine import BAD_INPUT, DAMAGED_INPUT
+from lmq_tasks.engine import BAD_INPUT, DAMAGED_INPUT, stage_task
 from lmq_tasks.stage import open_store, run_stage, stage_key
 
 LEAST_CHUNK_S = 3.0
@@ -55,24 +55,26 @@ class DamagedInput(Exception):
 Watcher = Callable[[Node, Outcome | None], None]
 """Called with a node and None when it starts, with its outcome when it ends."""
 
-IsThere = Callable[[Node, Mapping[Node, Any]], bool]
-"""Whether the artifact of a node is there already, given the references of its inputs as JSON."""
+Find = Callable[[Node, Mapping[Node, Any]], ArtifactRef | None]
+"""The artifact of a node where it is there already, given the references of its inputs as JSON."""
 
 
-def execute(graph: Graph, *, in_flight: int, watch: Watcher, chunk_seconds: float | None = None) -> dict[Node, Outcome]:
+def execute(
+    graph: Graph, *, in_flight: int, watch: Watcher, chunk_seconds: float, elsewhere: bool = False
+) -> dict[Node, Outcome]:
     """Run all nodes inside the current flow run; returns the outcome of each.
 
-    `in_flight` tasks are with the task runner at a time. Each is one node; for runners of other processes, each is a
-    chunk of nodes that hold about `chunk_seconds` of work. A failed node does not stop nodes that do not need it.
+    `in_flight` tasks are with the task runner at a time, each a chunk of nodes that hold about `chunk_seconds` of work;
+    `elsewhere` says that its workers are other processes. A failed node does not stop nodes that do not need it.
     Raises DamagedInput when an artifact that a node relied on turned out to be damaged, and InputError when a
     node that all variants share finds that it cannot work with what the user gave.
     """
-    walk = Walk(graph, watch, in_flight=in_flight, chunk_seconds=chunk_seconds)
+    walk = Walk(graph, watch, in_flight=in_flight, chunk_seconds=chunk_seconds, elsewhere=elsewhere)
     while walk.unfinished:
         while walk.ready and len(walk.running) < in_flight:
             walk.submit_next()
         if walk.running:
-            walk.take_one_result()
+            walk.take_one_message()
     return walk.outcomes
 
 
@@ -99,17 +101,17 @@ def execute_directly(
 
 @dataclass(frozen=True)
 class _Submitted:
-    """A chunk that is with the task runner; `was_there` is told of a chunk of one node."""
+    """A chunk that is with the task runner."""
 
     nodes: list[Node]
     future: PrefectFuture[Any]
-    was_there: bool = False
 
 
 class Walk:
-    """State of one walk over a graph; used by the flow's thread alone, except for the queue of results.
+    """State of one walk over a graph; used by the flow's thread alone, except for the queue of messages.
 
-    With chunks, what is there already, and what only this machine can make, is done in the flow's own process.
+    What is there already is settled in the flow's own process, and with workers `elsewhere` so is what only this
+    machine can make.
     """
 
     def __init__(
@@ -118,27 +120,31 @@ class Walk:
         watch: Watcher,
         *,
         in_flight: int,
-        chunk_seconds: float | None = None,
-        is_there: IsThere | None = None,
+        chunk_seconds: float,
+        elsewhere: bool = False,
+        find: Find | None = None,
     ):
         self.outcomes: dict[Node, Outcome] = {}
         self.running: dict[int, _Submitted] = {}
         self.ready: list[tuple[int, int, Node]] = []
         self._watch = watch
+        self._watched: set[Node] = set()
         self._in_flight = in_flight
         self._chunk_seconds = chunk_seconds
-        self._looked_up = is_there or artifact_is_there
+        self._elsewhere = elsewhere
+        self._find = find or find_artifact
         self._children = graph.children()
         self._depth = graph.depth_below()
         self._order = {node: number for number, node in enumerate(graph)}
+        self._like = Counter(_kind(node) for node in graph)
         self._waiting_for = {node: len(node.parents) for node in graph}
         self._under_way: set[Node] = set()
         self._alone: set[Node] = set()
-        self._there: dict[Node, bool] = {}
+        self._found: dict[Node, ArtifactRef | None] = {}
         self._seconds: dict[Any, list[float]] = defaultdict(list)
         self._task_runs: dict[Node, UUID] = {}
         self._numbers = itertools.count()
-        self._results: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._messages: queue.SimpleQueue[tuple[int, int | None, Any]] = queue.SimpleQueue()
         for node in graph:
             self._make_ready(node)
 
@@ -161,50 +167,64 @@ class Walk:
         """Take the first ready node off the ready ones, with the nodes that share its task."""
         first = heapq.heappop(self.ready)[2]
         chunk = [first]
-        if self._chunk_seconds is not None and not self._is_done_here(first) and first not in self._alone:
+        if self._is_there(first):
+            self._gather(chunk, self._is_there, len(self._order))
+        elif not self._is_done_here(first) and first not in self._alone:
             seconds = self._expected_seconds(first)
             if seconds is not None:
-                self._fill(chunk, seconds, self._room(seconds, self._chunk_seconds))
+                most = int(self._room(seconds) / max(seconds, 1e-6))
+                self._gather(chunk, lambda node: not self._is_there(node), most)
         self._under_way.update(chunk)
         return chunk
 
-    def _fill(self, chunk: list[Node], seconds: float, room: float) -> None:
-        """Add nodes like the first of a chunk, `seconds` each, until they fill `room` seconds."""
+    def _gather(self, chunk: list[Node], belongs: Callable[[Node], bool], most: int) -> None:
+        """Add nodes like the first of a chunk that belong to it, until there are `most`."""
         first = chunk[0]
-        ready = [entry for entry in self.ready if self._is_alike(first, entry[2]) and not self._is_there(entry[2])]
+        ready = [entry for entry in self.ready if self._is_alike(first, entry[2]) and belongs(entry[2])]
         heapq.heapify(ready)
-        self._offer_chained(first, chunk, ready)
-        while ready and (len(chunk) + 1) * seconds <= room:
+        self._offer_chained(first, chunk, ready, belongs)
+        while ready and len(chunk) < most:
             node = heapq.heappop(ready)[2]
             chunk.append(node)
-            self._offer_chained(node, chunk, ready)
+            self._offer_chained(node, chunk, ready, belongs)
         taken = set(chunk)
         self.ready = [entry for entry in self.ready if entry[2] not in taken]
         heapq.heapify(self.ready)
 
-    def _room(self, seconds: float, most: float) -> float:
+    def _room(self, seconds: float) -> float:
         """Seconds that a chunk may take: a worker's share of what is ready, within the limits of a chunk."""
         ready_s = seconds + sum(self._expected_seconds(node) or 0.0 for _, _, node in self.ready)
-        return max(LEAST_CHUNK_S, min(most, ready_s / self._in_flight))
+        return max(LEAST_CHUNK_S, min(self._chunk_seconds, ready_s / self._in_flight))
 
-    def _offer_chained(self, node: Node, chunk: list[Node], ready: list[tuple[int, int, Node]]) -> None:
+    def _offer_chained(
+        self, node: Node, chunk: list[Node], ready: list[tuple[int, int, Node]], belongs: Callable[[Node], bool]
+    ) -> None:
         """Add the node's children that can follow it in the chunk to those that are ready for it."""
         for child in self._children[node]:
             waits = [parent for parent in child.parents if parent not in self.outcomes and parent not in chunk]
-            if not waits and child not in self.outcomes and self._is_alike(node, child):
+            if not waits and child not in self.outcomes and self._is_alike(node, child) and belongs(child):
                 heapq.heappush(ready, self._entry(child))
 
     def _is_alike(self, node: Node, other: Node) -> bool:
-        return other.stage is node.stage and other.site == node.site and not other.here and other not in self._alone
+        return (
+            _kind(other) == _kind(node)
+            and other.site == node.site
+            and not (other.here and self._elsewhere)
+            and other not in self._alone
+        )
 
     def _is_there(self, node: Node) -> bool:
-        if node not in self._there:
-            self._there[node] = self._looked_up(node, self._refs_of_parents(node))
-        return self._there[node]
+        """Whether the store has the node's artifact; False where one of its inputs is still to be made."""
+        if node not in self._found:
+            refs = self._refs_of_parents(node)
+            if len(refs) < len(node.parents):
+                return False
+            self._found[node] = self._find(node, refs)
+        return self._found[node] is not None
 
     def _is_done_here(self, node: Node) -> bool:
-        """Whether a node is worth no task of another process."""
-        return self._chunk_seconds is not None and (node.here or self._is_there(node))
+        """Whether a node is one that workers elsewhere cannot make."""
+        return node.here and self._elsewhere
 
     def _expected_seconds(self, node: Node) -> float | None:
         """The median of the nodes of its stage and model that are finished, None before there is one."""
@@ -214,83 +234,122 @@ class Walk:
     # ── handing over ─────────────────────────────────────────────────────────────────────────────────────
 
     def submit_next(self) -> None:
-        """Hand the next chunk to the task runner, or do its one node here."""
+        """Hand the next chunk to the task runner, or settle here what is there already."""
         chunk = self.next_chunk()
-        for node in chunk:
-            self._watch(node, None)
-        if self._is_done_here(chunk[0]):
-            self._take(chunk[0], run_node(**self._items(chunk)[0], **_options(chunk[0])))
-            return
-        number = next(self._numbers)
-        self.running[number] = submitted = self._submit(chunk)
-        self._task_runs |= dict.fromkeys(chunk, submitted.future.task_run_id)
-        submitted.future.add_done_callback(lambda _: self._results.put(number))
+        if self._is_there(chunk[0]):
+            self._settle_cached(chunk)
+        elif self._is_done_here(chunk[0]):
+            self._watch(chunk[0], None)
+            self._take_all(chunk, self._run_here(chunk, self._items(chunk)))
+        else:
+            self._submit(chunk)
 
-    def _submit(self, chunk: list[Node]) -> _Submitted:
-        """Hand a chunk to the task runner, telling Prefect which tasks it takes its inputs from."""
+    def _settle_cached(self, chunk: list[Node]) -> None:
+        refs = [ref for node in chunk if (ref := self._found[node]) is not None]
+        items = [
+            {"label": node.label, "site": node.site.to_json(), "ref": ref.to_json()}
+            for node, ref in zip(chunk, refs, strict=True)
+        ]
+        self._run_here(chunk, items)
+        for node, ref in zip(chunk, refs, strict=True):
+            self._watch(node, None)
+            self.settle(node, Outcome("cached", ref), _seconds_to_make(node, ref) if node is chunk[0] else None)
+
+    def _submit(self, chunk: list[Node]) -> None:
+        """Hand a chunk to the task runner; where its worker is a thread, it tells how far it is."""
         context = FlowRunContext.get()
         assert context is not None, "a graph is walked inside a flow run"
-        items = self._items(chunk)
-        was_there = False
-        if len(chunk) == 1:
-            task, parameters, was_there = node_task(**items[0], **_options(chunk[0]))
-            takes = "inputs"
+        number = next(self._numbers)
+        carrier, parameters, dependencies = self._call(chunk, self._items(chunk))
+        if self._elsewhere:
+            for node in chunk:
+                self._watch(node, None)
         else:
-            task = run_chunk.with_options(**_options(chunk[0]))
-            label = f"{chunk[0].stage.name} {chunk[0].label} … {chunk[-1].label}"
-            parameters = {"label": label, "items": items}
-            takes = "items"
+            parameters["tell"] = lambda item, outcome: self._messages.put((number, item, outcome))
+        future = context.task_runner.submit(carrier, parameters, dependencies=dependencies)
+        self.running[number] = _Submitted(chunk, future)
+        self._task_runs |= dict.fromkeys(chunk, future.task_run_id)
+        future.add_done_callback(lambda _: self._messages.put((number, None, None)))
+
+    def _run_here(self, chunk: list[Node], items: list[dict[str, Any]]) -> State[Any]:
+        """The state of the task of a chunk that is run in this thread."""
+        carrier, parameters, dependencies = self._call(chunk, items)
+        state = run_task(carrier, parameters=parameters, dependencies=dependencies, return_type="state")
+        assert isinstance(state, State)
+        if (task_run_id := state.state_details.task_run_id) is not None:
+            self._task_runs |= dict.fromkeys(chunk, task_run_id)
+        return state
+
+    def _call(
+        self, chunk: list[Node], items: list[dict[str, Any]]
+    ) -> tuple[Any, dict[str, Any], dict[str, set[RunInput]]]:
+        """The task that carries a chunk, its parameters, and the task runs that it takes its inputs from."""
+        first = chunk[0]
+        carrier = stage_task(first.stage.name).with_options(tags=list(first.tags))
+        parameters = {"label": joint_title(chunk), "items": items, "total": self._like[_kind(first)]}
         parents = {self._task_runs[parent] for node in chunk for parent in node.parents if parent in self._task_runs}
-        dependencies: dict[str, set[RunInput]] = {takes: {TaskRunResult(id=run) for run in parents}}
-        return _Submitted(chunk, context.task_runner.submit(task, parameters, dependencies=dependencies), was_there)
+        return carrier, parameters, {"items": {TaskRunResult(id=run) for run in parents}}
 
     def _items(self, chunk: list[Node]) -> list[dict[str, Any]]:
         """The nodes of a chunk as `lmq_tasks.chunk` takes them."""
         members = {node: {"item": number} for number, node in enumerate(chunk)}
         return [
             {
-                "stage": node.stage.name,
                 "label": node.label,
                 "site": node.site.to_json(),
                 "config": node.config,
                 "inputs": resolve_inputs(node, {**members, **self._refs_of_parents(node)}),
-                "tags": list(node.tags),
             }
             for node in chunk
         ]
 
     def _refs_of_parents(self, node: Node) -> dict[Node, Any]:
-        done = {parent: self.outcomes[parent].ref for parent in node.parents if parent in self.outcomes}
-        return {parent: ref.to_json() for parent, ref in done.items() if ref is not None}
+        """References of the node's inputs that are known, as JSON."""
+        refs = {
+            parent: self.outcomes[parent].ref if parent in self.outcomes else self._found.get(parent)
+            for parent in node.parents
+        }
+        return {parent: ref.to_json() for parent, ref in refs.items() if ref is not None}
 
     # ── taking results ───────────────────────────────────────────────────────────────────────────────────
 
-    def take_one_result(self) -> None:
-        """Wait for a chunk to end and settle its nodes."""
-        submitted = self.running.pop(self._results.get())
+    def take_one_message(self) -> None:
+        """Wait until a node starts or is made, or a whole chunk ends, whose nodes are settled then."""
+        number, item, outcome = self._messages.get()
+        if item is not None:
+            self._tell(self.running[number].nodes[item], outcome)
+            return
+        submitted = self.running.pop(number)
         submitted.future.wait()
-        state, chunk = submitted.future.state, submitted.nodes
-        if len(chunk) == 1:
-            found = node_outcome(state, submitted.was_there)
-            if state.is_crashed() or not state.is_final():
-                found["message"] = f"{chunk[0].label}: its worker was lost ({state.name}: {found['message']})"
-            self._take(chunk[0], found)
-        elif not state.is_completed():
-            self._try_one_by_one(chunk)
+        self._take_all(submitted.nodes, submitted.future.state)
+
+    def _tell(self, node: Node, found: dict[str, Any] | None) -> None:
+        if node in self._watched:
+            return  # by an earlier attempt of its task
+        if found is None:
+            self._watch(node, None)
         else:
-            for node, found in zip(chunk, state.result(), strict=True):
+            self._watched.add(node)
+            self._watch(node, Outcome(found["state"], ArtifactRef.from_json(found["ref"])))
+
+    def _take_all(self, chunk: list[Node], state: State[Any]) -> None:
+        """Settle the nodes of a chunk whose task ended in this state."""
+        outcomes = _outcomes_of(state)
+        if outcomes is not None:
+            for node, found in zip(chunk, outcomes, strict=True):
                 if node not in self.outcomes:
                     self._take(node, found)
+        elif len(chunk) > 1:
+            self._try_one_by_one(chunk)
+        else:
+            message = f"{chunk[0].label}: its worker was lost ({state.name}: {state.message or 'without a message'})"
+            self._take(chunk[0], {"state": state.name, "message": message})
 
     def _take(self, node: Node, found: dict[str, Any]) -> None:
-        if "ref" not in found:
+        if "ref" in found:
+            self.settle(node, Outcome(found["state"], ArtifactRef.from_json(found["ref"])), found.get("seconds"))
+        else:
             self.settle(node, _failure(node, found["state"], found["message"]))
-            return
-        ref = ArtifactRef.from_json(found["ref"])
-        seconds = None
-        if self._chunk_seconds is not None:
-            seconds = found.get("seconds") or _seconds_to_make(node, ref)
-        self.settle(node, Outcome(found["state"], ref), seconds)
 
     def settle(self, node: Node, outcome: Outcome, seconds: float | None = None) -> None:
         """Note what became of a node and how long it took to make, and make ready what waited for it alone."""
@@ -298,7 +357,8 @@ class Walk:
             self._seconds[node.stage.name, node.site.model].append(seconds)
         self._under_way.discard(node)
         self.outcomes[node] = outcome
-        self._watch(node, outcome)
+        if node not in self._watched:
+            self._watch(node, outcome)
         for child in self._children[node]:
             if child in self.outcomes:
                 continue
@@ -313,19 +373,28 @@ class Walk:
         self._under_way.difference_update(chunk)
         self._alone.update(chunk)
         for node in chunk:
+            self._found.pop(node, None)  # some of them were made
             self._make_ready(node)
 
 
-def artifact_is_there(node: Node, refs: Mapping[Node, Any]) -> bool:
-    """Whether the store has the node's artifact; `refs` are the references of its inputs as JSON."""
+def find_artifact(node: Node, refs: Mapping[Node, Any]) -> ArtifactRef | None:
+    """The node's artifact where the store has it; `refs` are the references of its inputs as JSON."""
     store = open_store(node.site.store_url)
     key = stage_key(store, node.stage, node.config, resolve_inputs(node, dict(refs)))
-    return store.find(node.stage.name, key) is not None
+    return store.find(node.stage.name, key)
 
 
-def _options(node: Node) -> dict[str, Any]:
-    """Options of the Prefect task that carries a node."""
-    return {"result_storage": record_storage(node.site.store_url)}
+def _kind(node: Node) -> tuple[str, str, str]:
+    """What nodes that share a task have in common."""
+    return node.stage.name, node.model, node.what
+
+
+def _outcomes_of(state: State[Any]) -> list[dict[str, Any]] | None:
+    """Outcomes of a task's items; None when the task was lost before it could tell."""
+    if not state.is_final() or state.is_crashed():
+        return None
+    found = state.result(raise_on_failure=False)
+    return found if isinstance(found, list) else None
 
 
 def _seconds_to_make(node: Node, ref: ArtifactRef) -> float | None:

@@ -132,9 +132,13 @@ def execute_with_progress(graph: Graph, config: RunConfig) -> dict[Node, Outcome
         progress = RunProgress([terminal, ArtifactReporter()])
         progress.expect(graph)
         runner = config.runner
-        chunk_seconds = None if runner.kind == "threads" else runner.chunk_seconds
-        watch = keeping(lease, progress.watch)
-        return execute(graph, in_flight=runner.workers, watch=watch, chunk_seconds=chunk_seconds)
+        return execute(
+            graph,
+            in_flight=runner.workers,
+            watch=keeping(lease, progress.watch),
+            chunk_seconds=runner.chunk_seconds,
+            elsewhere=runner.kind != "threads",
+        )
 
 
 def _walk(config: RunConfig, model_config: ModelConfig) -> ModelOutcome:

@@ -141,10 +141,10 @@ def preparation_graph(config: MeasurementRequest, models: list[IdentifiedModel])
         discover_config = {"weights_sha256": model.sha256}
         if needs_conversion(model.located):
             convert_config = {"source_sha256": model.sha256, "dtype": model.config.dtype}
-            convert = graph.add(STAGES["convert"], name, site, config=convert_config, here=True)
+            convert = graph.add(STAGES["convert"], name, "", site, config=convert_config, here=True)
             inputs, discover_config = {"model": convert}, {}
             site = Site(store_url=store_url, model=_converted_location(open_store(store_url), convert))
-        structures[name] = graph.add(STAGES["discover"], name, site, config=discover_config, inputs=inputs)
+        structures[name] = graph.add(STAGES["discover"], name, "", site, config=discover_config, inputs=inputs)
     return graph, structures
 
 

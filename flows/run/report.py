@@ -37,6 +37,7 @@ def make_report(config: RunConfig, models: Sequence[ModelOutcome]) -> ArtifactRe
     graph = Graph()
     node = graph.add(
         STAGES["report"],
+        "",
         config.name,
         site,
         config={

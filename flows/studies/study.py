@@ -213,9 +213,9 @@ class CostStudy:
         tables[DIVERGENCE.name] = []
         for layer in layers:
             pairs = [[module.kind, spec.name] for module, spec in sample if module.layer == layer]
-            config = {"layer": layer, "pairs": pairs, "sequences": self.exact_sequences}
+            config = {"pairs": pairs, "sequences": self.exact_sequences}
             inputs = {"grids": grids[layer], "hidden": captured.entering[layer], "last": captured.last}
-            tables[DIVERGENCE.name].append(nodes.add(DIVERGENCE.stage, f"layer {layer}", config, inputs))
+            tables[DIVERGENCE.name].append(nodes.add_layer(DIVERGENCE.stage, layer, config, inputs))
         return tables
 
 

@@ -85,7 +85,7 @@ def test_cancelling_ends_native_work_of_the_worker(prefect: Server, wide: Path) 
     def in_native_work() -> Any:
         with prefect.client() as client:
             tasks = client.read_task_runs(limit=200)
-        busy = any(task.state_name == "Running" and task.name.startswith("frobenius wide") for task in tasks)
+        busy = any(task.state_name == "Running" and task.name.startswith("grids ") for task in tasks)
         return busy and look(prefect, run.id).labels.get("lmq.process")
 
     process = wait_for(in_native_work, 400)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from prefect.client.orchestration import get_client
@@ -14,6 +16,8 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId, FlowR
 from prefect.testing.utilities import prefect_test_harness
 
 from lmq_flows.config.run import RunConfig, parse_run_config
+from lmq_flows.graph.node import Graph, Node
+from lmq_flows.graph.walk import Outcome, execute
 from lmq_flows.run.plan import plan_run
 from lmq_tasks import STAGES
 
@@ -48,10 +52,14 @@ def tiny_config(model: Path, place: Path, **changes: Any) -> RunConfig:
 
 @dataclass(frozen=True)
 class Done:
-    """A finished run: the state of the flow, and (stage, label) → whether Prefect shows the task as Cached."""
+    """A finished run: the state of the flow, (stage, label) → whether it was cached, and what Prefect shows.
+
+    `rows` are the names of the task runs of stages with the names of their states.
+    """
 
     state: Any
     cached: dict[tuple[str, str], bool]
+    rows: dict[str, str]
 
     def ran(self) -> set[str]:
         """Stages of which something ran."""
@@ -59,16 +67,32 @@ class Done:
 
 
 def run_and_look(config: RunConfig) -> Done:
-    """Run a configuration and ask the server what became of its tasks."""
+    """Run a configuration, note what became of its nodes, and ask the server what became of its tasks."""
+    from lmq_flows.run import model
     from lmq_flows.run.quantize import run
 
-    state = run(config)
-    cached = {}
-    for task in recorded_tasks(state.state_details.flow_run_id):
-        stage, _, label = task.name.partition(" ")
-        if stage in STAGES:
-            cached[stage, label] = task.state_name == "Cached"
-    return Done(state, cached)
+    outcomes: dict[Node, Outcome] = {}
+
+    def noted(graph: Graph, **options: Any) -> dict[Node, Outcome]:
+        found = execute(graph, **options)
+        outcomes.update(found)
+        return found
+
+    with mock.patch.object(model, "execute", noted):
+        state = run(config)
+    tasks = recorded_tasks(state.state_details.flow_run_id)
+    return Done(
+        state,
+        {(node.stage.name, node.label): outcome.state == "cached" for node, outcome in outcomes.items()},
+        {task.name: task.state_name for task in tasks if task.name.partition(" ")[0] in STAGES},
+    )
+
+
+def layers_of(row: str) -> set[int]:
+    """Layers that a row of the UI is about: `fisher · layers 0–3, 7`."""
+    found = re.search(r"layers? ([\d–, ]+)$", row)
+    ranges = [part.split("–") for part in found[1].split(", ")] if found else []
+    return {layer for part in ranges for layer in range(int(part[0]), int(part[-1]) + 1)}
 
 
 def recorded_tasks(flow_run_id: Any) -> list[Any]:

@@ -17,7 +17,7 @@ def outcome(monkeypatch: pytest.MonkeyPatch, store: str, error: Exception):
     stage_task.cache_clear()
     site = Site(store_url=store).to_json()
     monkeypatch.setattr("lmq_tasks.engine.get_run_logger", lambda: logging.getLogger("task"))
-    return stage_task("fails").fn(label="fails m", key="0" * 8, site=site, config={}, inputs={})
+    return stage_task("fails").fn("fails · m", [{"label": "m", "site": site, "config": {}, "inputs": {}}], total=1)
 
 
 @pytest.mark.parametrize(

@@ -27,9 +27,9 @@ READ = Stage("read", 1, "t/1", read_value)
 def two_step_graph(store, value, version=1):
     site = Site(store_url=str(store))
     graph = Graph()
-    make = graph.add(Stage("make", version, "t/1", write_value), "x", site, config={"value": value})
-    read = graph.add(READ, "x", site, inputs={"source": make})
-    graph.add(Stage("other", 1, "t/1", read_other), "x", site, inputs={"source": FileOf(make, "other.txt")})
+    make = graph.add(Stage("make", version, "t/1", write_value), "x", "", site, config={"value": value})
+    read = graph.add(READ, "x", "", site, inputs={"source": make})
+    graph.add(Stage("other", 1, "t/1", read_other), "x", "", site, inputs={"source": FileOf(make, "other.txt")})
     return graph, make, read
 
 

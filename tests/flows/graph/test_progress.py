@@ -16,7 +16,7 @@ from lmq_tasks.stage import Site, Stage
 def graph():
     graph = Graph()
     for layer in range(4):
-        graph.add(Stage("forward", 1, "t/1", lambda job: None), f"layer {layer}", Site(store_url="s"))
+        graph.add(Stage("forward", 1, "t/1", lambda job: None), "", "", Site(store_url="s"), layer=layer)
     return graph
 
 

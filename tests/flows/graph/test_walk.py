@@ -4,7 +4,6 @@ import json
 
 import pytest
 from prefect import flow, task
-from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
 from prefect.states import Crashed
 from prefect.task_runners import ThreadPoolTaskRunner
 
@@ -14,7 +13,8 @@ from lmq_flows.graph import walk as walk_module
 from lmq_flows.graph.node import Graph
 from lmq_flows.graph.walk import DamagedInput, Outcome, Walk, execute
 from lmq_storage import ArtifactRef, ArtifactStore, DamagedArtifact
-from lmq_tasks.chunk import node_task, run_chunk
+from lmq_storage.store import manifest_path
+from lmq_tasks.engine import stage_task
 from lmq_tasks.stage import ModelLocation, Site, Stage
 from tests.flows.conftest import recorded_tasks
 
@@ -35,6 +35,7 @@ ALONE, CHAIN = Stage("alone", 1, "t/1", work), Stage("chain", 1, "t/1", work)
 def toy_stages(monkeypatch):
     for stage in (ALONE, CHAIN):
         monkeypatch.setitem(lmq_tasks.STAGES, stage.name, stage)
+    stage_task.cache_clear()
 
 
 def a_graph(store, layers, stage=ALONE, variant=None, **config):
@@ -44,7 +45,7 @@ def a_graph(store, layers, stage=ALONE, variant=None, **config):
         inputs = {"before": before[-1]} if before and stage is CHAIN else {}
         before.append(
             graph.add(
-                stage, f"m layer {layer}", site, config={"layer": layer, **config}, inputs=inputs, variant=variant
+                stage, "m", "", site, layer=layer, config={"layer": layer, **config}, inputs=inputs, variant=variant
             )
         )
     return graph
@@ -52,7 +53,7 @@ def a_graph(store, layers, stage=ALONE, variant=None, **config):
 
 def chunk_sizes(graph, seconds, workers):
     """Sizes of the chunks when each is taken for done at once, `seconds` for each of its nodes; nothing is run."""
-    walk = Walk(graph, lambda *_: None, in_flight=workers, chunk_seconds=20.0, is_there=lambda *_: False)
+    walk = Walk(graph, lambda *_: None, in_flight=workers, chunk_seconds=20.0, find=lambda *_: None)
     sizes = []
     while walk.unfinished:
         chunk = walk.next_chunk()
@@ -81,27 +82,33 @@ def test_first_node_is_tried_alone_then_chunks_hold_a_share_of_the_work(
 def test_only_one_stage_and_model_share_a_chunk(tmp_path):
     graph, other = a_graph(tmp_path, 4), ModelLocation(kind="directory", place="other")
     for layer in range(4):
-        graph.add(ALONE, f"n layer {layer}", Site(store_url=str(tmp_path), model=other), config={"layer": layer})
-        graph.add(CHAIN, f"m layer {layer}", Site(store_url=str(tmp_path)), config={"layer": layer})
+        graph.add(ALONE, "n", "", Site(store_url=str(tmp_path), model=other), layer=layer, config={"layer": layer})
+        graph.add(CHAIN, "m", "", Site(store_url=str(tmp_path)), layer=layer, config={"layer": layer})
     assert chunk_sizes(graph, 0.5, 1) == [1, 3, 1, 1, 3, 3]
 
 
-def walk(graph, tmp_path, workers=2, chunk_seconds=20.0, outcomes=None):
+def walk(graph, elsewhere=False, outcomes=None):
     """Walk a graph in chunks on threads; the flow's state, and label → state of every outcome that was watched.
 
     `outcomes` is filled with label → outcome.
     """
     watched = []
 
-    @flow(name="walk", persist_result=False, task_runner=ThreadPoolTaskRunner(max_workers=workers))
+    @flow(name="walk", persist_result=False, task_runner=ThreadPoolTaskRunner(max_workers=2))
     def chunked():
-        return execute(graph, in_flight=workers, watch=lambda *seen: watched.append(seen), chunk_seconds=chunk_seconds)
+        watch = lambda *seen: watched.append(seen)  # noqa: E731
+        return execute(graph, in_flight=2, watch=watch, chunk_seconds=20.0, elsewhere=elsewhere)
 
-    with temporary_settings({PREFECT_LOCAL_STORAGE_PATH: tmp_path / "records"}):
-        state = chunked(return_state=True)
-    found = {node.label: outcome for node, outcome in watched if outcome is not None}
+    state = chunked(return_state=True)
+    found = [(node.label, outcome) for node, outcome in watched if outcome is not None]
+    assert len(dict(found)) == len(found), "a node ended twice"
     (outcomes if outcomes is not None else {}).update(found)
-    return state, {label: outcome.state for label, outcome in found.items()}
+    return state, {label: outcome.state for label, outcome in found}
+
+
+def rows(state):
+    """Name → state of every task run of a flow run."""
+    return {task.name: task.state_name for task in recorded_tasks(state.state_details.flow_run_id)}
 
 
 def values(store, stage):
@@ -110,78 +117,108 @@ def values(store, stage):
     return sorted(json.loads(path.read_text()) for path in paths)
 
 
-def test_a_chain_is_carried_by_few_tasks_and_every_node_keeps_its_artifact(server, tmp_path):
-    state, seen = walk(a_graph(tmp_path, 6, CHAIN), tmp_path)
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_chain_is_carried_by_few_tasks_and_every_node_keeps_its_artifact(server, tmp_path, elsewhere):
+    state, seen = walk(a_graph(tmp_path, 6, CHAIN), elsewhere)
     assert state.is_completed()
     assert seen == {f"m layer {layer}": "ran" for layer in range(6)}
     assert values(tmp_path, "chain") == [list(range(length)) for length in range(1, 7)]
-    names = [task.name for task in recorded_tasks(state.state_details.flow_run_id)]
-    assert sorted(names) == sorted(["chain m layer 1 … m layer 5", *(f"chain m layer {layer}" for layer in range(6))])
-    state, seen = walk(a_graph(tmp_path, 6, CHAIN), tmp_path)
+    assert rows(state) == {"chain · layer 0": "Completed", "chain · layers 1–5": "Completed"}
+
+
+def test_what_is_there_already_is_one_cached_task(server, tmp_path):
+    walk(a_graph(tmp_path, 6, CHAIN))
+    state, seen = walk(a_graph(tmp_path, 6, CHAIN))
     assert set(seen.values()) == {"cached"}
-    tasks = recorded_tasks(state.state_details.flow_run_id)
-    assert [task.state_name for task in tasks] == ["Cached"] * 6
+    (task,) = recorded_tasks(state.state_details.flow_run_id)
+    assert (task.name, task.state_name) == ("chain · layers 0–5", "Cached")
+    assert task.state.message == "6 of 6 layers cached"
 
 
-def test_without_chunks_every_node_is_a_task_that_knows_its_inputs(server, tmp_path):
-    state, seen = walk(a_graph(tmp_path, 3, CHAIN), tmp_path, chunk_seconds=None)
-    assert set(seen.values()) == {"ran"}
+def test_tasks_know_the_tasks_that_they_take_their_inputs_from(server, tmp_path):
+    walk(a_graph(tmp_path, 2, CHAIN))
+    graph = a_graph(tmp_path, 3, CHAIN)
+    last = graph.add(ALONE, "m", "end", graph.nodes[0].site, config={"layer": 9}, inputs={"before": graph.nodes[-1]})
+    state, seen = walk(graph)
+    assert seen[last.label] == "ran"
     tasks = {task.name: task for task in recorded_tasks(state.state_details.flow_run_id)}
-    assert set(tasks) == {f"chain m layer {layer}" for layer in range(3)}
-    inputs = [
-        item.id for items in tasks["chain m layer 1"].task_inputs.values() for item in items if hasattr(item, "id")
-    ]
-    assert inputs == [tasks["chain m layer 0"].id]
-    state, seen = walk(a_graph(tmp_path, 3, CHAIN), tmp_path, chunk_seconds=None)
-    assert set(seen.values()) == {"cached"}
-    assert [task.state_name for task in recorded_tasks(state.state_details.flow_run_id)] == ["Cached"] * 3
+    inputs = {name: [item.id for item in task.task_inputs["items"]] for name, task in tasks.items()}
+    assert inputs == {
+        "chain · layers 0–1": [],
+        "chain · layer 2": [tasks["chain · layers 0–1"].id],
+        "alone · end": [tasks["chain · layer 2"].id],
+    }
 
 
-def test_what_was_made_before_is_not_made_again_inside_a_chunk(server, tmp_path):
-    walk(a_graph(tmp_path, 3), tmp_path)
-    _, seen = walk(a_graph(tmp_path, 6), tmp_path)
+def test_what_was_made_before_is_not_made_again_beside_what_is_new(server, tmp_path):
+    walk(a_graph(tmp_path, 3))
+    state, seen = walk(a_graph(tmp_path, 6))
     assert [seen[f"m layer {layer}"] for layer in range(6)] == ["cached"] * 3 + ["ran"] * 3
+    assert rows(state)["alone · layers 0–2"] == "Cached"
 
 
-@pytest.mark.parametrize("chunk_seconds", [None, 20.0], ids=["nodes", "chunks"])
-def test_failed_node_leaves_the_others_of_its_chunk_alone(server, tmp_path, chunk_seconds):
-    _, seen = walk(a_graph(tmp_path, 5, variant="v", how="failed", wrong=[3]), tmp_path, chunk_seconds=chunk_seconds)
+def test_what_follows_a_node_that_gives_the_same_bytes_again_is_found_inside_a_chunk(server, tmp_path):
+    walk(a_graph(tmp_path, 4, CHAIN))
+    store = ArtifactStore(str(tmp_path))
+    for manifest in store.manifests("chain"):
+        if manifest.config["layer"] in (0, 1):
+            store.storage.remove(manifest_path("chain", manifest.key))
+    _, seen = walk(a_graph(tmp_path, 4, CHAIN))
+    assert [seen[f"m layer {layer}"] for layer in range(4)] == ["ran", "ran", "cached", "cached"]
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_failed_node_leaves_the_others_of_its_chunk_alone(server, tmp_path, elsewhere):
+    state, seen = walk(a_graph(tmp_path, 5, variant="v", how="failed", wrong=[3]), elsewhere)
     assert [seen[f"m layer {layer}"] for layer in range(5)] == ["ran", "ran", "ran", "failed", "ran"]
+    assert [name for name, shown in rows(state).items() if shown == "Failed"] == ["alone · layers 2–4"]
     graph = a_graph(tmp_path, 6, CHAIN, variant="v", how="bad", wrong=[3])
-    _, seen = walk(graph, tmp_path, chunk_seconds=chunk_seconds)
+    _, seen = walk(graph, elsewhere)
     assert [seen[f"m layer {layer}"] for layer in range(6)] == ["ran", "ran", "ran", "failed", "not run", "not run"]
 
 
-@pytest.mark.parametrize("chunk_seconds", [None, 20.0], ids=["nodes", "chunks"])
 @pytest.mark.parametrize(("how", "error"), [("bad", InputError), ("damaged", DamagedInput)])
-def test_what_ends_a_walk_is_raised_from_inside_a_chunk(server, tmp_path, how, error, chunk_seconds):
-    state, _ = walk(a_graph(tmp_path, 4, how=how, wrong=[2]), tmp_path, chunk_seconds=chunk_seconds)
+def test_what_ends_a_walk_is_raised_from_inside_a_chunk(server, tmp_path, how, error):
+    state, _ = walk(a_graph(tmp_path, 4, how=how, wrong=[2]))
     assert isinstance(state.result(raise_on_failure=False), error)
 
 
-def test_nodes_of_a_lost_chunk_are_tried_one_by_one(server, tmp_path, monkeypatch):
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_chunk_that_could_not_reach_its_store_is_tried_again_without_its_finished_nodes(
+    server, tmp_path, monkeypatch, elsewhere
+):
+    made = []
+
+    def work_unreliably(job):
+        if job.config["layer"] == 3 and made.count(3) == 0:
+            made.append(3)
+            raise ConnectionResetError("the store hung up")
+        made.append(job.config["layer"])
+        work(job)
+
+    monkeypatch.setitem(lmq_tasks.STAGES, "alone", Stage("alone", 1, "t/1", work_unreliably))
+    stage_task.cache_clear()
+    at_once = stage_task("alone").with_options(retry_delay_seconds=0)
+    monkeypatch.setattr(walk_module, "stage_task", lambda name: at_once)
+    state, seen = walk(a_graph(tmp_path, 5), elsewhere)
+    assert state.is_completed()
+    assert set(seen.values()) == {"ran"}
+    assert sorted(made) == [0, 1, 2, 3, 3, 4]
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_nodes_of_a_lost_chunk_are_tried_one_by_one(server, tmp_path, monkeypatch, elsewhere):
     """As when one layer needs more memory than its worker has, which takes the whole chunk with it."""
+    whole = stage_task("alone")
 
-    def out_of_memory(**parameters):
-        if any(item["config"]["layer"] == 3 for item in parameters.get("items", [parameters])):
+    def out_of_memory(label, items, total, tell=None):
+        if any(item.get("config", {}).get("layer") == 3 for item in items):
             return Crashed(message="out of memory")
-        return None
+        return whole.fn(label, items, total, tell)
 
-    def chunk(label, items):
-        return out_of_memory(items=items) or run_chunk.fn(label, items)
-
-    def killed(label, key, site, config, inputs):
-        return out_of_memory(config=config)
-
-    def node(**item):
-        carrier, parameters, was_there = node_task(**item)
-        if item["config"]["layer"] == 3:
-            carrier = task(killed, name="killed", persist_result=False)
-        return carrier, parameters, was_there
-
-    monkeypatch.setattr(walk_module, "run_chunk", task(chunk, name="chunk", persist_result=False))
-    monkeypatch.setattr(walk_module, "node_task", node)
+    carrier = task(out_of_memory, name="alone", task_run_name="{label}", persist_result=False)
+    monkeypatch.setattr(walk_module, "stage_task", lambda name: carrier)
     outcomes = {}
-    _, seen = walk(a_graph(tmp_path, 5, variant="v"), tmp_path, outcomes=outcomes)
+    _, seen = walk(a_graph(tmp_path, 5, variant="v"), elsewhere, outcomes)
     assert [seen[f"m layer {layer}"] for layer in range(5)] == ["ran", "ran", "ran", "failed", "ran"]
     assert outcomes["m layer 3"].error == "m layer 3: its worker was lost (Crashed: out of memory)"

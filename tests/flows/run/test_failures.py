@@ -18,7 +18,6 @@ import lmq_tasks.engine
 from lmq.errors import InputError, LmqError
 from lmq.report.results import read_results
 from lmq_flows.cli import main
-from lmq_flows.graph.records import record_storage
 from lmq_flows.run.plan import plan_run
 from lmq_flows.run.prepare import failure_of_all
 from lmq_flows.run.quantize import run_tags, run_title
@@ -175,7 +174,6 @@ def test_the_hub_is_asked_again_when_it_cannot_be_reached(
 
 @pytest.mark.slow
 def test_a_store_that_was_asked_six_times_already_gets_one_more_chance(server, tmp_path, monkeypatch):
-    """With the run's own records: Prefect notes a failed task too, and would take its second attempt for cached."""
     asked, states, url = [], [], str(tmp_path / "store")
 
     def unanswered(*arguments):
@@ -183,13 +181,12 @@ def test_a_store_that_was_asked_six_times_already_gets_one_more_chance(server, t
         raise StoreError("cannot read x, 6 times over") from OSError(errno.EBUSY, "SlowDown")
 
     monkeypatch.setattr(lmq_tasks.engine, "run_stage", unanswered)
-    task = lmq_tasks.engine.stage_task("allocate").with_options(
-        retry_delay_seconds=0, result_storage=record_storage(url)
-    )
+    task = lmq_tasks.engine.stage_task("allocate").with_options(retry_delay_seconds=0)
+    item = {"label": "x", "site": Site(store_url=url).to_json(), "config": {}, "inputs": {}}
 
     @flow(name="ask")
     def ask():
-        states.append(task("allocate x", "key", Site(store_url=url).to_json(), {}, {}, return_state=True))
+        states.append(task("allocate · x", [item], total=1, return_state=True))
 
     ask()
     (state,) = states

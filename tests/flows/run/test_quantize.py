@@ -18,7 +18,7 @@ from lmq_flows.run.plan import check_run
 from lmq_flows.run.ui import _key
 from lmq_storage import ArtifactStore
 from lmq_storage.verify import verify
-from tests.flows.conftest import promised, run_and_look, tiny_config
+from tests.flows.conftest import layers_of, promised, run_and_look, tiny_config
 
 pytestmark = pytest.mark.slow
 
@@ -115,6 +115,17 @@ def test_unchanged_run_is_cached_throughout(again):
     done = run_and_look(config)
     assert done.ran() == set()
     assert done.cached.keys() - {("report", "tiny")} == promised(config).keys()
+
+
+def test_layers_share_a_row_and_what_is_cached_is_one_row_per_stage_and_variant(again):
+    done = run_and_look(again())
+    assert set(done.rows.values()) == {"Cached"}
+    assert {"sequence-fisher · layers 0–3", "sampled-backward · layers 1–3", "outliers", "report · tiny"} <= set(
+        done.rows
+    )
+    assert "quantize · mxq @ uniform b4g64 · layers 0–3" in done.rows
+    assert sum(len(layers_of(row)) or 1 for row in done.rows) == len(done.cached)
+    assert len(done.rows) == len({(stage, label.partition(" layer ")[0]) for stage, label in done.cached})
 
 
 @pytest.mark.parametrize(
