@@ -34,7 +34,7 @@ from lmq.model.streaming import StreamedModel
 from lmq.text.calibration import read_tokens
 from lmq_flows.config.run import RunConfig, parse_run_config
 from lmq_flows.graph.build import PreparedModel, Variant, build_graph
-from lmq_flows.graph.walk import execute_directly
+from lmq_flows.graph.direct import execute_directly
 from lmq_flows.run.plan import ready_models
 from lmq_storage import ArtifactRef, ArtifactStore
 from lmq_tasks.allocate import ALLOCATION_FILE, read_configurations

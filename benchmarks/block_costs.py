@@ -66,7 +66,7 @@ def weights_of(stage: str, shape: LlamaShape, vocabulary: int) -> int:
 def measured_seconds(folder: Path, tokens: int) -> dict[str, float]:
     """CPU seconds of every stage for one layer of the model in a folder."""
     from lmq_flows.graph.build import build_graph
-    from lmq_flows.graph.walk import execute_directly
+    from lmq_flows.graph.direct import execute_directly
     from lmq_flows.run.plan import ready_models
 
     seconds: dict[str, list[float]] = defaultdict(list)

@@ -62,7 +62,7 @@ def measure(path: Path, threads: int, sequence_length: int, measured_blocks: int
     """Run the measuring stages; those of every configuration for the first `measured_blocks` blocks alone."""
     from lmq_flows.config.run import parse_run_config
     from lmq_flows.graph.build import build_graph
-    from lmq_flows.graph.walk import execute_directly
+    from lmq_flows.graph.direct import execute_directly
     from lmq_flows.run.plan import ready_models
 
     config = parse_run_config(

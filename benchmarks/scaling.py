@@ -27,9 +27,10 @@ from lmq.formats.spec import STOPS
 from lmq.model.structure import ModelStructure, ModuleId, ModuleInfo
 from lmq_flows.config.run import RunConfig, parse_run_config
 from lmq_flows.graph.build import MeasuredModel, build_graph
+from lmq_flows.graph.direct import Outcome
 from lmq_flows.graph.model_nodes import PreparedModel, TextIdentity
 from lmq_flows.graph.node import Graph, Node
-from lmq_flows.graph.walk import Outcome, Walk
+from lmq_flows.graph.walk import Walk
 from lmq_storage import ArtifactRef
 from lmq_tasks.stage import ModelLocation, Site
 

@@ -6,12 +6,12 @@ Which errors may go away by waiting is listed in `lmq_storage.retry`.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
-
-from prefect.states import State
-from prefect.tasks import exponential_backoff
+from typing import TYPE_CHECKING, Any
 
 from lmq_storage import retry as storage_retry
+
+if TYPE_CHECKING:
+    from prefect.states import State
 
 UNAVAILABLE = "Unavailable"
 """Name of the state of a task that could not reach the hub or the store; it is tried again, later and later."""
@@ -34,6 +34,8 @@ def retry_options(delay_seconds: float = 2.0) -> dict[str, Any]:
 
     In the state StoreUnavailable once only: the store has waited already.
     """
+    from prefect.tasks import exponential_backoff  # Prefect takes seconds to import, which `is_transient` does not need
+
     return {
         "retries": RETRIES,
         "retry_delay_seconds": exponential_backoff(delay_seconds),

@@ -23,8 +23,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from lmq_flows.graph.direct import Outcome
 from lmq_flows.graph.node import Node
-from lmq_flows.graph.walk import Outcome
 
 _LINE_EVERY_SECONDS = 10.0
 

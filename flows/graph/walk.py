@@ -17,7 +17,7 @@ import itertools
 import queue
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
@@ -29,31 +29,20 @@ from prefect.states import State
 from prefect.task_engine import run_task
 
 from lmq.errors import InputError
+from lmq_flows.graph.direct import Outcome, Watcher
 from lmq_flows.graph.node import Graph, Node, joint_title, resolve_inputs
 from lmq_storage import ArtifactRef
 from lmq_tasks.engine import BAD_INPUT, DAMAGED_INPUT, stage_task
-from lmq_tasks.stage import open_store, run_stage, stage_key
+from lmq_tasks.stage import open_store, stage_key
 
 LEAST_CHUNK_S = 3.0
 """Chunks are not made smaller than this to share them among workers: five to ten times what a task of Dask costs
 (docs/benchmarks.md)."""
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a node: `state` is "cached", "ran", "failed" or "not run" (an input failed)."""
-
-    state: str
-    ref: ArtifactRef | None = None
-    error: str | None = None
-
-
 class DamagedInput(Exception):
     """An artifact was found damaged in mid run; walking the graph again makes it anew."""
 
-
-Watcher = Callable[[Node, Outcome | None], None]
-"""Called with a node and None when it starts, with its outcome when it ends."""
 
 Find = Callable[[Node, Mapping[Node, Any]], ArtifactRef | None]
 """The artifact of a node where it is there already, given the references of its inputs as JSON."""
@@ -76,27 +65,6 @@ def execute(
         if walk.running:
             walk.take_one_message()
     return walk.outcomes
-
-
-def execute_directly(
-    graph: Graph, wanted: Sequence[Node] | None = None, *, watch: Watcher | None = None
-) -> dict[Node, ArtifactRef]:
-    """Run nodes one after the other in this thread, without Prefect; errors are raised as they are.
-
-    `wanted` and what they are made from; None: all. `watch` is told of every node that starts and ends.
-    """
-    refs: dict[Node, ArtifactRef] = {}
-    for node in graph if wanted is None else graph.leading_to(wanted):
-        inputs = resolve_inputs(node, {done: ref.to_json() for done, ref in refs.items()})
-        store = open_store(node.site.store_url)
-        key = stage_key(store, node.stage, node.config, inputs)
-        if watch is not None:
-            watch(node, None)
-        was_there = store.find(node.stage.name, key) is not None
-        refs[node] = run_stage(node.stage, key, node.site, node.config, inputs)
-        if watch is not None:
-            watch(node, Outcome("cached" if was_there else "ran", refs[node]))
-    return refs
 
 
 @dataclass(frozen=True)

@@ -41,8 +41,8 @@ from prefect.client.schemas.objects import StateType
 from prefect.exceptions import PrefectException
 from prefect.states import Cancelled, Crashed, State
 
+from lmq_flows.graph.direct import Outcome, Watcher
 from lmq_flows.graph.node import Node
-from lmq_flows.graph.walk import Outcome, Watcher
 from lmq_flows.run.prepare import absolute_store_url
 from lmq_storage.leases import Lease
 from lmq_storage.processes import counts_as_alive, process_token

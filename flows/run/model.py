@@ -24,10 +24,11 @@ from lmq_flows.graph.build import (
     failed_variants,
     resolve_budgets,
 )
+from lmq_flows.graph.direct import Outcome
 from lmq_flows.graph.explain import PlannedNode, plan_graph
 from lmq_flows.graph.node import Graph, Node
 from lmq_flows.graph.progress import ArtifactReporter, RunProgress, TerminalReporter
-from lmq_flows.graph.walk import DamagedInput, Outcome, execute
+from lmq_flows.graph.walk import DamagedInput, execute
 from lmq_flows.run.find import find_model, share_models
 from lmq_flows.run.liveness import keeping, run_lease
 from lmq_flows.run.prepare import absolute_store_url, identify_texts, preparation_graph, prepared_model, resolve_device

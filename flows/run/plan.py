@@ -13,8 +13,8 @@ from lmq.text.known_texts import KNOWN_TEXTS, known_text_note
 from lmq_flows.config.run import MeasurementRequest, RunConfig, parse_request
 from lmq_flows.config.sections import ModelConfig
 from lmq_flows.graph.build import PreparedModel, TextIdentity, build_graph, resolve_budgets
+from lmq_flows.graph.direct import execute_directly
 from lmq_flows.graph.explain import PlannedNode, plan_graph
-from lmq_flows.graph.walk import execute_directly
 from lmq_flows.run.prepare import (
     absolute_store_url,
     check_directory,

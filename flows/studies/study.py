@@ -26,10 +26,10 @@ from lmq.text.calibration import PYDOC_TOPICS
 from lmq_flows.config.names import slug
 from lmq_flows.config.run import MeasurementRequest, parse_request
 from lmq_flows.config.sections import CalibrationConfig
+from lmq_flows.graph.direct import execute_directly
 from lmq_flows.graph.model_nodes import CapturedText, ModelNodes
 from lmq_flows.graph.node import Graph, Node
 from lmq_flows.graph.progress import RunProgress, TerminalReporter
-from lmq_flows.graph.walk import execute_directly
 from lmq_flows.run.liveness import keeping, run_lease
 from lmq_flows.run.plan import ready_models
 from lmq_storage import ArtifactRef

@@ -16,8 +16,9 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId, FlowR
 from prefect.testing.utilities import prefect_test_harness
 
 from lmq_flows.config.run import RunConfig, parse_run_config
+from lmq_flows.graph.direct import Outcome
 from lmq_flows.graph.node import Graph, Node
-from lmq_flows.graph.walk import Outcome, execute
+from lmq_flows.graph.walk import execute
 from lmq_flows.run.plan import plan_run
 from lmq_tasks import STAGES
 

@@ -11,7 +11,7 @@ import yaml
 from lmq.report.results import VariantResult, write_results
 from lmq_flows.cli import main
 from lmq_flows.graph.build import build_graph
-from lmq_flows.graph.walk import execute_directly
+from lmq_flows.graph.direct import execute_directly
 from lmq_flows.run.prepare import identify_models, identify_texts, preparation_graph, prepared_model
 from lmq_storage import ArtifactStore
 from tests.flows.conftest import tiny_config

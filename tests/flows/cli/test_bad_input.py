@@ -22,8 +22,8 @@ from lmq.errors import InputError, NotFiniteError
 from lmq_flows.cli import main
 from lmq_flows.config.run import RunConfig
 from lmq_flows.graph.build import build_graph
+from lmq_flows.graph.direct import execute_directly
 from lmq_flows.graph.node import Graph
-from lmq_flows.graph.walk import execute_directly
 from lmq_flows.run.plan import check_run
 from lmq_flows.run.prepare import identify_models, identify_texts, preparation_graph, prepared_model, resolve_device
 from lmq_storage import ArtifactStore

@@ -1,9 +1,9 @@
 import pytest
 
 from lmq_flows.config.names import slug
+from lmq_flows.graph.direct import execute_directly
 from lmq_flows.graph.explain import plan_graph
 from lmq_flows.graph.node import FileOf, Graph, resolve_inputs
-from lmq_flows.graph.walk import execute_directly
 from lmq_storage import ArtifactStore
 from lmq_tasks.stage import Site, Stage
 

@@ -6,9 +6,9 @@ import pytest
 from rich.console import Console
 
 from lmq_flows.graph import progress as progress_module
+from lmq_flows.graph.direct import Outcome
 from lmq_flows.graph.node import Graph
 from lmq_flows.graph.progress import ArtifactReporter, RunProgress, StageProgress, TerminalReporter
-from lmq_flows.graph.walk import Outcome
 from lmq_tasks.stage import Site, Stage
 
 

@@ -10,8 +10,9 @@ from prefect.task_runners import ThreadPoolTaskRunner
 import lmq_tasks
 from lmq.errors import InputError, LmqError
 from lmq_flows.graph import walk as walk_module
+from lmq_flows.graph.direct import Outcome
 from lmq_flows.graph.node import Graph
-from lmq_flows.graph.walk import DamagedInput, Outcome, Walk, execute
+from lmq_flows.graph.walk import DamagedInput, Walk, execute
 from lmq_storage import ArtifactRef, ArtifactStore, DamagedArtifact
 from lmq_storage.store import manifest_path
 from lmq_tasks.engine import stage_task

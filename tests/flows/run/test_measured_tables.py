@@ -18,8 +18,8 @@ from lmq.measurement.token_fisher import FISHER_SCHEMA
 from lmq.measurement.weights import WEIGHT_STATISTICS_SCHEMA
 from lmq.tables import read_rows
 from lmq_flows.graph.build import build_graph
+from lmq_flows.graph.direct import execute_directly
 from lmq_flows.graph.node import Node
-from lmq_flows.graph.walk import execute_directly
 from lmq_flows.run.measured_tables import write_measured_tables
 from lmq_flows.run.plan import ready_models
 from lmq_storage import ArtifactRef

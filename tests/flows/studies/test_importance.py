@@ -18,7 +18,7 @@ from lmq.text.calibration import TextSource, documents, read_tokens
 from lmq_flows.cli import main
 from lmq_flows.cli.terminal import console
 from lmq_flows.graph.build import build_graph
-from lmq_flows.graph.walk import execute_directly
+from lmq_flows.graph.direct import execute_directly
 from lmq_flows.run.plan import ready_models
 from lmq_flows.studies.importance import ImportanceOptions, measure_importance
 from lmq_flows.studies.pruning import WHOLE, PruningOptions, prune

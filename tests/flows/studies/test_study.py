@@ -9,7 +9,7 @@ import pytest
 
 from lmq_flows.cli import main
 from lmq_flows.graph.build import build_graph
-from lmq_flows.graph.walk import execute_directly
+from lmq_flows.graph.direct import execute_directly
 from lmq_flows.run.plan import ready_models
 from lmq_flows.studies.study import StudyOptions, model_names, text_names
 from lmq_tasks.stage import open_store
