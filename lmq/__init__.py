@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from os import PathLike
 from pathlib import Path
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-__all__ = ["__version__", "load"]
+__all__ = ["__version__", "load", "quantize"]
 
 try:
     __version__ = version("lmq")
@@ -60,3 +61,26 @@ def load(
     if dense:
         model.dequantize()
     return model.to(device).eval()
+
+
+def quantize(
+    model: str | PathLike[str],
+    *,
+    size: str | None = None,
+    bits: float | None = None,
+    output: str | PathLike[str] | None = None,
+    effort: str = "normal",
+    store: str = "store",
+) -> Path:
+    """Make a smaller checkpoint of a model, and return its path: what `lmq quantize` does, as a run that can go on.
+
+    `model` is a hub id, a directory, a .gguf file or package:NAME/FILE; `size` that of the whole checkpoint, as in
+    "400MB", or `bits` per weight of its quantized matrices; `effort` quick, normal or best. `output` is named after
+    model and size where it is not given. What is measured is kept in `store`, and the report in `runs/`. Raises
+    InputError for what cannot be made, such as a size below the smallest, which it names.
+    """
+    one_model = import_module("lmq_flows.run.one_model")  # flows are built on this library, which knows nothing of them
+    where = None if output is None else Path(output)
+    goal = one_model.Goal(model=str(model), size=size, bits=bits, output=where, effort=effort, store=store)
+    made: Path = one_model.reach_goal(one_model.prepare_goal(goal)).path
+    return made

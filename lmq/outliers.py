@@ -68,8 +68,6 @@ def layer_z_scores(profile: Sequence[float] | np.ndarray, difference: str) -> np
     else:
         differences = np.diff(values)
         magnitude = np.abs(values).max()
-    from scipy.stats import mstats  # takes a second to import, which commands that find no outliers need not spend
-
     spread = float(mstats.trimmed_std(differences, limits=TRIM, ddof=1))
     scores = np.zeros(len(values))
     if spread > ROUNDING * magnitude:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from lmq_flows.cli.arguments import add_command
 
 COMMANDS = {
+    "quantize": "make one model smaller: to a size in bytes, or to bits per weight",
     "run": "measure, allocate, quantize, evaluate and report",
     "plan": "say what a run would do, what is cached, and why",
     "inspect": "show what a model is made of and how large it is",

@@ -6,9 +6,8 @@ import argparse
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from lmq.errors import LmqError
 from lmq_flows.cli.arguments import add_config
 from lmq_flows.cli.terminal import console, say
 
@@ -29,7 +28,7 @@ def run_command(arguments: argparse.Namespace) -> int:
     """Run a configuration to the end and print its table."""
     from lmq_flows.cli.report import print_table
     from lmq_flows.run.plan import check_run
-    from lmq_flows.run.quantize import SOME_VARIANTS_FAILED, run
+    from lmq_flows.run.quantize import SOME_VARIANTS_FAILED, raise_failure, run
 
     config = load_config(arguments)
     print_notes(check_run(config))
@@ -37,7 +36,7 @@ def run_command(arguments: argparse.Namespace) -> int:
     started = time.monotonic()
     state = run(config)
     if not state.is_completed() and state.name != SOME_VARIANTS_FAILED:
-        return _explain_failure(state)
+        raise_failure(state)
     print_table(config.run_dir)
     console.print(f"{time.monotonic() - started:.0f} s")
     say(config.run_dir / "report.html")
@@ -60,13 +59,3 @@ def print_notes(notes: Sequence[str]) -> None:
     """Print what the user should know before work starts."""
     for note in notes:
         say(f"note: {note}")
-
-
-def _explain_failure(state: Any) -> int:
-    """Raise what stopped the flow, so that it ends as one message and an exit code."""
-    from lmq_storage import StoreError
-
-    result = state.result(raise_on_failure=False)
-    if isinstance(result, LmqError | StoreError | OSError | KeyboardInterrupt):
-        raise result
-    raise LmqError(f"the run failed: {state.message}; `prefect server start` shows the trace of the flow run")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -31,7 +32,14 @@ from lmq_flows.graph.progress import ArtifactReporter, RunProgress, TerminalRepo
 from lmq_flows.graph.walk import DamagedInput, execute
 from lmq_flows.run.find import find_model, share_models
 from lmq_flows.run.liveness import keeping, run_lease
-from lmq_flows.run.prepare import absolute_store_url, identify_texts, preparation_graph, prepared_model, resolve_device
+from lmq_flows.run.prepare import (
+    absolute_store_url,
+    check_context_of,
+    identify_texts,
+    preparation_graph,
+    prepared_model,
+    resolve_device,
+)
 from lmq_storage import StoreError
 from lmq_tasks.engine import BAD_INPUT
 
@@ -147,6 +155,9 @@ def _walk(config: RunConfig, model_config: ModelConfig) -> ModelOutcome:
     resolve_budgets(config, model)
     graph, variants, measured = build_graph(config, [model], identify_texts(config))
     planned = plan_graph(graph)
+    if not all(item.cached for item in planned):
+        check_context_of(config, model)
+        import_what_computes()
     with run_lease(config.store, config.name) as lease:
         lease.use(item.uri for item in planned if item.uri is not None)
     _check_disk_space(absolute_store_url(config.store), planned)
@@ -159,6 +170,12 @@ def _walk(config: RunConfig, model_config: ModelConfig) -> ModelOutcome:
         model=model,
         measured=measured[model_config.name],
     )
+
+
+def import_what_computes() -> None:
+    """Import what stages need, before threads would do so at once: modules of transformers import each other."""
+    for name in ("transformers.models.auto.modeling_auto", "lmq.checkpoint.hf", "scipy.stats"):
+        importlib.import_module(name)
 
 
 def _prepare(config: RunConfig, model: ModelConfig) -> tuple[PreparedModel, list[str]]:

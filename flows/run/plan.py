@@ -12,11 +12,12 @@ from lmq.text.data_sets import PREFIX as DATA_SET
 from lmq.text.known_texts import KNOWN_TEXTS, known_text_note
 from lmq_flows.config.run import MeasurementRequest, RunConfig, parse_request
 from lmq_flows.config.sections import ModelConfig
-from lmq_flows.graph.build import PreparedModel, TextIdentity, build_graph, resolve_budgets
+from lmq_flows.graph.build import PreparedModel, TextIdentity, Variant, build_graph, resolve_budgets
 from lmq_flows.graph.direct import execute_directly
 from lmq_flows.graph.explain import PlannedNode, plan_graph
 from lmq_flows.run.prepare import (
     absolute_store_url,
+    check_context_of,
     check_directory,
     check_texts,
     failure_of_all,
@@ -32,6 +33,9 @@ from lmq_tasks.inputs import located_dir
 from lmq_tasks.retries import is_transient
 from lmq_tasks.stage import open_store
 
+_SEE_TEXTS = ("calibration", "embed", "evaluation-tokens", "reference")
+"""Stages that draw tokens, and those that first show them to the model: what went through them needs no check."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class InspectedModel:
@@ -41,9 +45,10 @@ class InspectedModel:
     model_dir: Path
 
 
-def inspect_model(source: str, store: str) -> InspectedModel:
-    """Inspect a model, reading no weights; a GGUF file is converted into the store first."""
-    config = parse_request(MeasurementRequest, {"models": [{"name": "model", "source": source}], "store": store})
+def inspect_model(source: str, store: str, dtype: str = "exact") -> InspectedModel:
+    """Inspect a model, reading no weights; a GGUF file is converted into the store first, to `dtype`."""
+    model = {"name": "model", "source": source, "dtype": dtype}
+    config = parse_request(MeasurementRequest, {"models": [model], "store": store})
     graph, structures = preparation_graph(config, identify_models(config))
     node = structures["model"]
     ref = execute_directly(graph)[node]
@@ -90,11 +95,10 @@ def plan_run(config: RunConfig) -> RunPlan:
     """
     ready = _Ready.of(config)
     nodes, problems = ready.preparation, [str(error) for error in ready.problems]
-    if ready.models:
-        whole, variants, _ = build_graph(config, ready.models, ready.texts)
-        nodes = nodes + plan_graph(whole)
-        problems += dict.fromkeys(variant.error for variant in variants if variant.error)
-    return RunPlan(nodes=nodes, to_convert=ready.to_convert, problems=problems, notes=ready.notes(config))
+    problems += dict.fromkeys(variant.error for variant in ready.variants if variant.error)
+    return RunPlan(
+        nodes=nodes + ready.planned, to_convert=ready.to_convert, problems=problems, notes=ready.notes(config)
+    )
 
 
 def ready_models(config: MeasurementRequest) -> tuple[list[PreparedModel], dict[str, TextIdentity]]:
@@ -115,8 +119,11 @@ class _Ready:
     texts: dict[str, TextIdentity]
     preparation: list[PlannedNode] = field(default_factory=list)
     models: list[PreparedModel] = field(default_factory=list)
+    planned: list[PlannedNode] = field(default_factory=list)
+    variants: list[Variant] = field(default_factory=list)
     to_convert: list[str] = field(default_factory=list)
     problems: list[InputError] = field(default_factory=list)
+    _not_seen: list[PreparedModel] = field(default_factory=list)
 
     @classmethod
     def of(cls, config: MeasurementRequest) -> _Ready:
@@ -131,7 +138,7 @@ class _Ready:
                 ready.problems.append(error)
         if len(ready.problems) == len(config.models):
             raise failure_of_all(ready.problems)
-        check_texts(config, ready.models)
+        check_texts(config, ready._not_seen)
         return ready
 
     def notes(self, config: RunConfig) -> list[str]:
@@ -158,10 +165,21 @@ class _Ready:
         else:
             node = nodes[model.name]
             ready = prepared_model(config, model, node, execute_directly(graph)[node], device)
-            if isinstance(config, RunConfig):
-                resolve_budgets(config, ready)
+            planned_run, variants = self._plan(config, ready) if isinstance(config, RunConfig) else ([], [])
+            seeing = [item for item in planned_run if item.node.stage.name in _SEE_TEXTS]
+            if not seeing or not all(item.cached for item in seeing):
+                check_context_of(config, ready)
+                self._not_seen.append(ready)
+            self.planned += planned_run
+            self.variants += variants
             self.models.append(ready)
         self.preparation += planned
+
+    def _plan(self, config: RunConfig, model: PreparedModel) -> tuple[list[PlannedNode], list[Variant]]:
+        """The nodes of a model's run, and its variants."""
+        resolve_budgets(config, model)
+        graph, variants, _ = build_graph(config, [model], self.texts)
+        return plan_graph(graph), variants
 
 
 def _tasks_note(config: RunConfig) -> list[str]:

@@ -166,14 +166,13 @@ def prepared_model(
 ) -> PreparedModel:
     """A model whose structure artifact is there, ready for the graph of the run.
 
-    Raises InputError when the model's context does not hold the sequences it would be measured on, the configuration of
-    the sensitivity measurement does not fit a module, or the target holds nothing of the menu.
+    Raises InputError when the configuration of the sensitivity measurement does not fit a module, or the target holds
+    nothing of the menu.
     """
     store = open_store(node.site.store_url)
     structure = read_structure_of(store, structure_ref)
     assert node.site.model is not None
     _check_sensitivity_spec(config, structure)
-    _check_context(config, located_dir(store, node.site.model))
     site = Site(
         store_url=node.site.store_url,
         model=node.site.model,
@@ -252,7 +251,10 @@ def _check_sensitivity_spec(config: MeasurementRequest, structure: ModelStructur
             raise InputError(f"measure.sensitivity_spec: {error}") from error
 
 
-def _check_context(config: MeasurementRequest, model_dir: Path) -> None:
+def check_context_of(config: MeasurementRequest, model: PreparedModel) -> None:
+    """Raise InputError when the model's context does not hold the sequences and windows it would see."""
+    assert model.site.model is not None
+    model_dir = located_dir(open_store(model.site.store_url), model.site.model)
     for text in config.texts:
         if isinstance(text, EvaluationConfig):
             check_window(model_dir, text.window, "evaluation.window")

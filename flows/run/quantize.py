@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 from uuid import UUID
 
 from prefect import flow, get_run_logger, tags
@@ -20,6 +20,7 @@ from lmq_flows.run.prepare import absolute_store_url, failure_of_all, resolve_de
 from lmq_flows.run.report import make_report, write_results
 from lmq_flows.run.runners import check_runner, started_runner
 from lmq_flows.run.ui import publish_results
+from lmq_storage import StoreError
 from lmq_tasks.engine import GPU_LIMIT
 from lmq_tasks.stage import open_store
 
@@ -27,6 +28,14 @@ from lmq_tasks.stage import open_store
 def run(config: RunConfig) -> State[Any]:
     """Run a configuration as a Prefect flow, on the server that Prefect is set to (else one of its own)."""
     return quantize_models(config, return_state=True)
+
+
+def raise_failure(state: State[Any]) -> NoReturn:
+    """Raise what stopped a run, so that it ends as one message and an exit code."""
+    result = state.result(raise_on_failure=False)
+    if isinstance(result, LmqError | StoreError | OSError | KeyboardInterrupt):
+        raise result
+    raise LmqError(f"the run failed: {state.message}; `prefect server start` shows the trace of the flow run")
 
 
 @flow(name="lmq", flow_run_name="run {config.name}", persist_result=False)

@@ -1,0 +1,140 @@
+"""`lmq quantize`: one command from a model to a smaller one."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from lmq_flows.cli.arguments import add_model, add_store
+from lmq_flows.cli.terminal import console, say
+
+if TYPE_CHECKING:
+    from lmq_flows.run.one_model import MadeModel, PreparedGoal
+
+_ASK_ABOVE_MINUTES = 30
+_EFFORTS = ("quick", "normal", "best")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `lmq quantize`."""
+    add_model(parser)
+    how_small = parser.add_mutually_exclusive_group(required=True)
+    how_small.add_argument(
+        "--size", metavar="BYTES", help="size of the whole checkpoint, embeddings and tokenizer included, as in 400MB"
+    )
+    how_small.add_argument("--bits", type=float, help="bits per weight of the quantized matrices, as in 4.25")
+    parser.add_argument(
+        "-o", "--output", type=Path, metavar="DIR", help="directory to write (default: named after model and size)"
+    )
+    parser.add_argument(
+        "--effort",
+        choices=_EFFORTS,
+        default="normal",
+        help="quick: measured on 4 sequences and judged on 2,048 tokens; normal: 16 and 8,192; best: 32 and 16,384, "
+        "and plans are tried on the model itself (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--yes", action="store_true", help=f"do not ask before what takes more than {_ASK_ABOVE_MINUTES} minutes"
+    )
+    add_store(parser)
+    parser.set_defaults(command=quantize_command)
+
+
+def quantize_command(arguments: argparse.Namespace) -> int:
+    """Make one checkpoint, and say how good it is and how it is used."""
+    from lmq_flows.run.one_model import Goal, prepare_goal, reach_goal
+
+    goal = Goal(
+        model=arguments.model,
+        size=arguments.size,
+        bits=arguments.bits,
+        output=arguments.output,
+        effort=arguments.effort,
+        store=arguments.store,
+    )
+    prepared = prepare_goal(goal)
+    if not _may_start(prepared, yes=arguments.yes):
+        return 1
+    made = reach_goal(prepared)
+    _print_result(made, prepared)
+    _print_samples(made, prepared)
+    say(f"\nreport  {prepared.config.run_dir / 'report.html'}\nuse it with\n")
+    say(_usage(made.path))
+    return 0
+
+
+def _may_start(prepared: PreparedGoal, *, yes: bool) -> bool:
+    """Say what the run will take, and ask where that is much and somebody is there to answer."""
+    from lmq_flows.cli.inspect import summary
+    from lmq_flows.run.expectation import expect
+    from lmq_flows.run.plan import plan_run
+
+    config = prepared.config
+    expected = expect(config, prepared.structure, plan_run(config).nodes)
+    minutes = expected.seconds / 60
+    say(f"{prepared.goal.name}: {summary(prepared.structure)}")
+    say(
+        f"run {config.name}: about {_minutes(minutes)} and {expected.memory_bytes / 1e9:.1f} GB of memory with "
+        f"{config.runner.workers * config.runner.threads_per_worker} threads; "
+        f"{expected.cached} of {expected.nodes} layers and variants are there already"
+    )
+    if minutes <= _ASK_ABOVE_MINUTES or yes or not sys.stdin.isatty():
+        return True
+    return console.input("start? [y/N] ").strip().lower() in ("y", "yes")
+
+
+def _minutes(minutes: float) -> str:
+    if minutes < 1:
+        return "1 minute"
+    return f"{minutes:.0f} minutes" if minutes < 90 else f"{minutes / 60:.1f} hours"
+
+
+def _print_result(made: MadeModel, prepared: PreparedGoal) -> None:
+    """The checkpoint between full precision and uniform bits of the same size."""
+    from lmq.report.results import format_bytes, format_measured
+
+    rows = {
+        "full precision": (made.full_precision, made.full_precision.checkpoint_bytes),
+        "uniform at this size": (made.uniform, made.uniform.checkpoint_bytes if made.uniform else None),
+        f"{made.path}": (made.result, made.size_bytes),
+    }
+    table = Table("", "Whole size", "Bits per weight", "Perplexity", "KL to full precision")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, (result, size_bytes) in rows.items():
+        if result is None:
+            table.add_row(name, "–", "–", "–", "–")
+            continue
+        bits = "–" if result.bits_per_weight is None else f"{result.bits_per_weight:.3f}"
+        perplexity = format_measured(result.perplexity, result.perplexity_stderr)
+        divergence = format_measured(result.kl_divergence, result.kl_divergence_stderr, decimals=3)
+        table.add_row(name, format_bytes(size_bytes), bits, perplexity, divergence)
+    console.print(table)
+    if prepared.goal.size is not None:
+        say(f"{made.size_bytes:,} bytes in all, where {prepared.goal.size} were asked for")
+
+
+def _print_samples(made: MadeModel, prepared: PreparedGoal) -> None:
+    """What both models write on from the same words."""
+    from lmq_flows.run.samples import PROMPT, samples
+
+    written = samples([prepared.model_dir, made.path])
+    if written is None:
+        say("no samples: both models are not sure to fit this machine's free memory")
+        return
+    say(f"\n{PROMPT!r} goes on\n")
+    for name, text in zip(("full precision", "quantized"), written, strict=True):
+        say(f"  {name:<15} {text!r}")
+
+
+def _usage(path: Path) -> str:
+    """Three lines of Python."""
+    return (
+        "import lmq; from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f'model, tokenizer = lmq.load("{path}"), AutoTokenizer.from_pretrained("{path}")\n'
+        f'print(tokenizer.decode(model.generate(**tokenizer("Hello", return_tensors="pt"), max_new_tokens=30)[0]))'
+    )

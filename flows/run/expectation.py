@@ -1,0 +1,118 @@
+"""How long a run will take and how much memory it will need, said before it starts.
+
+The seconds of a stage follow from the sizes of the model and its texts by the rates of docs/benchmarks.md ("What a
+block costs"), which were measured on one machine, and by how fast this machine multiplies matrices now, compared with
+that one. What is there already takes nothing. Expect them to be right within a factor of two.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from lmq.model.structure import ModelStructure
+from lmq_flows.config.run import RunConfig
+from lmq_flows.graph.explain import PlannedNode
+
+_FLOAT32_BYTES = 4
+_PROCESS_BYTES = 900_000_000
+"""What Python holds with torch, transformers and Prefect imported."""
+
+_REFERENCE_SPEED = 1.0e11
+"""Operations per second of the machine that the rates were measured on, in products of matrices by one thread."""
+
+_BLOCK_RATES = {
+    "second-moments": (10.0, 100.0),
+    "forward": (3.8, 20.3),
+    "backward": (3.1, 63.9),
+    "sampled-backward": (0.7, 200.7),
+    "sensitivity": (6.6, 48.9),
+    "fisher": (63.1, 232.3),
+    "sequence-fisher": (87.3, 378.3),
+    "kurtosis": (42.2, 0.0),
+    "grids": (373.8, 0.0),
+    "quantize": (20.0, 0.0),
+}
+"""Nanoseconds per weight of a block, picoseconds per weight and calibration token: with 12 configurations, 4 draws."""
+
+_DRAWN = ("sampled-backward", "sequence-fisher", "sampled-loss-gradient")
+_FOR_EVERY_CONFIGURATION = ("grids", "fisher", "sequence-fisher")
+_HEAD_RATE = 24.0
+"""Picoseconds per weight of the head and token of the gradient of a loss."""
+_MODEL_RATE = 25.0
+"""Picoseconds per weight of the model and token of a window that is judged."""
+_TRIALS = 60
+"""Plans that `refine` tries, about."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expectation:
+    """What a run will take; `cached` of its `nodes` layers and variants are there already."""
+
+    seconds: float
+    memory_bytes: int
+    nodes: int
+    cached: int
+
+
+def expect(config: RunConfig, structure: ModelStructure, planned: Iterable[PlannedNode]) -> Expectation:
+    """What is left to do of the run of one model, on this machine as it is now."""
+    nodes = list(planned)
+    seconds = sum(_reference_seconds(item.node.stage.name, config, structure) for item in nodes if not item.cached)
+    slower = _REFERENCE_SPEED / _operations_per_second(config.runner.threads_per_worker)
+    return Expectation(
+        seconds=seconds * slower / config.runner.workers,
+        memory_bytes=_memory_bytes(config, structure),
+        nodes=len(nodes),
+        cached=sum(item.cached for item in nodes),
+    )
+
+
+def _reference_seconds(stage: str, config: RunConfig, structure: ModelStructure) -> float:
+    """Seconds of one node of a stage on one thread of the machine that the rates are from."""
+    tokens = config.calibration.sequences * config.calibration.sequence_length
+    head = structure.hidden_size * structure.vocabulary_size
+    draws = config.measure.label_draws / 4 if stage in _DRAWN else 1.0
+    if stage in _BLOCK_RATES:
+        per_weight, per_token = _BLOCK_RATES[stage]
+        configurations = len(config.measure.menu) / 12 if stage in _FOR_EVERY_CONFIGURATION else 1.0
+        block = structure.parameters / structure.layers
+        return block * (1e-9 * per_weight * configurations + 1e-12 * per_token * tokens * draws)
+    if stage in ("loss-gradient", "sampled-loss-gradient"):
+        return 1e-12 * _HEAD_RATE * head * tokens * draws
+    if stage in ("reference", "evaluate"):
+        windows = 1 + max(0, config.evaluation.tokens - config.evaluation.window) // config.evaluation.stride
+        return 1e-12 * _MODEL_RATE * (structure.parameters + 2 * head) * windows * config.evaluation.window
+    if stage == "refine":
+        validation = config.calibration.validation_sequences * config.calibration.sequence_length
+        return _TRIALS * 1e-12 * _MODEL_RATE * (structure.parameters + head) * validation
+    return 0.0
+
+
+def _operations_per_second(threads: int) -> float:
+    """Of products of matrices in float32 with so many threads, on this machine as it is now."""
+    size, before = 768, torch.get_num_threads()
+    matrix = torch.ones(size, size)
+    torch.set_num_threads(threads)
+    try:
+        matrix @ matrix
+        seconds = []
+        for _ in range(5):
+            started = time.perf_counter()
+            matrix @ matrix
+            seconds.append(time.perf_counter() - started)
+    finally:
+        torch.set_num_threads(before)
+    return 2.0 * size**3 / sorted(seconds)[2]
+
+
+def _memory_bytes(config: RunConfig, structure: ModelStructure) -> int:
+    """The most that the process holds: for every worker a block in float32 with gradients, states and logits."""
+    block = _FLOAT32_BYTES * structure.parameters // structure.layers
+    tokens = config.calibration.sequences * config.calibration.sequence_length
+    states = _FLOAT32_BYTES * tokens * structure.hidden_size
+    embeddings = _FLOAT32_BYTES * structure.hidden_size * structure.vocabulary_size
+    return _PROCESS_BYTES + config.runner.workers * (4 * block + 3 * states) + embeddings

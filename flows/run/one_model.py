@@ -1,0 +1,232 @@
+"""One model made smaller without a configuration file: the run behind `lmq quantize` and `lmq.quantize`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lmq.allocation.budget import Budget, LayoutRange
+from lmq.errors import InputError, LmqError, unknown_name
+from lmq.formats.spec import STOPS
+from lmq.model.companions import companion_files
+from lmq.model.directory import complete_directory
+from lmq.model.skeleton import read_model_config
+from lmq.model.structure import ModelStructure
+from lmq.report.results import UNIFORM, VariantResult, full_precision_of, read_results
+from lmq.text.calibration import load_tokenizer, text_prefix
+from lmq_flows.config.names import slug
+from lmq_flows.config.run import RunConfig, parse_run_config
+from lmq_flows.run.plan import InspectedModel, inspect_model
+from lmq_flows.run.prepare import check_directory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effort:
+    """How much is measured for one checkpoint: on how many calibration sequences of 512 tokens, with how many draws of
+    labels each, and on how many tokens the result is judged.
+    """
+
+    strategy: str
+    sequences: int
+    label_draws: int
+    evaluation_tokens: int
+
+
+EFFORTS = {
+    "quick": Effort(strategy="loss-aware", sequences=4, label_draws=2, evaluation_tokens=2048),
+    "normal": Effort(strategy="loss-aware", sequences=16, label_draws=4, evaluation_tokens=8192),
+    "best": Effort(strategy="auto", sequences=32, label_draws=4, evaluation_tokens=16384),
+}
+
+_SEQUENCE_LENGTH = 512
+_WINDOW = 1024
+_TENSOR_TEXT_BYTES = 420
+"""The most that headers, checksums and configuration say of a tensor, beside its name, which is in all three."""
+_CARD_BYTES = 32_000
+_TENSORS_PER_MODULE = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Goal:
+    """What is asked for: a model, how small it should be, and where to.
+
+    `size` is that of the whole directory, as in "400 MB"; `bits` per weight are those of the quantized matrices.
+    Exactly one of them is given. `output` None: a directory named after both, here.
+    """
+
+    model: str
+    size: str | None = None
+    bits: float | None = None
+    output: Path | None = None
+    effort: str = "normal"
+    store: str = "store"
+    runs_dir: str = "runs"
+
+    def __post_init__(self) -> None:
+        if (self.size is None) == (self.bits is None):
+            raise InputError("give one of size and bits: how large the whole checkpoint may be, or bits per weight")
+        if self.effort not in EFFORTS:
+            raise unknown_name("effort", self.effort, EFFORTS)
+        if self.size is not None and Budget.parse(self.size).size_bytes is None:
+            raise InputError(f"the size {self.size!r} is no number of bytes; write it as in 400MB, 1.2GB or 900MiB")
+        check_directory(self.directory.parent, "output")
+        if self.directory.exists():
+            raise InputError(f"{self.directory} exists already; remove it, or choose another place")
+
+    @property
+    def name(self) -> str:
+        """Short name of the model."""
+        return slug(Path(self.model.partition("@")[0]).stem) or "model"
+
+    @property
+    def title(self) -> str:
+        """`smollm2-400mb`: the model and how small."""
+        return slug(f"{self.name}-{self.size}" if self.size else f"{self.name}-{self.bits:g}-bits").lower()
+
+    @property
+    def directory(self) -> Path:
+        """Where the checkpoint goes."""
+        return self.output if self.output is not None else Path(self.title)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedGoal:
+    """A goal with the run that reaches it. `beside_bytes` are those of the checkpoint beside its quantized matrices."""
+
+    goal: Goal
+    config: RunConfig
+    structure: ModelStructure
+    model_dir: Path
+    beside_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class MadeModel:
+    """A checkpoint with how it was judged, beside full precision and uniform bits of the same size.
+
+    `uniform` is None where no one configuration for all matrices is that small.
+    """
+
+    path: Path
+    size_bytes: int
+    result: VariantResult
+    full_precision: VariantResult
+    uniform: VariantResult | None
+
+
+def prepare_goal(goal: Goal) -> PreparedGoal:
+    """Look at the model, reading no weights (a GGUF file is converted), and plan the run.
+
+    Raises InputError for a model that is not there, and for a size below the smallest or not below the model's own.
+    """
+    dtype = "float16" if goal.model.endswith(".gguf") else "exact"
+    inspected = inspect_model(goal.model, goal.store, dtype)
+    beside_bytes = _beside_bytes(inspected)
+    sizes = LayoutRange.of(inspected.structure.modules, STOPS, "paper")
+    config = parse_run_config(
+        {
+            "name": f"{goal.title}-{goal.effort}",
+            "models": [{"name": goal.name, "source": goal.model, "dtype": dtype}],
+            "budgets": [_budget(goal, inspected.structure, sizes, beside_bytes)],
+            "measure": {
+                "menu": [spec.name for spec in sizes.uniform_bytes],
+                "label_draws": EFFORTS[goal.effort].label_draws,
+            },
+            "store": goal.store,
+            "runs_dir": goal.runs_dir,
+            "runner": {"workers": 2, "threads_per_worker": max(1, (os.cpu_count() or 1) // 2)},
+            **_texts(EFFORTS[goal.effort], inspected.model_dir),
+        }
+    )
+    return PreparedGoal(
+        goal=goal,
+        config=config,
+        structure=inspected.structure,
+        model_dir=inspected.model_dir,
+        beside_bytes=beside_bytes,
+    )
+
+
+def _texts(effort: Effort, model_dir: Path) -> dict[str, Any]:
+    """Strategies and texts of the run, within what the model sees at once."""
+    positions = getattr(read_model_config(model_dir).get_text_config(), "max_position_embeddings", None)
+    most = positions if isinstance(positions, int) and positions > 0 else _WINDOW
+    window = min(_WINDOW, most - len(text_prefix(load_tokenizer(model_dir))))
+    return {
+        "strategies": [UNIFORM, effort.strategy],
+        "calibration": {"sequences": effort.sequences, "sequence_length": min(_SEQUENCE_LENGTH, most)},
+        "evaluation": {"tokens": effort.evaluation_tokens, "window": window, "stride": max(1, window // 2)},
+    }
+
+
+def _budget(goal: Goal, structure: ModelStructure, sizes: LayoutRange, beside_bytes: int) -> str:
+    """The budget of the quantized matrices. Raises InputError for a size that cannot be, naming those that can."""
+    if goal.size is None:
+        budget = f"{goal.bits:g}"
+        if Budget.parse(budget).resolve(structure) < sizes.smallest_bytes:
+            least = 8 * sizes.smallest_bytes / structure.parameters
+            raise InputError(f"{goal.bits:g} bits per weight are too few; the fewest for {goal.model} are {least:.3f}")
+        return budget
+    size_bytes = Budget.parse(goal.size).size_bytes
+    assert size_bytes is not None
+    smallest = beside_bytes + sizes.smallest_bytes
+    if size_bytes < smallest:
+        raise InputError(
+            f"{goal.size} is too small for {goal.model}: the smallest checkpoint takes {_megabytes(smallest)}, of "
+            f"which {_megabytes(structure.other_bytes)} are embeddings, head and norms, which are not quantized"
+        )
+    own = structure.parameters * _stored_bytes(structure) + structure.other_bytes
+    if size_bytes >= own:
+        raise InputError(f"{goal.model} takes {_megabytes(own)} as it is; give a size below that")
+    return f"{size_bytes - beside_bytes} B"
+
+
+def _megabytes(size_bytes: int) -> str:
+    """Whole kilobytes, rounded up, so that a size given back is enough."""
+    return f"{-(-size_bytes // 1000) / 1000:,.3f} MB"
+
+
+def _stored_bytes(structure: ModelStructure) -> int:
+    return 4 if structure.dtype == "float32" else 2
+
+
+def _beside_bytes(inspected: InspectedModel) -> int:
+    """Bytes of a checkpoint beside its quantized matrices, at most: other weights, tokenizer, headers, checksums."""
+    structure = inspected.structure
+    texts = sum(
+        _TENSORS_PER_MODULE * (_TENSOR_TEXT_BYTES + 3 * len(structure.path(info.id))) for info in structure.modules
+    )
+    companions = sum(path.stat().st_size for path in companion_files(inspected.model_dir))
+    return structure.other_bytes + companions + texts + _CARD_BYTES
+
+
+def reach_goal(prepared: PreparedGoal) -> MadeModel:
+    """Run, on the server that Prefect is set to (else one of its own), and put the checkpoint where it was asked for.
+
+    What is finished is kept: the same goal again goes on. Raises what stopped the run.
+    """
+    from lmq_flows.run.quantize import SOME_VARIANTS_FAILED, raise_failure, run
+
+    goal, config = prepared.goal, prepared.config
+    state = run(config)
+    if not state.is_completed() and state.name != SOME_VARIANTS_FAILED:
+        raise_failure(state)
+    results = read_results(config.run_dir / "results.json")
+    chosen = next(item for item in results if item.strategy == EFFORTS[goal.effort].strategy)
+    full_precision = full_precision_of(goal.name, results)
+    if chosen.error or chosen.checkpoint is None or full_precision is None:
+        raise LmqError(chosen.error or f"no checkpoint came of the run; see {config.run_dir / 'report.html'}")
+    with complete_directory(goal.directory) as directory:
+        shutil.copytree(config.run_dir / chosen.checkpoint, directory, dirs_exist_ok=True)
+        for path in directory.iterdir():
+            path.chmod(0o644)
+    return MadeModel(
+        path=goal.directory,
+        size_bytes=sum(path.stat().st_size for path in goal.directory.rglob("*") if path.is_file()),
+        result=chosen,
+        full_precision=full_precision,
+        uniform=next((item for item in results if item.strategy == UNIFORM and not item.error), None),
+    )

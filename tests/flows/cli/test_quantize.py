@@ -1,0 +1,120 @@
+"""`lmq quantize`: one line from a model to a smaller one, in real runs on tiny models."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from prefect.settings import PREFECT_API_URL
+
+import lmq
+from lmq.checkpoint.write import quantized_bytes
+from lmq.report.results import read_results
+from lmq_flows.cli import main
+from lmq_flows.run.one_model import Goal, prepare_goal
+from tests.flows.cli.conftest import refusal
+from tests.flows.processes import LAYERS, Runner, finished_work, forking_runner, save_small_llama, wait_until
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Store, runs and checkpoints are made in the current directory."""
+    monkeypatch.chdir(tmp_path)
+
+
+def smallest_bytes(model: Path, capsys: pytest.CaptureFixture[str]) -> int:
+    """The smallest checkpoint, as the refusal of a smaller one names it."""
+    message = refusal(capsys, "quantize", model, "--size", "1kB")
+    found = re.search(r"the smallest checkpoint takes ([\d,.]+) MB", message)
+    assert found is not None, message
+    return round(float(found[1].replace(",", "")) * 1e6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tiny_llama", "tiny_qwen"])
+def test_one_line_makes_a_checkpoint_within_the_size_that_opens(server, request, name, tmp_path, capsys):
+    model = request.getfixturevalue(name)
+    size = smallest_bytes(model, capsys) + 12_000
+    line = ["quantize", str(model), "--size", f"{size}B", "--effort", "quick"]
+    assert main([*line, "-o", "small"]) == 0
+    printed = capsys.readouterr().out
+    files = [path for path in (tmp_path / "small").rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= size
+    assert lmq.load(tmp_path / "small", dtype=torch.float32)(torch.arange(8)[None]).logits.isfinite().all()
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    results = {result.strategy: result for result in read_results(run_dir / "results.json")}
+    assert results["loss-aware"].size_bytes == quantized_bytes(tmp_path / "small")
+    assert f"{results['loss-aware'].perplexity:.2f}" in printed.replace(",", "")
+    for words in ("about 1 minute", "GB of memory", "uniform at this size", "goes on", 'lmq.load("small")'):
+        assert words in printed
+    assert main([*line, "-o", "again"]) == 0
+    said = re.search(r"(\d+) of (\d+) layers and variants are there already", capsys.readouterr().out)
+    assert said is not None
+    assert said[1] == said[2] != "0"
+    assert content(tmp_path / "again") == content(tmp_path / "small")
+
+
+def content(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+@pytest.mark.slow
+def test_python_gives_the_path_of_what_the_command_makes(server, tiny_llama, tmp_path):
+    path = lmq.quantize(tiny_llama, bits=4.5, effort="quick", output=tmp_path / "made")
+    assert path == tmp_path / "made"
+    assert quantized_bytes(path) * 8 <= 4.5 * prepare_goal(Goal(model=str(tiny_llama), bits=4.5)).structure.parameters
+
+
+@pytest.fixture(scope="module")
+def runner(server: None) -> Iterator[Runner]:
+    with forking_runner(PREFECT_API_URL=PREFECT_API_URL.value()) as runner:
+        yield runner
+
+
+@pytest.mark.slow
+def test_the_same_line_after_control_c_goes_on(runner: Runner, tiny_llama, tmp_path, tmp_path_factory):
+    model = save_small_llama(tiny_llama, tmp_path_factory.mktemp("small-llama"))
+    line = ("quantize", str(model), "--bits", "4.25", "--effort", "quick", "-o", "small")
+    made = tmp_path / "store" / "manifests" / "sampled-backward"
+    run = runner.start(*line, place=tmp_path)
+    wait_until(lambda: run.is_over or len(list(made.glob("*.json"))) >= 2, "the interruption", lambda: run.output)
+    os.kill(run.pid, signal.SIGINT)
+    assert run.wait() == 1, run.output
+    assert "finished work is kept" in run.output
+    assert not (tmp_path / "small").exists()
+    finished = finished_work(tmp_path / "store")
+    assert 2 <= sum(path.parent.name == "sampled-backward" for path in finished) < LAYERS
+    runner.start(*line, place=tmp_path).finish()
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished, "finished work was repeated"
+    assert (tmp_path / "small" / "config.json").is_file()
+
+
+def test_what_cannot_be_made_is_refused_before_anything_is(tiny_llama, tmp_path, capsys):
+    here = sorted(tmp_path.iterdir())
+    assert "there is no model directory" in refusal(capsys, "quantize", "./lost", "--size", "1MB")
+    assert "write it as in 400MB" in refusal(capsys, "quantize", tiny_llama, "--size", "4.25")
+    assert "is not a budget" in refusal(capsys, "quantize", tiny_llama, "--size", "small")
+    assert "give a size below that" in refusal(capsys, "quantize", tiny_llama, "--size", "1GB")
+    assert "too few; the fewest" in refusal(capsys, "quantize", tiny_llama, "--bits", "1")
+    smallest = smallest_bytes(tiny_llama, capsys)
+    assert prepare_goal(Goal(model=str(tiny_llama), size=f"{smallest}B")).config.budgets
+    assert sorted(path for path in tmp_path.iterdir() if path.name != "store") == here
+
+
+def test_a_directory_that_is_there_is_never_touched(tiny_llama, tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep")
+    assert "exists already" in refusal(capsys, "quantize", tiny_llama, "--bits", "4", "-o", "mine")
+    assert content(tmp_path / "mine") == {"notes.txt": b"keep"}
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize("options", [[], ["--size", "1MB", "--bits", "4"], ["--bits", "four"]])
+def test_how_small_is_said_once(options, tiny_llama, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["quantize", str(tiny_llama), *options])
