@@ -13,8 +13,10 @@ from lmq_tasks.stage import JsonDict
 NOT_RUN = "NotRun"
 """Name of the outcome of a node whose input, carried by the same task, could not be made."""
 
-Tell = Callable[[int, JsonDict | None], None]
-"""Called with an item's number and None when it starts, with its outcome when it is made."""
+STOPPED = "the run was stopped; finished work is kept"
+
+Tell = Callable[[int, JsonDict | None], bool]
+"""Called with an item's number and None before it starts, with its outcome when it is made; says whether to go on."""
 
 
 def run_items(
@@ -31,8 +33,9 @@ def run_items(
         if missing:
             outcomes.append({"state": NOT_RUN, "message": missing[0]["message"]})
             continue
-        if tell is not None:
-            tell(number, None)
+        if tell is not None and not tell(number, None):
+            outcomes.append({"state": NOT_RUN, "message": STOPPED})
+            continue
         outcomes.append(run_item({**item, "inputs": _resolved(item["inputs"], outcomes)}))
         if tell is not None and "ref" in outcomes[-1]:
             tell(number, outcomes[-1])

@@ -19,6 +19,7 @@ import statistics
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from uuid import UUID
 
@@ -59,11 +60,14 @@ def execute(
     node that all variants share finds that it cannot work with what the user gave.
     """
     walk = Walk(graph, watch, in_flight=in_flight, chunk_seconds=chunk_seconds, elsewhere=elsewhere)
-    while walk.unfinished:
-        while walk.ready and len(walk.running) < in_flight:
-            walk.submit_next()
-        if walk.running:
-            walk.take_one_message()
+    try:
+        while walk.unfinished:
+            while walk.ready and len(walk.running) < in_flight:
+                walk.submit_next()
+            if walk.running:
+                walk.take_one_message()
+    finally:
+        walk.stop()
     return walk.outcomes
 
 
@@ -112,6 +116,7 @@ class Walk:
         self._seconds: dict[Any, list[float]] = defaultdict(list)
         self._task_runs: dict[Node, UUID] = {}
         self._numbers = itertools.count()
+        self._stopped = False
         self._messages: queue.SimpleQueue[tuple[int, int | None, Any]] = queue.SimpleQueue()
         for node in graph:
             self._make_ready(node)
@@ -233,7 +238,7 @@ class Walk:
             for node in chunk:
                 self._watch(node, None)
         else:
-            parameters["tell"] = lambda item, outcome: self._messages.put((number, item, outcome))
+            parameters["tell"] = partial(self._told, number)
         future = context.task_runner.submit(carrier, parameters, dependencies=dependencies)
         self.running[number] = _Submitted(chunk, future)
         self._task_runs |= dict.fromkeys(chunk, future.task_run_id)
@@ -290,6 +295,15 @@ class Walk:
         submitted = self.running.pop(number)
         submitted.future.wait()
         self._take_all(submitted.nodes, submitted.future.state)
+
+    def stop(self) -> None:
+        """Let chunks that are with threads end after the node they work on: the walk is over, or was broken off."""
+        self._stopped = True
+
+    def _told(self, number: int, item: int, outcome: dict[str, Any] | None) -> bool:
+        """Called by the threads of chunks; whether they are to go on."""
+        self._messages.put((number, item, outcome))
+        return not self._stopped
 
     def _tell(self, node: Node, found: dict[str, Any] | None) -> None:
         if node in self._watched:

@@ -1,6 +1,7 @@
 """Walking a graph: how many nodes share a task, what is lost with one, and that every node keeps its own state."""
 
 import json
+import time
 
 import pytest
 from prefect import flow, task
@@ -223,3 +224,24 @@ def test_nodes_of_a_lost_chunk_are_tried_one_by_one(server, tmp_path, monkeypatc
     _, seen = walk(a_graph(tmp_path, 5, variant="v"), elsewhere, outcomes)
     assert [seen[f"m layer {layer}"] for layer in range(5)] == ["ran", "ran", "ran", "failed", "ran"]
     assert outcomes["m layer 3"].error == "m layer 3: its worker was lost (Crashed: out of memory)"
+
+
+def test_a_walk_that_is_broken_off_ends_its_chunks_after_the_node_under_work(server, tmp_path, monkeypatch):
+    def work_slowly(job):
+        time.sleep(0.05)
+        work(job)
+
+    monkeypatch.setitem(lmq_tasks.STAGES, "chain", Stage("chain", 1, "t/1", work_slowly))
+    stage_task.cache_clear()
+
+    def break_off(node, outcome):
+        if node.layer == 1:
+            raise KeyError("broken off")
+
+    @flow(name="broken", persist_result=False, task_runner=ThreadPoolTaskRunner(max_workers=2))
+    def broken():
+        execute(a_graph(tmp_path, 40, CHAIN), in_flight=2, watch=break_off, chunk_seconds=20.0)
+
+    state = broken(return_state=True)
+    assert isinstance(state.result(raise_on_failure=False), KeyError)
+    assert 1 <= len(values(tmp_path, "chain")) < 10
