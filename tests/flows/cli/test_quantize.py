@@ -14,7 +14,7 @@ from prefect.settings import PREFECT_API_URL
 
 import lmq
 from lmq.checkpoint.write import quantized_bytes
-from lmq.report.results import read_results
+from lmq.report.results import format_measured, read_results
 from lmq_flows.cli import main
 from lmq_flows.run.one_model import Goal, prepare_goal
 from tests.flows.cli.conftest import refusal
@@ -49,8 +49,9 @@ def test_one_line_makes_a_checkpoint_within_the_size_that_opens(server, request,
     (run_dir,) = (tmp_path / "runs").iterdir()
     results = {result.strategy: result for result in read_results(run_dir / "results.json")}
     assert results["loss-aware"].size_bytes == quantized_bytes(tmp_path / "small")
-    assert f"{results['loss-aware'].perplexity:.2f}" in printed.replace(",", "")
-    for words in ("about 1 minute", "GB of memory", "uniform at this size", "goes on", 'lmq.load("small")'):
+    chosen = results["loss-aware"]
+    assert format_measured(chosen.perplexity, chosen.perplexity_stderr) in printed
+    for words in (": about ", "GB of memory", "uniform at this size", "goes on", 'lmq.load("small")'):
         assert words in printed
     assert main([*line, "-o", "again"]) == 0
     said = re.search(r"(\d+) of (\d+) layers and variants are there already", capsys.readouterr().out)
