@@ -1,8 +1,8 @@
 """How long a run will take and how much memory it will need, said before it starts.
 
 The seconds of a stage follow from the sizes of the model and its texts by the rates of docs/benchmarks.md ("What a
-block costs"), which were measured on one machine, and by how fast this machine multiplies matrices now, compared with
-that one. What is there already takes nothing. Expect them to be right within a factor of two.
+block costs"), which were measured on one machine, and by how fast this machine multiplies matrices, compared with that
+one. What is there already takes nothing. Expect them to be right within a factor of two on a machine without other work.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Expectation:
 
 
 def expect(config: RunConfig, structure: ModelStructure, planned: Iterable[PlannedNode]) -> Expectation:
-    """What is left to do of the run of one model, on this machine as it is now."""
+    """What is left to do of the run of one model, on this machine."""
     nodes = list(planned)
     seconds = sum(_reference_seconds(item.node.stage.name, config, structure) for item in nodes if not item.cached)
     slower = _REFERENCE_SPEED / _operations_per_second(config.runner.threads_per_worker)
@@ -93,20 +93,20 @@ def _reference_seconds(stage: str, config: RunConfig, structure: ModelStructure)
 
 
 def _operations_per_second(threads: int) -> float:
-    """Of products of matrices in float32 with so many threads, on this machine as it is now."""
+    """Of products of matrices in float32 with so many threads, at the fastest of a few moments."""
     size, before = 768, torch.get_num_threads()
     matrix = torch.ones(size, size)
     torch.set_num_threads(threads)
     try:
         matrix @ matrix
         seconds = []
-        for _ in range(5):
+        for _ in range(10):
             started = time.perf_counter()
             matrix @ matrix
             seconds.append(time.perf_counter() - started)
     finally:
         torch.set_num_threads(before)
-    return 2.0 * size**3 / sorted(seconds)[2]
+    return 2.0 * size**3 / min(seconds)
 
 
 def _memory_bytes(config: RunConfig, structure: ModelStructure) -> int:
