@@ -2,7 +2,7 @@
 
 The seconds of a stage follow from the sizes of the model and its texts by the rates of docs/benchmarks.md ("What a
 block costs"), which were measured on one machine, and by how fast this machine multiplies matrices, compared with that
-one. What is there already takes nothing. Expect them to be right within a factor of two on a machine without other work.
+one. What is there already takes nothing. Expect them to be right within a factor of two where nothing else runs.
 """
 
 from __future__ import annotations
