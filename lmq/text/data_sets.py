@@ -113,11 +113,25 @@ def read_data_set(source: str, column: str, tokenizer: PreTrainedTokenizerBase |
     found = DataSet.parse(source)
     try:
         rows = datasets.load_dataset(found.name, found.config, split=found.split, revision=found.revision)
+        require_commit(rows, found.revision, source)
         column = text_column(rows.column_names, column, source)
         values: list[Any] = list(rows[column])
     except load_errors() as error:
         raise _not_fetched(source, error, instead, is_folder=found.is_folder) from error
     return texts_of_rows(values, column, source, tokenizer)
+
+
+def require_commit(rows: Any, revision: str | None, source: str) -> None:
+    """Raise InputError where `rows` of a data set are of another commit than `revision`.
+
+    Out of reach of the hub, `datasets` gives whatever copy is on the machine, the latest, and only logs that.
+    """
+    folders = {part for file in rows.cache_files for part in Path(file["filename"]).parts}
+    commits = sorted(filter(_COMMIT.fullmatch, folders))
+    if revision is not None and _COMMIT.fullmatch(revision) and commits and revision not in commits:
+        raise InputError(
+            f"{source} is on this machine at commit {commits[0]}, not at {revision}; fetch it once with a network"
+        )
 
 
 def load_errors() -> tuple[type[Exception], ...]:

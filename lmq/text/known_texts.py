@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lmq.errors import InputError
-from lmq.text.data_sets import load_errors, load_failure
+from lmq.text.data_sets import load_errors, load_failure, require_commit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,5 +88,6 @@ def read_known_text(name: str) -> list[str]:
             f"the text {name} ({known.name}) could not be fetched from the hub ({load_failure(error)}); fetch it "
             "once with a network, or pass a text, .jsonl or .parquet file instead"
         ) from error
+    require_commit(rows, known.revision, f"the text {name} ({known.name})")
     count = len(rows) if known.rows is None else min(known.rows, len(rows))
     return [rows[index][known.column] for index in range(count)]

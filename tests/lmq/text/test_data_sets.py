@@ -1,6 +1,8 @@
 import gzip
 import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 from lmq.errors import InputError
 from lmq.text.calibration import TextSource, documents, load_tokenizer
 from lmq.text.data_sets import DataSet, identify_data_set
+from lmq.text.known_texts import KNOWN_TEXTS, KnownText
 
 
 @pytest.fixture(autouse=True)
@@ -167,3 +170,43 @@ def test_a_data_set_of_the_hub_is_known_and_read_by_its_commit(monkeypatch: pyte
     assert identity == f"dataset@{'ab' * 20}:org/name/small:test"
     assert source == f"dataset:org/name@{'ab' * 20}/small:test"
     assert DataSet.parse(source) == DataSet(name="org/name", config="small", split="test", revision="ab" * 20)
+
+
+def _copy_of_commit(cache: Path, name: str, commit: str, text: str) -> None:
+    """Put a data set of the hub into the cache of `datasets`, as one that was fetched at a commit."""
+    import datasets
+
+    source = cache.parent / f"{commit}.jsonl"
+    _lines(source, {"text": text})
+    made = cache.parent / f"made-{commit}"
+    datasets.load_dataset("json", data_files=str(source), cache_dir=str(made))
+    (info,) = made.rglob("dataset_info.json")
+    organisation, _, short = name.partition("/")
+    target = cache / f"{organisation}___{short}" / "default" / "0.0.0" / commit
+    target.mkdir(parents=True)
+    described = json.loads(info.read_text()) | {"builder_name": "json", "dataset_name": short, "config_name": "default"}
+    described["splits"]["train"]["dataset_name"] = short
+    (target / "dataset_info.json").write_text(json.dumps(described))
+    shutil.copy(info.parent / "json-train.arrow", target / f"{short}-train.arrow")
+
+
+def test_a_copy_of_another_commit_is_not_taken_for_the_one_asked_for(tmp_path: Path) -> None:
+    """The tests run with the hub switched off, where `datasets` gives the copy that is there."""
+    _copy_of_commit(tmp_path / "cache", "org/tiny", "ab" * 20, "one")
+    identity, source = identify_data_set("dataset:org/tiny")
+    assert identity == f"dataset@{'ab' * 20}:org/tiny/default:train"
+    assert documents(TextSource(source=source)) == ["one"]
+    with pytest.raises(InputError, match=f"at commit {'ab' * 20}, not at {'cd' * 20}; fetch it once with a network"):
+        documents(TextSource(source=f"dataset:org/tiny@{'cd' * 20}"))
+
+
+def test_known_texts_of_another_commit_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _copy_of_commit(tmp_path / "cache", "org/tiny", "ab" * 20, "one")
+    here = KnownText(name="org/tiny", revision="ab" * 20, column="text", split="train")
+    monkeypatch.setitem(KNOWN_TEXTS, "wikitext2", here)
+    assert documents(TextSource(source="wikitext2")) == ["one"]
+    monkeypatch.setitem(KNOWN_TEXTS, "wikitext2", replace(here, revision="cd" * 20))
+    with pytest.raises(InputError, match=r"the text wikitext2 \(org/tiny\) is on this machine at commit abab"):
+        documents(TextSource(source="wikitext2"))
+    monkeypatch.setitem(KNOWN_TEXTS, "wikitext2", replace(here, revision="refs/convert/parquet"))
+    assert documents(TextSource(source="wikitext2")) == ["one"]
