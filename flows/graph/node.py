@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lmq.model.structure import layer_ranges
 from lmq_storage import ArtifactRef
 from lmq_tasks.stage import Site, Stage
 
@@ -121,18 +122,6 @@ def resolve_inputs(node: Node, refs: dict[Node, Any]) -> dict[str, Any]:
 
 
 def joint_title(nodes: Sequence[Node]) -> str:
-    """What nodes that share a task are called in the UI: `fisher · layers 0–14`, `evaluate · mxq @ 4.25`."""
+    """What nodes that share a task are called in the UI: `fisher · layers 0-14`, `evaluate · mxq @ 4.25`."""
     layers = sorted(node.layer for node in nodes if node.layer is not None)
-    return " · ".join(filter(None, [nodes[0].stage.name, nodes[0].what, _ranges(layers)]))
-
-
-def _ranges(layers: Sequence[int]) -> str:
-    """`layer 3`, `layers 0–14`, `layers 0–3, 7`."""
-    ranges: list[list[int]] = []
-    for layer in layers:
-        if ranges and layer == ranges[-1][1] + 1:
-            ranges[-1][1] = layer
-        else:
-            ranges.append([layer, layer])
-    texts = [str(first) if first == last else f"{first}–{last}" for first, last in ranges]
-    return f"layer{'s' if len(layers) > 1 else ''} {', '.join(texts)}" if texts else ""
+    return " · ".join(filter(None, [nodes[0].stage.name, nodes[0].what, layer_ranges(layers) if layers else ""]))

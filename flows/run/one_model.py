@@ -178,7 +178,7 @@ def _budget(goal: Goal, structure: ModelStructure, sizes: LayoutRange, beside_by
             f"{goal.size} is too small for {goal.model}: the smallest checkpoint takes {_megabytes(smallest)}, of "
             f"which {_megabytes(structure.other_bytes)} are embeddings, head and norms, which are not quantized"
         )
-    own = structure.parameters * _stored_bytes(structure) + structure.other_bytes
+    own = structure.source_bytes + structure.other_bytes
     if size_bytes >= own:
         raise InputError(f"{goal.model} takes {_megabytes(own)} as it is; give a size below that")
     return f"{size_bytes - beside_bytes} B"
@@ -187,10 +187,6 @@ def _budget(goal: Goal, structure: ModelStructure, sizes: LayoutRange, beside_by
 def _megabytes(size_bytes: int) -> str:
     """Whole kilobytes, rounded up, so that a size given back is enough."""
     return f"{-(-size_bytes // 1000) / 1000:,.3f} MB"
-
-
-def _stored_bytes(structure: ModelStructure) -> int:
-    return 4 if structure.dtype == "float32" else 2
 
 
 def _beside_bytes(inspected: InspectedModel) -> int:

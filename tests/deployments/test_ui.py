@@ -69,4 +69,4 @@ def test_stages_from_the_cache_are_shown_as_cached(prefect: Server, finished: tu
     _, of_model = finished
     shown = page(f"{prefect.address}/runs/flow-run/{of_model.id}", tmp_path / "model.png", settled="Cached")
     assert "tiny of seen" in shown
-    assert "sequence-fisher · layers 0–3" in shown or "evaluate · loss-aware" in shown
+    assert "sequence-fisher · layers 0-3" in shown or "evaluate · loss-aware" in shown

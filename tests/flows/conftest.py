@@ -90,9 +90,9 @@ def run_and_look(config: RunConfig) -> Done:
 
 
 def layers_of(row: str) -> set[int]:
-    """Layers that a row of the UI is about: `fisher · layers 0–3, 7`."""
-    found = re.search(r"layers? ([\d–, ]+)$", row)
-    ranges = [part.split("–") for part in found[1].split(", ")] if found else []
+    """Layers that a row of the UI is about: `fisher · layers 0-3, 7`."""
+    found = re.search(r"layers? ([\d\-, ]+)$", row)
+    ranges = [part.split("-") for part in found[1].split(", ")] if found else []
     return {layer for part in ranges for layer in range(int(part[0]), int(part[-1]) + 1)}
 
 

@@ -125,7 +125,7 @@ def test_a_chain_is_carried_by_few_tasks_and_every_node_keeps_its_artifact(serve
     assert state.is_completed()
     assert seen == {f"m layer {layer}": "ran" for layer in range(6)}
     assert values(tmp_path, "chain") == [list(range(length)) for length in range(1, 7)]
-    assert rows(state) == {"chain · layer 0": "Completed", "chain · layers 1–5": "Completed"}
+    assert rows(state) == {"chain · layer 0": "Completed", "chain · layers 1-5": "Completed"}
 
 
 def test_what_is_there_already_is_one_cached_task(server, tmp_path):
@@ -133,7 +133,7 @@ def test_what_is_there_already_is_one_cached_task(server, tmp_path):
     state, seen = walk(a_graph(tmp_path, 6, CHAIN))
     assert set(seen.values()) == {"cached"}
     (task,) = recorded_tasks(state.state_details.flow_run_id)
-    assert (task.name, task.state_name) == ("chain · layers 0–5", "Cached")
+    assert (task.name, task.state_name) == ("chain · layers 0-5", "Cached")
     assert task.state.message == "6 of 6 layers cached"
 
 
@@ -146,8 +146,8 @@ def test_tasks_know_the_tasks_that_they_take_their_inputs_from(server, tmp_path)
     tasks = {task.name: task for task in recorded_tasks(state.state_details.flow_run_id)}
     inputs = {name: [item.id for item in task.task_inputs["items"]] for name, task in tasks.items()}
     assert inputs == {
-        "chain · layers 0–1": [],
-        "chain · layer 2": [tasks["chain · layers 0–1"].id],
+        "chain · layers 0-1": [],
+        "chain · layer 2": [tasks["chain · layers 0-1"].id],
         "alone · end": [tasks["chain · layer 2"].id],
     }
 
@@ -156,7 +156,7 @@ def test_what_was_made_before_is_not_made_again_beside_what_is_new(server, tmp_p
     walk(a_graph(tmp_path, 3))
     state, seen = walk(a_graph(tmp_path, 6))
     assert [seen[f"m layer {layer}"] for layer in range(6)] == ["cached"] * 3 + ["ran"] * 3
-    assert rows(state)["alone · layers 0–2"] == "Cached"
+    assert rows(state)["alone · layers 0-2"] == "Cached"
 
 
 def test_what_follows_a_node_that_gives_the_same_bytes_again_is_found_inside_a_chunk(server, tmp_path):
@@ -173,7 +173,7 @@ def test_what_follows_a_node_that_gives_the_same_bytes_again_is_found_inside_a_c
 def test_failed_node_leaves_the_others_of_its_chunk_alone(server, tmp_path, elsewhere):
     state, seen = walk(a_graph(tmp_path, 5, variant="v", how="failed", wrong=[3]), elsewhere)
     assert [seen[f"m layer {layer}"] for layer in range(5)] == ["ran", "ran", "ran", "failed", "ran"]
-    assert [name for name, shown in rows(state).items() if shown == "Failed"] == ["alone · layers 2–4"]
+    assert [name for name, shown in rows(state).items() if shown == "Failed"] == ["alone · layers 2-4"]
     graph = a_graph(tmp_path, 6, CHAIN, variant="v", how="bad", wrong=[3])
     _, seen = walk(graph, elsewhere)
     assert [seen[f"m layer {layer}"] for layer in range(6)] == ["ran", "ran", "ran", "failed", "not run", "not run"]
