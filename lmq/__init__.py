@@ -42,8 +42,6 @@ def load(
     checksums that lie beside the weights. Tensors that the model's class does not have are left aside, as transformers
     leaves them. Raises DamagedFile or InputError naming what is wrong.
     """
-    from transformers import AutoModelForCausalLM
-
     from lmq.checkpoint.verify import verify_checkpoint
     from lmq.errors import DamagedFile
     from lmq.model.transformers_lock import TRANSFORMERS_LOCK
@@ -51,6 +49,8 @@ def load(
     verify_checkpoint(Path(path), checksums=verify)
     precision = "auto" if dtype is None else dtype
     with TRANSFORMERS_LOCK:
+        from transformers import AutoModelForCausalLM
+
         opened: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=precision, trust_remote_code=False, output_loading_info=True
         )

@@ -18,6 +18,7 @@ from lmq.evaluation.perplexity import full_windows
 from lmq.formats.spec import QuantSpec
 from lmq.model.source import LocatedModel, ModelSource, locate, nearest_sibling, needs_conversion, source_digest
 from lmq.model.structure import ModelStructure
+from lmq.model.transformers_lock import TRANSFORMERS_LOCK
 from lmq.text.calibration import (
     PYDOC_TOPICS,
     TextSource,
@@ -195,10 +196,11 @@ def check_window(model_dir: Path, window: int, key: str) -> None:
 
 def check_context(model_dir: Path, tokens: int, key: str, *, prefix_tokens: int = 0) -> None:
     """Raise InputError naming the key when `tokens` at once, behind a prefix, are more than the model's positions."""
-    from transformers import AutoConfig
-
     try:
-        config = AutoConfig.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
+        with TRANSFORMERS_LOCK:
+            from transformers import AutoConfig
+
+            config = AutoConfig.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
     except (ValueError, OSError, LookupError) as error:
         raise InputError(f"{model_dir}/config.json describes no model that transformers has: {error}") from error
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)

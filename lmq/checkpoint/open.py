@@ -88,7 +88,8 @@ def quantization_method(path: Path) -> str | None:
 
 def _quantization_methods() -> list[str]:
     """Methods whose models this transformers opens, by the names that a configuration gives them."""
-    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+    with TRANSFORMERS_LOCK:
+        from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
     return sorted({name.removesuffix("_4bit").removesuffix("_8bit") for name in AUTO_QUANTIZER_MAPPING})
 
@@ -98,7 +99,8 @@ def open_dense(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMode
 
     Raises InputError for another directory and without the package, LmqError where tensors are missing.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    with TRANSFORMERS_LOCK:
+        from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     fields = getattr(config, "quantization_config", None)
@@ -170,9 +172,9 @@ def read_stored_directory(path: Path) -> StoredModel:
 
 def _open_completely(path: Path, dtype: torch.dtype | None, device: torch.device | str) -> PreTrainedModel:
     """A model whose tensors all come from the files: transformers makes up what is missing."""
-    from transformers import AutoModelForCausalLM
-
     with TRANSFORMERS_LOCK:
+        from transformers import AutoModelForCausalLM
+
         opened: Any = AutoModelForCausalLM.from_pretrained(
             path,
             dtype="auto" if dtype is None else dtype,

@@ -31,6 +31,7 @@ from lmq.model.discovery import discover
 from lmq.model.streaming import StreamedModel, tokens_at_once
 from lmq.model.structure import ModelStructure
 from lmq.model.tensors import read_headers, size_bytes
+from lmq.model.transformers_lock import TRANSFORMERS_LOCK
 from lmq.text.calibration import TextSource, documents, load_tokenizer, text_prefix, token_stream
 
 if TYPE_CHECKING:
@@ -121,7 +122,8 @@ def evaluate_checkpoint(
 
 def require_language_model(path: Path) -> None:
     """Raise InputError for encoders and other models of which transformers has none that predicts the next token."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+    with TRANSFORMERS_LOCK:
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)

@@ -32,12 +32,13 @@ def read_model_config(model_dir: Path) -> Any:
 
     Raises InputError without a config.json, UnsupportedModel when transformers does not know it.
     """
-    from transformers import AutoConfig
-
     if not (model_dir / "config.json").is_file():
         raise InputError(f"{model_dir} has no config.json; is it a model directory?")
     try:
-        return AutoConfig.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
+        with TRANSFORMERS_LOCK:
+            from transformers import AutoConfig
+
+            return AutoConfig.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
     except (ValueError, OSError, LookupError) as error:
         raise UnsupportedModel(
             f"{model_dir}/config.json describes no model that transformers has: {_without_advice(error)}"
@@ -62,7 +63,8 @@ def build_skeleton(model_dir: Path) -> PreTrainedModel:
 
 def skeleton_of(config: Any, name: str) -> PreTrainedModel:
     """The model of a configuration as `build_skeleton` makes it; `name` is what errors call it."""
-    from transformers import AutoModelForCausalLM
+    with TRANSFORMERS_LOCK:
+        from transformers import AutoModelForCausalLM
 
     try:
         with TRANSFORMERS_LOCK, _EmptyWithoutMemory():

@@ -143,7 +143,8 @@ def convert_gguf(path: Path, out_dir: Path, dtype: torch.dtype | None = None) ->
     Raises InputError for a file that transformers cannot read.
     """
     # transformers takes seconds to import, which only this function needs
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    with TRANSFORMERS_LOCK:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise InputError(f"{out_dir} exists already; remove it or give another place")

@@ -20,6 +20,7 @@ from torch import Tensor
 from lmq.errors import UnsupportedModel
 from lmq.model.skeleton import build_skeleton
 from lmq.model.tensors import StoredTensor, read_headers, read_tensors
+from lmq.model.transformers_lock import TRANSFORMERS_LOCK
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -122,8 +123,9 @@ def _owners(
     Follows `transformers.core_model_loading.convert_and_load_state_dict_in_model`: where two stored tensors come to
     the same name, the first in natural order counts, and a name that the model has is not renamed in vain.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+    with TRANSFORMERS_LOCK:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
     steps = get_model_conversion_mapping(model)
     renamings = [step for step in steps if isinstance(step, WeightRenaming)]

@@ -1,4 +1,6 @@
-"""One thread at a time builds or opens models with transformers.
+"""One thread at a time imports transformers, and builds or opens models with it.
+
+It is imported where it is used, as that takes seconds. Threads that import it at once can see half of a module.
 
 While `from_pretrained` and `from_config` are at work they replace methods of transformers' own classes and put them
 back afterwards (weight tying is switched off, initialisation is left out). Two threads at once can put back what the
@@ -10,4 +12,4 @@ from __future__ import annotations
 import threading
 
 TRANSFORMERS_LOCK = threading.RLock()
-"""Held while transformers builds or opens a model."""
+"""Held while transformers is imported, and while it builds or opens a model."""

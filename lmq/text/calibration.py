@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lmq.errors import InputError, unknown_name
 from lmq.model.source import nearest_sibling
+from lmq.model.transformers_lock import TRANSFORMERS_LOCK
 from lmq.tables import TableSchema, read_table, write_table
 from lmq.text.data_sets import PREFIX as DATA_SET
 from lmq.text.data_sets import read_data_set
@@ -92,10 +93,11 @@ def documents(source: TextSource, tokenizer: PreTrainedTokenizerBase | None = No
 
 def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model directory. Raises InputError when there is none that can be read."""
-    from transformers import AutoTokenizer
-
     try:
-        return AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
+        with TRANSFORMERS_LOCK:
+            from transformers import AutoTokenizer
+
+            return AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, LookupError) as error:
         raise InputError(
             f"{model_dir} has no tokenizer that can be read ({error}); save it beside the model"
