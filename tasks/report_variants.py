@@ -64,6 +64,7 @@ class ReportedVariant:
         return VariantResult(
             model=item["model"],
             strategy=item["strategy"],
+            quantizer=item["quantizer"],
             budget=item["budget"],
             budget_bytes=item["budget_bytes"],
             seconds=_seconds(job, inputs.part("evaluation")),

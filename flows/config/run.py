@@ -29,6 +29,7 @@ from lmq_flows.config.sections import (
     EvaluationConfig,
     MeasureConfig,
     ModelConfig,
+    QuantizerName,
     RunnerConfig,
     Section,
     StrategyConfig,
@@ -81,7 +82,12 @@ class MeasurementRequest(Section):
     @property
     def quantizer(self) -> dict[str, Any]:
         """Name and options of the quantizer."""
-        return {"name": self.measure.quantizer, "axis": self.measure.axis, **self.measure.quantizer_options}
+        return self.quantizer_named(self.measure.quantizer)
+
+    def quantizer_named(self, name: str) -> dict[str, Any]:
+        """A quantizer with the run's axis; options are those of measure.quantizer."""
+        options = self.measure.quantizer_options if name == self.measure.quantizer else {}
+        return {"name": name, "axis": self.measure.axis, **options}
 
     def menu_of(self, model: ModelConfig, modules: Sequence[ModuleInfo]) -> tuple[QuantSpec, ...]:
         """The configurations for a model with these modules, smallest first."""
@@ -100,8 +106,13 @@ class MeasurementRequest(Section):
     @property
     def needs_calibration(self) -> bool:
         """Whether anything is measured on calibration text, or the quantizer looks at it."""
-        calibrated = isinstance(quantizer(**self.quantizer), CalibratedQuantizer)
+        calibrated = any(isinstance(quantizer(**each), CalibratedQuantizer) for each in self.used_quantizers)
         return calibrated or any(name == TRIALS or MEASUREMENTS[name].on_text for name in self.needs)
+
+    @property
+    def used_quantizers(self) -> tuple[dict[str, Any], ...]:
+        """Every quantizer whose codes are looked at, that of the measurements first."""
+        return (self.quantizer,)
 
     @property
     def calibration_sequences(self) -> int:
@@ -115,6 +126,9 @@ class RunConfig(MeasurementRequest):
 
     name: str = Field(pattern=NAME_PATTERN, description="Results go to runs_dir/NAME")
     strategies: tuple[StrategyConfig, ...] = Field(min_length=1)
+    quantizers: Annotated[tuple[QuantizerName, ...], AfterValidator(without_repeats)] = Field(
+        (), description="Every strategy once with each of these, but for those that name their own"
+    )
     budgets: Annotated[tuple[BudgetText, ...], AfterValidator(without_repeats)] = Field(
         min_length=1, description='"4.25" (bits per weight), "80 MB", "uniform b4g64 + 2%"'
     )
@@ -145,6 +159,27 @@ class RunConfig(MeasurementRequest):
     def _strategies_differ(cls, strategies: tuple[StrategyConfig, ...]) -> tuple[StrategyConfig, ...]:
         without_repeats(tuple(item.label for item in strategies))
         return strategies
+
+    @property
+    def variants_of_strategies(self) -> tuple[StrategyConfig, ...]:
+        """The strategies, each with every quantizer of the run that it is to be tried with."""
+        found = [
+            item.model_copy(update={"quantizer": name}) if name else item
+            for item in self.strategies
+            for name in (self.quantizers if item.quantizer is None and self.quantizers else (item.quantizer,))
+        ]
+        return tuple({item.label: item for item in found}.values())
+
+    def quantizer_of(self, item: StrategyConfig) -> dict[str, Any]:
+        """Name and options of the quantizer that makes the codes of a strategy."""
+        return self.quantizer_named(item.quantizer or STRATEGIES[item.name].quantizer or self.measure.quantizer)
+
+    @property
+    def used_quantizers(self) -> tuple[dict[str, Any], ...]:
+        """Every quantizer whose codes are looked at: that of the run first, if it is one of them."""
+        used = [self.quantizer_of(item) for item in self.variants_of_strategies]
+        found = [*([self.quantizer] if self.measure.also or self.quantizer in used else []), *used]
+        return tuple(each for number, each in enumerate(found) if each not in found[:number])
 
     @model_validator(mode="after")
     def _baselines_differ(self) -> RunConfig:
@@ -192,10 +227,11 @@ class RunConfig(MeasurementRequest):
             for name, each in QUANTIZERS.items()
             if "integer_zeros" in {field.name for field in fields(each)}  # type: ignore[arg-type]
         ]
-        if target_named(self.target).integer_zeros and self.measure.quantizer not in able:
+        used = {self.measure.quantizer, *self.quantizers} | {item.quantizer for item in self.strategies if item.quantizer}
+        if target_named(self.target).integer_zeros and (unable := sorted(used - {*able})):
             raise ValueError(
-                f"target {self.target!r} takes whole zeros, which measure.quantizer = {self.measure.quantizer!r} "
-                f"does not fit; those that do: {', '.join(able)}"
+                f"target {self.target!r} takes whole zeros, which quantizer {unable[0]!r} does not fit; "
+                f"those that do: {', '.join(able)}"
             )
         return self
 
@@ -221,11 +257,10 @@ class RunConfig(MeasurementRequest):
         alike = dict.fromkeys((*self.constraints.alike, *target_named(self.target).alike))
         return self.constraints.model_copy(update={"alike": tuple(alike)})
 
-    @property
-    def quantizer(self) -> dict[str, Any]:
-        """Name and options of the quantizer."""
+    def quantizer_named(self, name: str) -> dict[str, Any]:
+        """A quantizer with the run's axis and what its target needs; options are those of measure.quantizer."""
         whole = {"integer_zeros": True} if self.target and target_named(self.target).integer_zeros else {}
-        return super().quantizer | whole
+        return super().quantizer_named(name) | whole
 
     def menu_of(self, model: ModelConfig, modules: Sequence[ModuleInfo]) -> tuple[QuantSpec, ...]:
         """The configurations for a model with these modules, smallest first: those of its menu that the target holds.
@@ -257,6 +292,12 @@ class RunConfig(MeasurementRequest):
         """Names of the measurements that the strategies use, and of those asked for beside."""
         used = (strategy(item.name, **item.options).needs for item in self.strategies)
         return super().needs.union(*used)
+
+    def needs_with(self, quantizer: dict[str, Any]) -> frozenset[str]:
+        """Those of them that are needed of one quantizer's codes."""
+        used = [item for item in self.variants_of_strategies if self.quantizer_of(item) == quantizer]
+        also = super().needs if quantizer == self.used_quantizers[0] else frozenset()
+        return also.union(*(strategy(item.name, **item.options).needs for item in used))
 
 
 _SECTIONS: dict[str, type[BaseModel]] = {

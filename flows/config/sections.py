@@ -133,13 +133,16 @@ def _quantizer_name(name: str) -> str:
     return name
 
 
+QuantizerName = Annotated[str, AfterValidator(_quantizer_name)]
+
+
 class MeasureConfig(Section):
     """What is measured of every module."""
 
     menu: Menu = Field(tuple(spec.name for spec in STOPS), description="Configurations")
-    quantizer: Annotated[str, AfterValidator(_quantizer_name)] = Field(
-        "hqq",
-        description="How codes are found; weighted, gptq and fisher-gptq look at the calibration text as well",
+    quantizer: QuantizerName = Field(
+        "fisher-gptq",
+        description="How codes are found, unless a strategy says otherwise; hqq and rtn need no calibration text",
         json_schema_extra={"enum": [*QUANTIZERS]},
     )
     quantizer_options: dict[str, Any] = Field(
@@ -171,6 +174,9 @@ class StrategyConfig(Section):
 
     name: str
     options: dict[str, Any] = Field(default_factory=dict)
+    quantizer: QuantizerName | None = Field(
+        None, description="How its codes are found; default: hqq for the papers' strategies, else measure.quantizer"
+    )
 
     @model_validator(mode="after")
     def _is_known(self) -> StrategyConfig:
@@ -179,8 +185,9 @@ class StrategyConfig(Section):
 
     @property
     def label(self) -> str:
-        """Name with the options that were set: `sensi-boost top_m=1`."""
-        return " ".join([self.name, *(f"{key}={value}" for key, value in sorted(self.options.items()))])
+        """Name with what was set: `sensi-boost top_m=1`, `uniform quantizer=hqq`."""
+        options = self.options if self.quantizer is None else {**self.options, "quantizer": self.quantizer}
+        return " ".join([self.name, *(f"{key}={value}" for key, value in sorted(options.items()))])
 
 
 class BaselineConfig(Section):

@@ -11,6 +11,8 @@ from lmq.allocation.strategies import TRIALS, strategy
 from lmq.errors import InputError
 from lmq.formats.spec import QuantSpec
 from lmq.measurement.activation import SENSITIVITY
+from lmq.measurement.base import Need
+from lmq.measurement.delta_loss import DELTA_LOSS
 from lmq.measurement.frobenius import FROBENIUS
 from lmq.measurement.module_divergence import default_specs
 from lmq.measurement.registry import MEASUREMENTS, PROFILES
@@ -35,7 +37,8 @@ FULL_PRECISION = "full-precision"
 class Variant:
     """A model × strategy × budget with the nodes that make and judge it; full precision has no allocation.
 
-    A baseline stands in the place of strategy and budget. `tasks` are zero-shot tasks by name.
+    A baseline stands in the place of strategy and budget. `quantizer` made its codes. `tasks` are zero-shot tasks by
+    name.
     `error` says why there are no nodes: the budget cannot be met, or the model cannot be used.
     """
 
@@ -43,6 +46,7 @@ class Variant:
     strategy: StrategyConfig | None = None
     budget: str | None = None
     budget_bytes: int | None = None
+    quantizer: str | None = None
     error: str | None = None
     allocation: Node | None = None
     checkpoint: Node | None = None
@@ -78,7 +82,7 @@ class Variant:
 
 @dataclass(kw_only=True)
 class MeasuredModel:
-    """Nodes that measure one model: those of every table by the name of its measurement, and the outlier layers.
+    """Nodes that measure one model and one quantizer's codes: those of every table by name, and the outlier layers.
 
     A table has one node per layer, that of `delta_loss` one per configuration. `trials` are inputs of the stage that
     tries allocations on the model, beside the tables of its candidates.
@@ -124,7 +128,9 @@ def failed_variants(config: RunConfig, model: str, error: str) -> list[Variant]:
     """The variants of a model that cannot be used."""
     found = [Variant(model=model, error=error)]
     for text in config.budgets:
-        found += [Variant(model=model, strategy=item, budget=text, error=error) for item in config.strategies]
+        for item in config.variants_of_strategies:
+            quantizer = config.quantizer_of(item)["name"]
+            found.append(Variant(model=model, strategy=item, budget=text, quantizer=quantizer, error=error))
     found += [Variant(model=model, baseline=item, error=error) for item in config.baselines_of(model)]
     return found
 
@@ -149,23 +155,31 @@ class _ModelGraph(ModelNodes):
     def __init__(self, graph: Graph, config: RunConfig, model: PreparedModel, texts: dict[str, TextIdentity]):
         super().__init__(graph, model, texts)
         self._config = config
-        self._needs = config.needs
-        self.measured = self._measure()
+        self._captured = CapturedText(self, config.calibration, config.measure.label_draws)
+        self._of_any_codes: dict[str, list[Node]] = {}
+        self._by_quantizer = [(each, self._measure(each)) for each in config.used_quantizers]
 
-    def _measure(self) -> MeasuredModel:
-        settings = self._settings()
-        also = {QuantSpec.parse(settings["spec"])} if SENSITIVITY.name in self._needs else set()
+    @property
+    def measured(self) -> MeasuredModel:
+        """What is measured of the first quantizer's codes: what reports show."""
+        return self._by_quantizer[0][1]
+
+    def _measure(self, quantizer: dict[str, Any]) -> MeasuredModel:
+        settings, captured, needs = self._settings(), self._captured, self._config.needs_with(quantizer)
+        also = {QuantSpec.parse(settings["spec"])} if SENSITIVITY.name in needs else set()
         specs = sorted({*self.model.menu, *also}, key=lambda spec: spec.bits_per_weight)
-        captured = CapturedText(self, self._config.calibration, self._config.measure.label_draws)
-        grids = self.grids(specs, self._config.quantizer, captured)
+        grids = self.grids(specs, quantizer, captured)
         measured = MeasuredModel(tables={FROBENIUS.name: grids})
         for name, measurement in MEASUREMENTS.items():
-            if name in self._needs and name not in measured.tables:
-                measured.tables[name] = self.measurement(measurement, settings, grids, captured)
+            if name in needs and name not in measured.tables:
+                nodes = self._of_any_codes.get(name) or self.measurement(measurement, settings, grids, captured)
+                measured.tables[name] = nodes
+                if Need.GRIDS not in measurement.needs and measurement is not DELTA_LOSS:
+                    self._of_any_codes[name] = nodes
         profiles = {name: measured.tables[name] for name in PROFILES if name in measured.tables}
         if profiles:
             measured.outliers = self.add("outliers", "", {}, profiles)
-        if TRIALS in self._needs:
+        if TRIALS in needs:
             validation = self._validation_tokens()
             measured.trials = {
                 "tokens": captured.tokens,
@@ -204,13 +218,14 @@ class _ModelGraph(ModelNodes):
         found = [Variant(model=name, evaluation=reference)]
         self._judge(found[0], Subject())
         for text, budget in resolve_budgets(self._config, self.model).items():
-            for item in self._config.strategies:
-                variant = Variant(model=name, strategy=item, budget=text)
+            for item in self._config.variants_of_strategies:
+                quantizer = self._config.quantizer_of(item)
+                variant = Variant(model=name, strategy=item, budget=text, quantizer=quantizer["name"])
                 if isinstance(budget, InputError):
                     variant.error = str(budget)
                 else:
                     variant.budget_bytes = budget
-                    self._add_variant(variant, tokens, reference, windows)
+                    self._add_variant(variant, quantizer, tokens, reference, windows)
                 found.append(variant)
         for baseline in self._config.baselines_of(name):
             found.append(self._baseline(baseline, {"tokens": tokens, "reference": reference}, windows))
@@ -243,8 +258,11 @@ class _ModelGraph(ModelNodes):
             what, config = f"{variant.what} {task.name}", task.config | subject.config
             variant.tasks[task.name] = self.add("zero-shot", what, config, subject.inputs, site=site, **own)
 
-    def _add_variant(self, variant: Variant, tokens: Node, reference: Node, windows: dict[str, int]) -> None:
+    def _add_variant(
+        self, variant: Variant, quantizer: dict[str, Any], tokens: Node, reference: Node, windows: dict[str, int]
+    ) -> None:
         assert variant.strategy is not None
+        (measured,) = (measured for each, measured in self._by_quantizer if each == quantizer)
         what = f"{variant.strategy.label} @ {variant.budget}"
         own: dict[str, Any] = {"variant": variant.label, "tags": variant.tags}
         chosen = strategy(variant.strategy.name, **variant.strategy.options)
@@ -258,14 +276,14 @@ class _ModelGraph(ModelNodes):
         if self._config.kept_constraints.plain and chosen.keeps_constraints:
             config["constraints"] = self._config.kept_constraints.plain
         inputs: dict[str, Input | list[Input]] = {
-            need: list(self.measured.tables[need]) for need in sorted(needs - {TRIALS})
+            need: list(measured.tables[need]) for need in sorted(needs - {TRIALS})
         }
         stage = "allocate"
         if TRIALS in needs:
             stage = "refine"
-            inputs |= self.measured.trials
+            inputs |= measured.trials
         variant.allocation = self.add(stage, what, config, inputs, **own)
-        for layer, grids in enumerate(self.measured.grids):
+        for layer, grids in enumerate(measured.grids):
             inputs = {"allocation": FileOf(variant.allocation, layer_file(layer)), "grids": grids}
             expected = (variant.budget_bytes or 0) // self.model.structure.layers
             node = self.add_layer("quantize", layer, {}, inputs, what=what, expected_bytes=expected, **own)
@@ -273,7 +291,7 @@ class _ModelGraph(ModelNodes):
         variant.checkpoint = self.add(
             "checkpoint",
             what,
-            {"quantizer": self._config.quantizer},
+            {"quantizer": quantizer},
             {"allocation": FileOf(variant.allocation, ALLOCATION_FILE), "quantized": list(variant.quantized)},
             expected_bytes=self.model.structure.other_bytes,
             **own,

@@ -106,7 +106,7 @@ def _limit_gpu(config: RunConfig) -> None:
 
 def run_title(config: RunConfig) -> str:
     """`quantize smollm2-135m loss-aware 4.25` for one variant, else `sweep demo: 1 model × 5 strategies × 1 budget`."""
-    models, strategies, budgets = config.models, config.strategies, config.budgets
+    models, strategies, budgets = config.models, config.variants_of_strategies, config.budgets
     if len(models) == len(strategies) == len(budgets) == 1:
         return f"quantize {models[0].name} {strategies[0].label} {budgets[0]}"
     counted = (
@@ -122,7 +122,7 @@ def run_tags(config: RunConfig) -> list[str]:
     return [
         f"run:{config.name}",
         *(f"model:{model.name}" for model in config.models),
-        *(f"strategy:{item.label}" for item in config.strategies),
+        *(f"strategy:{item.label}" for item in config.variants_of_strategies),
         *(f"budget:{text}" for text in config.budgets),
     ]
 

@@ -87,6 +87,7 @@ def _variant_record(variant: Variant, model: ModelOutcome) -> dict[str, Any]:
     return {
         "model": variant.model,
         "strategy": variant.strategy_label,
+        "quantizer": variant.quantizer,
         "budget": variant.budget,
         "budget_bytes": variant.budget_bytes,
         "slug": variant_slug(variant),

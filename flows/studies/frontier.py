@@ -85,8 +85,9 @@ class FinishedRun:
         if not wanted:
             raise unknown_name(f"model of run {self.config.name!r}:", model, self.models)
         chosen = _chosen(self.config, strategy_name)
-        others = tuple(item for item in self.config.strategies if item.label != chosen.label)
-        config = self.config.model_copy(update={"models": tuple(wanted), "strategies": (chosen, *others)})
+        others = tuple(item for item in self.config.variants_of_strategies if item.label != chosen.label)
+        asked = {"models": tuple(wanted), "strategies": (chosen, *others), "quantizers": ()}
+        config = self.config.model_copy(update=asked)
         job, structure = _allocation_job(config, self.run_dir)
         measurements = read_measurements(job, structure)
         program = strategy(chosen.name, **chosen.options)
@@ -114,8 +115,9 @@ def write_points(path: Path, found: RunFrontier) -> None:
 
 def _chosen(config: RunConfig, name: str) -> StrategyConfig:
     """The run's strategy of this label or name; one that the run did not ask for, if it measured what that needs."""
-    labelled = [item for item in config.strategies if item.label == name]
-    named = labelled or [item for item in config.strategies if item.name == name]
+    tried = config.variants_of_strategies
+    labelled = [item for item in tried if item.label == name]
+    named = labelled or [item for item in tried if item.name == name]
     if len(named) > 1:
         raise InputError(f"the run has {name!r} with several options; name one of: {_labels(named)}")
     needs = strategy(named[0].name, **named[0].options).needs if named else strategy(name).needs
@@ -123,7 +125,7 @@ def _chosen(config: RunConfig, name: str) -> StrategyConfig:
     if missing:
         raise InputError(
             f"the run did not measure {', '.join(sorted(missing))}, which {name} needs; "
-            f"draw a strategy of the run ({_labels(config.strategies)}), or add {name} to it and run it again"
+            f"draw a strategy of the run ({_labels(tried)}), or add {name} to it and run it again"
         )
     return named[0] if named else StrategyConfig(name=name)
 

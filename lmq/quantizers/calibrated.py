@@ -15,6 +15,9 @@ from lmq.quantizers.error_feedback import Order, feedback_of, round_with_feedbac
 from lmq.quantizers.integer_zeros import refit_scale, whole_zeros
 from lmq.quantizers.weighted_grid import fit_weighted
 
+_WEIGHTS_AT_ONCE, _WEIGHTS_AT_ONCE_ON_GPU = 1 << 26, 1 << 28
+"""Weights of all matrices and configurations that are rounded together."""
+
 
 def fitted_grid(weight: Tensor, importance: Tensor, spec: QuantSpec, axis: int, *, integer_zeros: bool) -> Grid:
     """The stored grid of `weight` [out_features, in_features] of least error weighted by `importance` [in_features]."""
@@ -54,15 +57,20 @@ class ErrorFeedback:
         """
         feedbacks = [feedback_of(matrix, damping=self.damping, order=self.order) for matrix in moments]
         found: list[dict[QuantSpec, Grid]] = [{} for _ in weights]
-        for spec in menu:
-            grids = [
-                fitted_grid(weight, self._importance(matrix), spec, self.axis, integer_zeros=self.integer_zeros)
-                for weight, matrix in zip(weights, moments, strict=True)
-            ]
-            for by_spec, coded in zip(found, round_with_feedback(weights, grids, feedbacks), strict=True):
-                by_spec[spec] = coded
+        pairs = [(number, spec) for number in range(len(weights)) for spec in menu]
+        limit = _WEIGHTS_AT_ONCE_ON_GPU if weights.is_cuda else _WEIGHTS_AT_ONCE
+        at_once = max(1, limit // weights[0].numel())
+        for start in range(0, len(pairs), at_once):
+            together = pairs[start : start + at_once]
+            numbers = [number for number, _ in together]
+            grids = [self._grid(weights[number], moments[number], spec) for number, spec in together]
+            coded = round_with_feedback(weights[numbers], grids, [feedbacks[number] for number in numbers])
+            for (number, spec), grid in zip(together, coded, strict=True):
+                found[number][spec] = grid
         return found
 
-    def _importance(self, moments: Tensor) -> Tensor:
+    def _grid(self, weight: Tensor, moments: Tensor, spec: QuantSpec) -> Grid:
+        """The grid that a matrix is rounded on."""
         diagonal = moments.diagonal()
-        return diagonal if self.weighted_grid else torch.ones_like(diagonal)
+        importance = diagonal if self.weighted_grid else torch.ones_like(diagonal)
+        return fitted_grid(weight, importance, spec, self.axis, integer_zeros=self.integer_zeros)

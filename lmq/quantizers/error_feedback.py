@@ -84,48 +84,63 @@ def _inverse_factor(matrix: Tensor, damping: float) -> Tensor:
 
 @torch.no_grad()
 def round_with_feedback(weights: Tensor, grids: Sequence[Grid], feedbacks: Sequence[Feedback]) -> list[CodedGrid]:
-    """Codes of `weights` [matrices, out_features, in_features] on one grid each, all of the same configuration.
+    """Codes of `weights` [matrices, out_features, in_features], each on its own grid, of any configuration.
 
-    The matrices go through the columns together: the loop takes the same time for one as for many.
+    The matrices go through the columns together: the loop takes little longer for many than for one.
     """
     order = torch.stack([feedback.order for feedback in feedbacks])
     factor = torch.stack([feedback.factor for feedback in feedbacks])
-    decoded = [grid.decode() for grid in grids]
-    scale, zero = (torch.stack(values) for values in zip(*decoded, strict=True))
+    lattices = [_Lattice.of(grid) for grid in grids]
+    top = torch.tensor([float(2**grid.spec.bits - 1) for grid in grids], device=weights.device)[:, None]
     matrices, out_features, in_features = weights.shape
     remaining = weights.float().gather(2, order[:, None].expand(weights.shape))
     codes = torch.empty(weights.shape, dtype=torch.uint8, device=weights.device)
     for start in range(0, in_features, _COLUMNS_AT_ONCE):
         columns = slice(start, min(start + _COLUMNS_AT_ONCE, in_features))
-        stored = order[:, None, columns].expand(matrices, out_features, -1)
-        groups = _groups_of(stored, grids[0]).transpose(1, 2).flatten(1)
-        shape = (matrices, columns.stop - start, out_features)
-        block_scale, block_zero = (values.gather(1, groups).view(shape) for values in (scale, zero))
+        stored = order[:, columns]
+        by_matrix = [lattice.at(of_matrix) for lattice, of_matrix in zip(lattices, stored, strict=True)]
+        scale, zero = (torch.stack(values) for values in zip(*by_matrix, strict=True))
         block = remaining[:, :, columns].transpose(1, 2).contiguous()
-        chosen, errors = _round_block(block, block_scale, block_zero, factor[:, columns, columns], grids[0].spec.bits)
-        codes.scatter_(2, stored, chosen.transpose(1, 2).to(torch.uint8))
+        chosen, errors = _round_block(block, scale, zero, factor[:, columns, columns], top)
+        index = stored[:, None].expand(matrices, out_features, -1)
+        codes.scatter_(2, index, chosen.transpose(1, 2).to(torch.uint8))
         rest = slice(columns.stop, in_features)
         remaining[:, :, rest] -= errors.transpose(1, 2) @ factor[:, columns, rest]
     return [CodedGrid.of(grid, matrix) for grid, matrix in zip(grids, codes, strict=True)]
 
 
-def _groups_of(columns: Tensor, grid: Grid) -> Tensor:
-    """Group of every weight of some columns, int64 as `columns` [matrices, out_features, columns]."""
-    rows = torch.arange(columns.shape[1], device=columns.device)[:, None]
-    flat = rows * grid.shape[1] + columns
-    return flat // grid.spec.group_size if grid.axis == 1 else flat % len(grid.scale_codes)
+@dataclass(frozen=True, eq=False)
+class _Lattice:
+    """Scale and zero float32 [groups] of one matrix, and where its weights find theirs."""
+
+    grid: Grid
+    scale: Tensor
+    zero: Tensor
+
+    @classmethod
+    def of(cls, grid: Grid) -> _Lattice:
+        return cls(grid, *grid.decode())
+
+    def at(self, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero of the weights in `columns` int64 [columns]: float32 [columns, out_features] each."""
+        out_features, in_features = self.grid.shape
+        flat = torch.arange(out_features, device=columns.device) * in_features + columns[:, None]
+        # group sizes are powers of two, and shifting is faster than dividing
+        groups = flat >> self.grid.spec.group_size.bit_length() - 1 if self.grid.axis == 1 else flat % len(self.scale)
+        return self.scale[groups], self.zero[groups]
 
 
-def _round_block(block: Tensor, scale: Tensor, zero: Tensor, factor: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def _round_block(block: Tensor, scale: Tensor, zero: Tensor, factor: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
     """Codes and errors / U_jj float32 [matrices, columns, out_features] of a block of columns, which is used up.
 
-    `factor` [matrices, columns, columns] is U within the block.
+    `factor` [matrices, columns, columns] is U within the block, `top` [matrices, 1] the largest code.
     """
     inverse = torch.where(scale > 0, 1 / scale, 0)
     codes, errors = torch.empty_like(block), torch.empty_like(block)
+    lowest = torch.zeros_like(top)
     for column in range(block.shape[1]):
         weight = block[:, column]
-        code = torch.mul(weight, inverse[:, column]).add_(zero[:, column]).round_().clamp_(0, 2**bits - 1)
+        code = torch.mul(weight, inverse[:, column]).add_(zero[:, column]).round_().clamp_(lowest, top)
         codes[:, column] = code
         error = (weight - (code - zero[:, column]).mul_(scale[:, column])).div_(factor[:, column, column, None])
         errors[:, column] = error

@@ -24,6 +24,7 @@ NOT_MEASURED = "–"
 class VariantResult:
     """What one variant (model × strategy × budget) cost and how good it is; None is "not measured", never 0.
 
+    `quantizer` names what found the codes, None for full precision and for what another program made.
     `budget` is the text as written, such as `uniform b4g64`, None for full precision. `size_bytes` counts the
     quantized modules as stored, `checkpoint_bytes` its directory but for the model card. `perplexity` and
     `kl_divergence` (nats per token, to full precision) carry standard errors, `kl_p99` is the 99th percentile over
@@ -40,6 +41,7 @@ class VariantResult:
 
     model: str
     strategy: str
+    quantizer: str | None = None
     budget: str | None = None
     budget_bytes: int | None = None
     size_bytes: int | None = None
@@ -190,6 +192,7 @@ _ALLOWED: dict[str, tuple[type, ...]] = {
 }
 _FIELD_TYPES = {field.name: str(field.type) for field in fields(VariantResult)}
 _LATER_FIELDS = (
+    "quantizer",
     "predicted_bytes",
     "memory_resident_bytes",
     "peak_generation_bytes",

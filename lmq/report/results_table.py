@@ -68,6 +68,7 @@ def _table_columns(results: Sequence[VariantResult]) -> dict[str, Column]:
     return {
         "Model": lambda result: result.model,
         "Strategy": lambda result: result.strategy,
+        "Quantizer": lambda result: result.quantizer or NOT_MEASURED,
         "Budget": lambda result: result.budget or NOT_MEASURED,
         "Used of budget": lambda result: format_used(result.size_bytes, result.budget_bytes),
         "Unused": lambda result: format_difference(result.unused_bytes),

@@ -36,6 +36,7 @@ class Auto:
     summary: ClassVar[str] = "best of several allocations by measured divergence, refined while it falls"
     source: ClassVar[str] = "lmq; slopes at the quantized point, true Fisher curvature, knapsack steps"
     keeps_constraints: ClassVar[bool] = True
+    quantizer: ClassVar[str | None] = None
 
     rounds: int = 4
 

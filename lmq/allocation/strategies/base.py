@@ -48,13 +48,14 @@ class Strategy(Protocol):
     """How an allocation is chosen. A strategy is a frozen keyword-only dataclass; its fields are its options.
 
     `needs` names the measurements that must be there, and `TRIALS`. `keeps_constraints` says whether its allocations
-    keep the constraints of the measurements.
+    keep the constraints of the measurements. `quantizer` is the one that it was published with; None: that of the run.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     source: ClassVar[str]
     keeps_constraints: ClassVar[bool]
+    quantizer: ClassVar[str | None]
 
     @property
     def needs(self) -> frozenset[str]:

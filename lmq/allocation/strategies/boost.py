@@ -37,6 +37,7 @@ class _Boost:
     top_m: int = 0
     paid: bool = False
     keeps_constraints: ClassVar[bool] = False
+    quantizer: ClassVar[str | None] = "hqq"
     signal: ClassVar[str]
 
     def __post_init__(self) -> None:
@@ -97,6 +98,7 @@ class RandomBoost:
     summary: ClassVar[str] = "ablation: as many boosted layers, drawn at random from the others"
     source: ClassVar[str] = "Zhang et al. 2025, arXiv 2503.06518, ablation"
     keeps_constraints: ClassVar[bool] = False
+    quantizer: ClassVar[str | None] = "hqq"
 
     def __post_init__(self) -> None:
         check_boost_options(self.boost_stop, self.top_m)

@@ -21,6 +21,7 @@ class _ImportanceWeighted:
     """MXQ with each norm multiplied by the importance of the module's layer over the mean of all layers."""
 
     keeps_constraints: ClassVar[bool] = True
+    quantizer: ClassVar[str | None] = "hqq"
     name: ClassVar[str]
     metric: ClassVar[str]
 

@@ -25,6 +25,7 @@ class Kl:
     summary: ClassVar[str] = "least sum of measured divergences of one quantized module at a time (slow to measure)"
     source: ClassVar[str] = "score as in NVIDIA Model Optimizer's KL scorer; program of MXQ"
     keeps_constraints: ClassVar[bool] = True
+    quantizer: ClassVar[str | None] = None
 
     @property
     def needs(self) -> frozenset[str]:

@@ -27,6 +27,7 @@ class LossAware:
     summary: ClassVar[str] = "least sum of loss-aware costs (sequence- or token-wise Fisher) within the budget"
     source: ClassVar[str] = "score as in NVIDIA Model Optimizer's gradient scorer; program of MXQ"
     keeps_constraints: ClassVar[bool] = True
+    quantizer: ClassVar[str | None] = None
 
     fisher: str = "sequence"
 

@@ -34,6 +34,7 @@ class Mxq:
     summary: ClassVar[str] = "least sum of weight errors (Frobenius norms) within the budget"
     source: ClassVar[str] = "Zhang et al. 2025, MXQ (ICAART)"
     keeps_constraints: ClassVar[bool] = True
+    quantizer: ClassVar[str | None] = "hqq"
 
     @property
     def needs(self) -> frozenset[str]:
@@ -55,6 +56,7 @@ class KurtScaled:
     summary: ClassVar[str] = "mxq with weight errors multiplied by 1 + scaled kurtosis"
     source: ClassVar[str] = "Zhang et al. 2025, MXQ (ICAART), variant of the authors' program"
     keeps_constraints: ClassVar[bool] = True
+    quantizer: ClassVar[str | None] = "hqq"
 
     @property
     def needs(self) -> frozenset[str]:
@@ -80,6 +82,7 @@ class _PenaltyProgram:
 
     top_m: int = 0
     keeps_constraints: ClassVar[bool] = True
+    quantizer: ClassVar[str | None] = "hqq"
     signal: ClassVar[str]
 
     def __post_init__(self) -> None:

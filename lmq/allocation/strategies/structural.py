@@ -27,6 +27,7 @@ class Structural:
     summary: ClassVar[str] = "first and last layer and down projections one configuration up, the rest pays evenly"
     source: ClassVar[str] = "rule of thumb of llama.cpp and mlx mixed quantizations; baseline"
     keeps_constraints: ClassVar[bool] = False
+    quantizer: ClassVar[str | None] = None
 
     @property
     def needs(self) -> frozenset[str]:

@@ -23,6 +23,7 @@ class Uniform:
     summary: ClassVar[str] = "every module at the largest configuration that fits the budget"
     source: ClassVar[str] = "baseline"
     keeps_constraints: ClassVar[bool] = False
+    quantizer: ClassVar[str | None] = None
 
     @property
     def needs(self) -> frozenset[str]:
