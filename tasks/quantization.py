@@ -20,7 +20,7 @@ def quantize(job: Job) -> None:
     structure = read_structure(job)
     layer = job.config["layer"]
     allocation = read_configurations(job.input("allocation", layer_file(layer)))
-    grids = load_grids(job.input("grids", GRIDS_FILE))
+    grids = load_grids(job.input("grids", job.file_of("grids") or GRIDS_FILE))
     by_kind = layer_weights(job, structure, layer)
     weights = {info.id: by_kind[info.id.kind].to(job.device) for info in structure.in_layer(layer)}
     on_device = {

@@ -16,6 +16,7 @@ from lmq.report.results import FULL_PRECISION, VariantResult
 from lmq.tables import TableSchema, read_rows
 from lmq_storage import Manifest
 from lmq_tasks.evaluate import PERFORMANCE_FILE, SCORES_FILE, SIZE_FILE
+from lmq_tasks.polish import POLISHED_FILE
 from lmq_tasks.stage import Job, JsonDict
 
 
@@ -64,7 +65,7 @@ class ReportedVariant:
         return VariantResult(
             model=item["model"],
             strategy=item["strategy"],
-            quantizer=item["quantizer"],
+            quantizer=_quantizer(job, inputs, item),
             budget=item["budget"],
             budget_bytes=item["budget_bytes"],
             seconds=_seconds(job, inputs.part("evaluation")),
@@ -158,6 +159,15 @@ def _scores(job: Job, inputs: InputsOf, tasks: dict[str, str | None]) -> tuple[T
         else:
             scores.append(TaskScore(task=task, error=error or "was not run"))
     return tuple(scores) or None
+
+
+def _quantizer(job: Job, inputs: InputsOf, item: JsonDict) -> str | None:
+    """What made the codes, and whether their grids were polished."""
+    name: str | None = item["quantizer"]
+    if not job.has(inputs.part("polished")):
+        return name
+    summary = json.loads(job.input(inputs.part("polished"), POLISHED_FILE).read_text())
+    return f"{name}, polished" if summary["kept"] else name
 
 
 def _manifest(job: Job, name: str) -> Manifest | None:

@@ -92,6 +92,13 @@ class Job:
         """Local path of a file of a single input."""
         return self.store.path(self.ref(name), file)
 
+    def file_of(self, name: str) -> str | None:
+        """The one file that a single input stands for, None where it stands for the whole artifact."""
+        value = self._inputs[name]
+        assert not isinstance(value, list), f"input {name!r} is a list"
+        file: str | None = value.get("file")
+        return file
+
     def inputs(self, name: str, file: str) -> list[Path]:
         """Local paths of the same file in each artifact of a list of inputs."""
         return [self.store.path(ref, file) for ref in self.refs(name)]

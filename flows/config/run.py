@@ -29,6 +29,7 @@ from lmq_flows.config.sections import (
     EvaluationConfig,
     MeasureConfig,
     ModelConfig,
+    PolishConfig,
     QuantizerName,
     RunnerConfig,
     Section,
@@ -139,6 +140,9 @@ class RunConfig(MeasurementRequest):
         None, description=f"What will serve the checkpoints: plan within what it holds ({', '.join(TARGETS)})"
     )
     constraints: ConstraintsConfig = ConstraintsConfig()
+    polish: PolishConfig | None = Field(
+        None, description="Tune scales and zeros of every variant but those of the papers' strategies: {steps: 60}"
+    )
     evaluation: EvaluationConfig = EvaluationConfig()
     runs_dir: str = Field("runs", min_length=1, description="Where results are written")
 
@@ -160,6 +164,10 @@ class RunConfig(MeasurementRequest):
         without_repeats(tuple(item.label for item in strategies))
         return strategies
 
+    def polish_of(self, item: StrategyConfig) -> PolishConfig | None:
+        """How the grids of a strategy are polished; those of the papers are left as published."""
+        return self.polish if STRATEGIES[item.name].quantizer is None else None
+
     @property
     def variants_of_strategies(self) -> tuple[StrategyConfig, ...]:
         """The strategies, each with every quantizer of the run that it is to be tried with."""
@@ -173,6 +181,18 @@ class RunConfig(MeasurementRequest):
     def quantizer_of(self, item: StrategyConfig) -> dict[str, Any]:
         """Name and options of the quantizer that makes the codes of a strategy."""
         return self.quantizer_named(item.quantizer or STRATEGIES[item.name].quantizer or self.measure.quantizer)
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether anything is measured or polished on calibration text, or a quantizer looks at it."""
+        return self.polish is not None or super().needs_calibration
+
+    @property
+    def calibration_sequences(self) -> int:
+        """With those that are polished on."""
+        if self.polish is None:
+            return super().calibration_sequences
+        return self.calibration.sequences + self.calibration.validation_sequences + self.polish.sequences
 
     @property
     def used_quantizers(self) -> tuple[dict[str, Any], ...]:
@@ -227,7 +247,9 @@ class RunConfig(MeasurementRequest):
             for name, each in QUANTIZERS.items()
             if "integer_zeros" in {field.name for field in fields(each)}  # type: ignore[arg-type]
         ]
-        used = {self.measure.quantizer, *self.quantizers} | {item.quantizer for item in self.strategies if item.quantizer}
+        used = {self.measure.quantizer, *self.quantizers} | {
+            item.quantizer for item in self.strategies if item.quantizer
+        }
         if target_named(self.target).integer_zeros and (unable := sorted(used - {*able})):
             raise ValueError(
                 f"target {self.target!r} takes whole zeros, which quantizer {unable[0]!r} does not fit; "
@@ -306,6 +328,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "strategies": StrategyConfig,
     "baselines": BaselineConfig,
     "constraints": ConstraintsConfig,
+    "polish": PolishConfig,
     "calibration": CalibrationConfig,
     "measure": MeasureConfig,
     "evaluation": EvaluationConfig,

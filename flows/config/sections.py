@@ -169,6 +169,15 @@ class MeasureConfig(Section):
         return self
 
 
+class PolishConfig(Section):
+    """Scales and zeros tuned together for the divergence of the whole model, after bits were given out."""
+
+    steps: int = Field(60, ge=1, description="Steps of the tuning; a few seconds each for 100 million weights")
+    sequences_per_step: int = Field(2, ge=1)
+    sequences: int = Field(64, ge=1, description="More sequences of the calibration text that are tuned on, in turn")
+    rate: float = Field(0.001, gt=0, lt=1, description="Largest step of a scale, as a share of the median scale")
+
+
 class StrategyConfig(Section):
     """How allocations are chosen."""
 

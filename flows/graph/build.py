@@ -17,7 +17,7 @@ from lmq.measurement.frobenius import FROBENIUS
 from lmq.measurement.module_divergence import default_specs
 from lmq.measurement.registry import MEASUREMENTS, PROFILES
 from lmq_flows.config.run import RunConfig
-from lmq_flows.config.sections import BaselineConfig, StrategyConfig
+from lmq_flows.config.sections import BaselineConfig, PolishConfig, StrategyConfig
 from lmq_flows.graph.judging import PERFORMANCE_TOKENS, Subject, baseline_subject, evaluation_tasks
 from lmq_flows.graph.model_nodes import (
     FLOAT32_BYTES,
@@ -29,8 +29,11 @@ from lmq_flows.graph.model_nodes import (
 )
 from lmq_flows.graph.node import FileOf, Graph, Input, Node
 from lmq_tasks.allocate import ALLOCATION_FILE, layer_file
+from lmq_tasks.polish import polished_grids_file
 
 FULL_PRECISION = "full-precision"
+_POLISH_STEPS_PER_NODE = 10
+"""What is lost at most when a run is stopped."""
 
 
 @dataclass(kw_only=True)
@@ -49,6 +52,7 @@ class Variant:
     quantizer: str | None = None
     error: str | None = None
     allocation: Node | None = None
+    polished: Node | None = None
     checkpoint: Node | None = None
     evaluation: Node | None = None
     quantized: list[Node] = field(default_factory=list)
@@ -157,6 +161,8 @@ class _ModelGraph(ModelNodes):
         self._config = config
         self._captured = CapturedText(self, config.calibration, config.measure.label_draws)
         self._of_any_codes: dict[str, list[Node]] = {}
+        self._validation: Node | None = None
+        self._polished_on: tuple[Node, Node] | None = None
         self._by_quantizer = [(each, self._measure(each)) for each in config.used_quantizers]
 
     @property
@@ -201,10 +207,52 @@ class _ModelGraph(ModelNodes):
         }
 
     def _validation_tokens(self) -> Node:
-        """Sequences of the calibration text after those that are measured on."""
-        calibration = self._config.calibration
-        sizes = calibration_sizes(calibration, calibration.validation_sequences)
-        return self.tokens("calibration", calibration, {**sizes, "skipped": calibration.sequences}, "validation")
+        """Sequences of the calibration text after those that are measured on; the same for all that asks."""
+        if self._validation is None:
+            calibration = self._config.calibration
+            sizes = calibration_sizes(calibration, calibration.validation_sequences)
+            config = {**sizes, "skipped": calibration.sequences}
+            self._validation = self.tokens("calibration", calibration, config, "validation")
+        return self._validation
+
+    def _polish(
+        self,
+        polish: PolishConfig,
+        allocation: Node,
+        grids: list[Node],
+        what: str,
+        own: dict[str, Any],
+        integer_zeros: bool,
+    ) -> Node:
+        """The grids of an allocation, polished some steps a node, so that a run that was stopped goes on between."""
+        schedule = {
+            "steps": polish.steps,
+            "sequences": polish.sequences_per_step,
+            "rate": polish.rate,
+            "integer_zeros": integer_zeros,
+        }
+        chosen: dict[str, Input | list[Input]] = {"allocation": FileOf(allocation, ALLOCATION_FILE)}
+        tokens, hidden = self._polish_text(polish)
+        state: dict[str, Input | list[Input]] = {"grids": list(grids)}
+        for first in range(0, polish.steps, _POLISH_STEPS_PER_NODE):
+            last = min(first + _POLISH_STEPS_PER_NODE, polish.steps)
+            config = {"schedule": schedule, "first": first, "last": last}
+            inputs = {**chosen, **state, "tokens": tokens, "hidden": hidden}
+            node = self.add("polish", f"{what} steps {first + 1} to {last}", config, inputs, **own)
+            state = {"state": node}
+        inputs = {**chosen, **state, "grids": list(grids), "validation": self._validation_tokens()}
+        return self.add("polished", what, {"schedule": schedule}, inputs, **own)
+
+    def _polish_text(self, polish: PolishConfig) -> tuple[Node, Node]:
+        """Tokens that grids are polished on, and the unquantized model's last states there; the same for all."""
+        if self._polished_on is None:
+            calibration = self._config.calibration
+            sizes = calibration_sizes(calibration, polish.sequences)
+            skipped = calibration.sequences + calibration.validation_sequences
+            tokens = self.tokens("calibration", calibration, {**sizes, "skipped": skipped}, "polish")
+            keep = sizes["tokens"] * self.model.structure.hidden_size * FLOAT32_BYTES
+            self._polished_on = tokens, self.add("last-states", "polish", {}, {"tokens": tokens}, expected_bytes=keep)
+        return self._polished_on
 
     def variants(self) -> list[Variant]:
         """Full precision, then every strategy at every budget."""
@@ -283,8 +331,13 @@ class _ModelGraph(ModelNodes):
             stage = "refine"
             inputs |= measured.trials
         variant.allocation = self.add(stage, what, config, inputs, **own)
+        polish = self._config.polish_of(variant.strategy)
+        if polish is not None:
+            whole_zeros = bool(quantizer.get("integer_zeros"))
+            variant.polished = self._polish(polish, variant.allocation, measured.grids, what, own, whole_zeros)
         for layer, grids in enumerate(measured.grids):
-            inputs = {"allocation": FileOf(variant.allocation, layer_file(layer)), "grids": grids}
+            polished = variant.polished and FileOf(variant.polished, polished_grids_file(layer))
+            inputs = {"allocation": FileOf(variant.allocation, layer_file(layer)), "grids": polished or grids}
             expected = (variant.budget_bytes or 0) // self.model.structure.layers
             node = self.add_layer("quantize", layer, {}, inputs, what=what, expected_bytes=expected, **own)
             variant.quantized.append(node)

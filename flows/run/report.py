@@ -109,7 +109,10 @@ def _report_inputs(models: Sequence[ModelOutcome]) -> dict[str, Input | list[Inp
         inputs |= _model_inputs(model)
     pairs = [(model, variant) for model in models for variant in model.variants]
     for number, (model, variant) in enumerate(pairs):
-        parts = {part: getattr(variant, part) for part in ("allocation", "checkpoint", "evaluation", "performance")}
+        parts = {
+            part: getattr(variant, part)
+            for part in ("allocation", "polished", "checkpoint", "evaluation", "performance")
+        }
         own = InputsOf.variant(number)
         named = {own.part(part): node for part, node in parts.items()}
         named |= {own.task(task): node for task, node in variant.tasks.items()}

@@ -10,12 +10,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lmq.formats.groups import Grid
 from lmq.formats.spec import QuantSpec
 from lmq.measurement.divergence import divergence
 from lmq.measurement.grids import Allocation
@@ -23,14 +24,36 @@ from lmq.model.streaming import BlockInputs, StreamedModel
 from lmq.model.structure import ModuleId
 from lmq.numerics import fast_products, require_finite
 
-GridsOfLayer = Callable[[int], Mapping[ModuleId, Mapping[QuantSpec, Grid]]]
+
+class RoundedWeight(Protocol):
+    """A matrix in one configuration: a `Grid`, or what stands in its place."""
+
+    def to(self, device: torch.device) -> RoundedWeight:
+        """The same on another device."""
+        ...
+
+    def round_trip(self, weight: Tensor) -> Tensor:
+        """The weight [out_features, in_features] in this configuration."""
+        ...
+
+
+GridsOfLayer = Callable[[int], Mapping[ModuleId, Mapping[QuantSpec, RoundedWeight]]]
 """Grids of a layer's modules under every configuration of the menu."""
 
-ModuleProducts = Callable[[Tensor, Tensor, Mapping[QuantSpec, Grid], QuantSpec], list[float]]
+ModuleProducts = Callable[[Tensor, Tensor, Mapping[QuantSpec, RoundedWeight], QuantSpec], list[float]]
 """Inner products of a weight's gradient with changes, from the gradient, W, its grids and the chosen configuration."""
 
 _STATES_AT_ONCE = 1 << 28
 """Values of entering states held at a time on the way back: 1 GiB in float32, whatever the model."""
+
+
+@dataclass(frozen=True, eq=False)
+class LayerGradients:
+    """Gradients by a layer's quantized weights, and the unquantized ones: float32 [out_features, in_features] each."""
+
+    number: int
+    gradients: Mapping[ModuleId, Tensor]
+    weights: Mapping[ModuleId, Tensor]
 
 
 class QuantizedPoint:
@@ -148,20 +171,43 @@ class QuantizedPoint:
 
         `last_gradient` makes the gradient at the states that leave the last block from these.
         """
+        found: dict[ModuleId, list[float]] = {}
+        for layer in self.weight_gradients(token_ids, allocation, last_gradient):
+            grids = self._grids(layer.number)
+            for module, gradient in layer.gradients.items():
+                found[module] = products(gradient, layer.weights[module], grids[module], allocation[module])
+        return np.array([found[module.id] for module in self._model.structure.modules])
+
+    def divergence_gradients(
+        self, token_ids: Tensor, reference_states: Tensor, allocation: Allocation, divergences: list[float]
+    ) -> Iterator[LayerGradients]:
+        """Gradients of the summed KL(p ‖ p_choice) by the quantized weights, from the last layer to the first.
+
+        The divergence itself, mean nats per token, is appended to `divergences`.
+        """
+
+        def last_gradient(hidden: Tensor) -> Tensor:
+            divergences.append(self._divergences([hidden], reference_states).mean().item())
+            return self._divergence_gradient(hidden, reference_states)
+
+        return self.weight_gradients(token_ids, allocation, last_gradient)
+
+    def weight_gradients(
+        self, token_ids: Tensor, allocation: Allocation, last_gradient: Callable[[Tensor], Tensor]
+    ) -> Iterator[LayerGradients]:
+        """Gradients by the quantized weights, from the last layer to the first.
+
+        `last_gradient` makes the gradient at the states that leave the last block from these. A layer's grids are not
+        looked at any more once its gradients are given. Raises NotFiniteError naming the layer.
+        """
         inputs = self._model.block_inputs(token_ids.shape[1])
         entering = self._entering_states(token_ids, allocation, keep_all=True)
         gradient = last_gradient(entering.pop())
-        by_layer: list[list[list[float]]] = []
         for layer in reversed(range(self._model.structure.layers)):
             with self._block(layer, allocation) as (block, weights):
-                gradient, weight_gradients = self._backward(block, weights, inputs[layer], entering.pop(), gradient)
+                gradient, of_weights = self._backward(block, weights, inputs[layer], entering.pop(), gradient)
                 require_finite(gradient, f"the gradient at the states that enter layer {layer}")
-                grids = self._grids(layer)
-                ids = [module.id for module in self._model.structure.in_layer(layer)]
-                by_layer.append(
-                    [products(weight_gradients[id_], weights[id_], grids[id_], allocation[id_]) for id_ in ids]
-                )
-        return np.array([row for layer_rows in reversed(by_layer) for row in layer_rows])
+                yield LayerGradients(layer, of_weights, weights)
 
     def _entering_states(self, token_ids: Tensor, allocation: Allocation | None, *, keep_all: bool) -> list[Tensor]:
         """States that enter every block, then those that leave the last; or these alone."""
@@ -263,7 +309,11 @@ class QuantizedPoint:
 
 
 def _slopes(
-    gradient: Tensor, weight: Tensor, grids: Mapping[QuantSpec, Grid], chosen: QuantSpec, menu: Sequence[QuantSpec]
+    gradient: Tensor,
+    weight: Tensor,
+    grids: Mapping[QuantSpec, RoundedWeight],
+    chosen: QuantSpec,
+    menu: Sequence[QuantSpec],
 ) -> list[float]:
     """⟨gradient, Ŵ_c − Ŵ_chosen⟩ for every configuration of the menu."""
     current = grids[chosen].to(weight.device).round_trip(weight)
@@ -275,7 +325,9 @@ def _slopes(
     ]
 
 
-def _way_back(gradient: Tensor, weight: Tensor, grids: Mapping[QuantSpec, Grid], chosen: QuantSpec) -> list[float]:
+def _way_back(
+    gradient: Tensor, weight: Tensor, grids: Mapping[QuantSpec, RoundedWeight], chosen: QuantSpec
+) -> list[float]:
     """⟨gradient, W − Ŵ_chosen⟩."""
     change = weight - grids[chosen].to(weight.device).round_trip(weight)
     return [float((gradient * change).sum(dtype=torch.float64))]
