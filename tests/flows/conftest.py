@@ -37,6 +37,7 @@ def tiny_config(model: Path, place: Path, **changes: Any) -> RunConfig:
         "models": [{"name": "tiny", "source": str(model)}],
         "strategies": ["uniform", "sensi-boost", "kurt-boost", "mxq", "loss-aware"],
         "budgets": ["uniform b4g64"],
+        "measure": {"quantizer": "hqq"},
         "calibration": {"sequences": 3, "sequence_length": 32},
         "evaluation": {"tokens": 256, "window": 64, "stride": 32},
         "store": str(place / "store"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -82,3 +83,67 @@ def test_options_are_checked(tiny_qwen: Path, tmp_path: Path) -> None:
         config(dampnig=0.1)
     with pytest.raises(InputError, match=r"set measure\.axis"):
         config(axis=0)
+
+
+def test_strategies_are_tried_with_every_quantizer(tiny_qwen: Path, tmp_path: Path) -> None:
+    def used(**options: object) -> dict[str, str]:
+        config = tiny_config(tiny_qwen, tmp_path, measure__quantizer="fisher-gptq", **options)
+        return {item.label: config.quantizer_of(item)["name"] for item in config.variants_of_strategies}
+
+    assert used(strategies=["uniform", "mxq"]) == {"uniform": "fisher-gptq", "mxq": "hqq"}
+    own = {"name": "uniform", "quantizer": "hqq"}
+    assert used(strategies=["uniform", own]) == {"uniform": "fisher-gptq", "uniform quantizer=hqq": "hqq"}
+    assert used(strategies=["mxq", own], quantizers=["hqq", "rtn"]) == {
+        "mxq quantizer=hqq": "hqq",
+        "mxq quantizer=rtn": "rtn",
+        "uniform quantizer=hqq": "hqq",
+    }
+    with pytest.raises(InputError, match="unknown quantizer 'hq'; did you mean 'hqq'"):
+        used(strategies=["mxq"], quantizers=["hq"])
+
+
+def test_what_no_codes_go_into_is_measured_once(tiny_qwen: Path, tmp_path: Path) -> None:
+    config = tiny_config(
+        tiny_qwen,
+        tmp_path,
+        strategies=["kurt-boost", "sensi-boost"],
+        quantizers=["hqq", "rtn"],
+        measure__quantizer="rtn",
+    )
+    graph, checkpoints = _graph(config)
+    stages = [node.stage.name for node in graph]
+    assert stages.count("kurtosis") == 4
+    assert stages.count("grids") == stages.count("sensitivity") == 8
+    for checkpoint in checkpoints:
+        name = checkpoint.config["quantizer"]["name"]
+        assert f"quantizer={name}" in checkpoint.label
+        layers = [node.inputs["grids"].config["quantizer"]["name"] for node in checkpoint.inputs["quantized"]]
+        assert layers == [name] * 4
+
+
+@pytest.mark.slow
+def test_polished_grids_are_stored_where_they_help(tiny_qwen: Path, tmp_path: Path) -> None:
+    config = tiny_config(
+        tiny_qwen,
+        tmp_path,
+        strategies=["uniform", "mxq"],
+        budgets=["uniform b2g64"],
+        measure__menu=["b2g64"],
+        measure__quantizer="gptq",
+        polish={"steps": 12, "sequences": 8, "rate": 0.01},
+    )
+    graph, checkpoints = _graph(config)
+    refs = execute_directly(graph, checkpoints)
+    store = ArtifactStore(config.store)
+    stages = [node.stage.name for node in refs]
+    assert stages.count("polish") == 2  # ten steps, and two more; mxq stays as published
+    (polished,) = (node for node in refs if node.stage.name == "polished")
+    summary = json.loads(store.path(refs[polished], "polished.json").read_text())
+    assert summary["kept"] == (summary["divergence_before"] - summary["divergence_after"] > summary["fall_stderr"])
+    uniform, _ = checkpoints
+    model = lmq.load(store.materialize(refs[uniform], tmp_path / "opened"), dtype=torch.float32)
+    for layer in range(4):
+        for module, by_spec in load_grids(store.path(refs[polished], f"grids-{layer:03d}.safetensors")).items():
+            ((_, grid),) = by_spec.items()
+            linear = model.get_submodule(f"model.layers.{layer}.{module.kind}")
+            assert torch.equal(linear.dequantize(), grid.round_trip(linear.dequantize()))
