@@ -16,12 +16,12 @@ from lmq.measurement.quantized_model import QuantizedPoint
 from lmq.measurement.replay import read_hidden_states, write_hidden_states
 from lmq.model.structure import ModuleId
 from lmq.text.calibration import read_tokens
-from lmq_tasks.measure import grids_by_layer
-from lmq_tasks.inputs import materialized, open_model
 from lmq_tasks.allocate import ALLOCATION_FILE, read_configurations
+from lmq_tasks.inputs import materialized, open_model
+from lmq_tasks.measure import grids_by_layer
+from lmq_tasks.sources import TOKENS_FILE
 from lmq_tasks.stage import Job, stage
 from lmq_tasks.states import HIDDEN_STATES_FILE
-from lmq_tasks.sources import TOKENS_FILE
 
 POLISHED_FILE = "polished.json"
 

@@ -198,7 +198,7 @@ class RunConfig(MeasurementRequest):
     def used_quantizers(self) -> tuple[dict[str, Any], ...]:
         """Every quantizer whose codes are looked at: that of the run first, if it is one of them."""
         used = [self.quantizer_of(item) for item in self.variants_of_strategies]
-        found = [*([self.quantizer] if self.measure.also or self.quantizer in used or not used else []), *used]
+        found = sorted(used, key=lambda each: each != self.quantizer) or [self.quantizer]
         return tuple(each for number, each in enumerate(found) if each not in found[:number])
 
     @model_validator(mode="after")

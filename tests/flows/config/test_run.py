@@ -45,7 +45,10 @@ def test_strategies_say_what_must_be_measured() -> None:
     config = parse_run_config(valid())
     assert config.needs == {"sensitivity"}
     assert config.needs_calibration
-    assert not parse_run_config(valid(strategies=["uniform", "mxq", "kurt-boost"])).needs_calibration
+    assert not parse_run_config(valid(strategies=["mxq", "kurt-boost"])).needs_calibration
+    uniform = valid(strategies=["uniform", "mxq"])
+    assert parse_run_config(uniform).needs_calibration  # its codes look at the text
+    assert not parse_run_config(uniform | {"measure": {"quantizer": "hqq"}}).needs_calibration
 
 
 def test_constraints_are_read_and_kept_as_plain_values() -> None:
