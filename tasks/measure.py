@@ -107,7 +107,7 @@ def measure_second_moments(job: Job) -> None:
     save_moments(job.output / MOMENTS_FILE, moments)
 
 
-@stage("grids", version=1, schema=FROBENIUS.schema.label)
+@stage("grids", version=2, schema=FROBENIUS.schema.label)
 def make_grids(job: Job) -> None:
     """Quantization grids of one layer for every configuration of the menu, and their Frobenius errors.
 

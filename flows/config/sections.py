@@ -91,7 +91,7 @@ class CalibrationConfig(TextConfig):
     """Tokens that activations and gradients are measured on."""
 
     part: Literal["all", "first", "second"] = "first"
-    sequences: int = Field(16, ge=1)
+    sequences: int = Field(32, ge=1)
     sequence_length: int = Field(512, ge=8)
     validation_sequences: int = Field(
         6, ge=1, description="More sequences of the same text, on which `auto` compares plans and nothing is measured"
@@ -150,7 +150,7 @@ class MeasureConfig(Section):
     )
     axis: Literal[0, 1] = Field(1, description="1: groups along in_features; 0: along out_features, as in the papers")
     label_draws: int = Field(
-        default=4, ge=1, description="Draws of labels per calibration sequence, for the sequence-wise Fisher cost"
+        default=2, ge=1, description="Draws of labels per calibration sequence, for fisher-gptq and loss-aware"
     )
     kl_specs: Menu | None = Field(
         None, description="Configurations whose divergence `kl` measures; default: one per bit width up to 4"
