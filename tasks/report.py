@@ -35,7 +35,7 @@ FIGURES_FOLDER = "figures"
 """Holds the report's figures as SVG."""
 
 
-@stage("report", version=11, schema="report/1")
+@stage("report", version=12, schema="report/1")
 def report(job: Job) -> None:
     """Write results.json, report.html with data and figures, summary.md, warnings.txt, allocations, model cards."""
     from lmq.report.page import build_report  # with matplotlib, which no other stage needs
