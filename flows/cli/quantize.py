@@ -34,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--effort",
         choices=_EFFORTS,
         default="normal",
-        help="quick: measured on 4 sequences and judged on 2,048 tokens; normal: 16 and 8,192; best: 32 and 16,384, "
-        "and plans are tried on the model itself (default: %(default)s)",
+        help="quick: measured on 8 sequences of 512 tokens and judged on 2,048 tokens; normal: 32 and 8,192; best: 32 "
+        "and 16,384, plans are tried on the model itself and the best is polished (default: %(default)s)",
     )
     parser.add_argument(
         "--yes", action="store_true", help=f"do not ask before what takes more than {_ASK_ABOVE_MINUTES} minutes"

@@ -32,7 +32,7 @@ from lmq_tasks.allocate import ALLOCATION_FILE, layer_file
 from lmq_tasks.polish import polished_grids_file
 
 FULL_PRECISION = "full-precision"
-_POLISH_STEPS_PER_NODE = 10
+POLISH_STEPS_PER_NODE = 10
 """What is lost at most when a run is stopped."""
 
 
@@ -234,8 +234,8 @@ class _ModelGraph(ModelNodes):
         chosen: dict[str, Input | list[Input]] = {"allocation": FileOf(allocation, ALLOCATION_FILE)}
         tokens, hidden = self._polish_text(polish)
         state: dict[str, Input | list[Input]] = {"grids": list(grids)}
-        for first in range(0, polish.steps, _POLISH_STEPS_PER_NODE):
-            last = min(first + _POLISH_STEPS_PER_NODE, polish.steps)
+        for first in range(0, polish.steps, POLISH_STEPS_PER_NODE):
+            last = min(first + POLISH_STEPS_PER_NODE, polish.steps)
             config = {"schedule": schedule, "first": first, "last": last}
             inputs = {**chosen, **state, "tokens": tokens, "hidden": hidden}
             node = self.add("polish", f"{what} steps {first + 1} to {last}", config, inputs, **own)

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 import torch
 
 from lmq.model.structure import ModelStructure
+from lmq.quantizers import CalibratedQuantizer, quantizer
 from lmq_flows.config.run import RunConfig
+from lmq_flows.graph.build import POLISH_STEPS_PER_NODE
 from lmq_flows.graph.explain import PlannedNode
 
 _FLOAT32_BYTES = 4
@@ -37,6 +39,9 @@ _BLOCK_RATES = {
     "quantize": (20.0, 0.0),
 }
 """Nanoseconds per weight of a block, picoseconds per weight and calibration token: with 12 configurations, 4 draws."""
+
+_CALIBRATED = 5.0
+"""How much longer `grids` take where the quantizer looks at the calibration text."""
 
 _DRAWN = ("sampled-backward", "sequence-fisher", "sampled-loss-gradient")
 _FOR_EVERY_CONFIGURATION = ("grids", "fisher", "sequence-fisher")
@@ -79,6 +84,10 @@ def _reference_seconds(stage: str, config: RunConfig, structure: ModelStructure)
     if stage in _BLOCK_RATES:
         per_weight, per_token = _BLOCK_RATES[stage]
         configurations = len(config.measure.menu) / 12 if stage in _FOR_EVERY_CONFIGURATION else 1.0
+        if stage == "grids" and any(
+            isinstance(quantizer(**each), CalibratedQuantizer) for each in config.used_quantizers
+        ):
+            per_weight *= _CALIBRATED
         block = structure.parameters / structure.layers
         return block * (1e-9 * per_weight * configurations + 1e-12 * per_token * tokens * draws)
     if stage in ("loss-gradient", "sampled-loss-gradient"):
@@ -86,6 +95,11 @@ def _reference_seconds(stage: str, config: RunConfig, structure: ModelStructure)
     if stage in ("reference", "evaluate"):
         windows = 1 + max(0, config.evaluation.tokens - config.evaluation.window) // config.evaluation.stride
         return 1e-12 * _MODEL_RATE * (structure.parameters + 2 * head) * windows * config.evaluation.window
+    if stage == "polish" and config.polish is not None:
+        seen = config.polish.sequences_per_step * config.calibration.sequence_length
+        there_and_back = 1e-12 * (2 * _BLOCK_RATES["forward"][1] + _BLOCK_RATES["backward"][1])
+        rounding = 2e-9 * _BLOCK_RATES["quantize"][0]
+        return POLISH_STEPS_PER_NODE * structure.parameters * (there_and_back * seen + rounding)
     if stage == "refine":
         validation = config.calibration.validation_sequences * config.calibration.sequence_length
         return _TRIALS * 1e-12 * _MODEL_RATE * (structure.parameters + head) * validation

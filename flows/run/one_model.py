@@ -26,19 +26,20 @@ from lmq_flows.run.prepare import check_directory
 @dataclass(frozen=True, kw_only=True)
 class Effort:
     """How much is measured for one checkpoint: on how many calibration sequences of 512 tokens, with how many draws of
-    labels each, and on how many tokens the result is judged.
+    labels each, in how many steps the result is polished, and on how many tokens it is judged.
     """
 
     strategy: str
     sequences: int
     label_draws: int
+    polish_steps: int
     evaluation_tokens: int
 
 
 EFFORTS = {
-    "quick": Effort(strategy="loss-aware", sequences=4, label_draws=2, evaluation_tokens=2048),
-    "normal": Effort(strategy="loss-aware", sequences=16, label_draws=4, evaluation_tokens=8192),
-    "best": Effort(strategy="auto", sequences=32, label_draws=4, evaluation_tokens=16384),
+    "quick": Effort(strategy="loss-aware", sequences=8, label_draws=1, polish_steps=0, evaluation_tokens=2048),
+    "normal": Effort(strategy="loss-aware", sequences=32, label_draws=2, polish_steps=0, evaluation_tokens=8192),
+    "best": Effort(strategy="auto", sequences=32, label_draws=4, polish_steps=60, evaluation_tokens=16384),
 }
 
 _SEQUENCE_LENGTH = 512
@@ -122,6 +123,7 @@ def prepare_goal(goal: Goal) -> PreparedGoal:
 
     Raises InputError for a model that is not there, and for a size below the smallest or not below the model's own.
     """
+    effort = EFFORTS[goal.effort]
     dtype = "float16" if goal.model.endswith(".gguf") else "exact"
     inspected = inspect_model(goal.model, goal.store, dtype)
     beside_bytes = _beside_bytes(inspected)
@@ -133,12 +135,13 @@ def prepare_goal(goal: Goal) -> PreparedGoal:
             "budgets": [_budget(goal, inspected.structure, sizes, beside_bytes)],
             "measure": {
                 "menu": [spec.name for spec in sizes.uniform_bytes],
-                "label_draws": EFFORTS[goal.effort].label_draws,
+                "label_draws": effort.label_draws,
             },
+            "polish": {"steps": effort.polish_steps} if effort.polish_steps else None,
             "store": goal.store,
             "runs_dir": goal.runs_dir,
             "runner": {"workers": 2, "threads_per_worker": max(1, (os.cpu_count() or 1) // 2)},
-            **_texts(EFFORTS[goal.effort], inspected.model_dir),
+            **_texts(effort, inspected.model_dir),
         }
     )
     return PreparedGoal(
