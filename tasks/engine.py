@@ -103,7 +103,7 @@ def _outcome(stage: Stage, item: JsonDict, *, again: bool) -> JsonDict:
 
 
 def _unexpected(error: Exception) -> str:
-    """Cause and next step of an error that is no message to a user."""
+    """Cause and next step of an error that is not a message to a user."""
     cause = str(error).strip().partition("\n")[0]
     where = traceback.extract_tb(error.__traceback__)[-1]
     return (

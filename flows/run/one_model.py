@@ -72,7 +72,7 @@ class Goal:
         if self.effort not in EFFORTS:
             raise unknown_name("effort", self.effort, EFFORTS)
         if self.size is not None and Budget.parse(self.size).size_bytes is None:
-            raise InputError(f"the size {self.size!r} is no number of bytes; write it as in 400MB, 1.2GB or 900MiB")
+            raise InputError(f"the size {self.size!r} is not a number of bytes; write it as in 400MB, 1.2GB or 900MiB")
         check_directory(self.directory.parent, "output")
         if self.directory.exists():
             raise InputError(f"{self.directory} exists already; remove it, or choose another place")

@@ -43,7 +43,7 @@ class DeviceLimit:
     def __post_init__(self) -> None:
         if not 0 <= self.first_layer <= self.last_layer:
             raise InputError(
-                f"layers {self.first_layer} to {self.last_layer} of a device limit are no range; "
+                f"layers {self.first_layer} to {self.last_layer} of a device limit are not a range; "
                 "count from 0 and give the first layer first"
             )
         if self.size_bytes <= 0:
@@ -300,8 +300,8 @@ def _mapping(name: str, value: Any, example: str) -> Mapping[Any, Any]:
 def _device_limit(layers: str, size: Any) -> DeviceLimit:
     match = re.fullmatch(r"(\d+)(?:\s*-\s*(\d+))?", layers.strip())
     if match is None:
-        raise InputError(f"{layers!r} are no layers of a device limit; write the first and the last as in '0-15'")
+        raise InputError(f"{layers!r} are not layers of a device limit; write the first and the last as in '0-15'")
     size_bytes = Budget.parse(str(size)).size_bytes
     if size_bytes is None:
-        raise InputError(f"device limit {size!r} of layers {layers} is no number of bytes; write it as in '80 MB'")
+        raise InputError(f"device limit {size!r} of layers {layers} is not a number of bytes; write it as in '80 MB'")
     return DeviceLimit(first_layer=int(match[1]), last_layer=int(match[2] or match[1]), size_bytes=size_bytes)

@@ -200,7 +200,7 @@ def check_feasible_program(sizes_bytes: ArrayLike, budget_bytes: int, constraint
 
 
 def check_budget(budget_bytes: int, sizes_bytes: np.ndarray, *, what: str = "the budget") -> None:
-    """Raise InfeasibleBudget if no allocation fits, InputError for a budget that is no number.
+    """Raise InfeasibleBudget if no allocation fits, InputError for a budget that is not a number.
 
     `sizes_bytes` are [modules, configurations].
     """

@@ -200,7 +200,9 @@ class Polish:
                     grid = TunedGrid(spec, (rows, columns), entry["axis"], codes, state)
                     found[ModuleId(**entry["module"])] = grid
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            raise DamagedFile(f"{path} is no readable state of polish: {error}; remove it, it is made again") from error
+            raise DamagedFile(
+                f"{path} is not a readable state of polish: {error}; remove it, it is made again"
+            ) from error
         return found
 
 

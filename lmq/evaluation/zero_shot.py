@@ -148,9 +148,9 @@ def _read_local(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise InputError(f"there is no task file {path}{nearest_sibling(path)}") from error
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is no task file that can be read: {error}") from error
+        raise InputError(f"{path} is not a task file that can be read: {error}") from error
     if not isinstance(config, dict) or not isinstance(config.get("task"), str):
-        raise InputError(f"{path} is no task of lm-eval: it has no key `task` with a name")
+        raise InputError(f"{path} is not a task of lm-eval: it has no key `task` with a name")
     options = config.get("dataset_kwargs") or {}
     if "data_files" in options:
         resolved = _beside(path, options["data_files"])

@@ -53,7 +53,7 @@ def forward_block(block: nn.Module, inputs: BlockInputs, hidden: Tensor, *, laye
 
 
 def _first_not_finite(block: nn.Module, inputs: BlockInputs, hidden: Tensor) -> str:
-    """Name of the first module in a block whose outputs are not finite; what is no module's is "own sums"."""
+    """Name of the first module in a block whose outputs are not finite; what belongs to no module is "own sums"."""
     found: list[str] = []
 
     def look(name: str, output: Any) -> None:

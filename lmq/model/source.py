@@ -193,7 +193,7 @@ def _download(source: ModelSource) -> Path:
         wanted = source.place if source.revision is None else f"{source.place}@{source.revision}"
         reason = str(error).strip().partition("\n")[0]
         raise InputError(
-            f"{wanted!r} is no local directory and could not be fetched from the hub ({reason}); "
+            f"{wanted!r} is not a local directory and could not be fetched from the hub ({reason}); "
             f"check the name and the network, or {_INSTEAD}"
         ) from error
     return Path(snapshot)

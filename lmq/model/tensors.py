@@ -51,13 +51,15 @@ def weight_files(model_dir: Path) -> tuple[Path, ...]:
 
 
 def _named_in_config(model_dir: Path) -> str | None:
-    """`transformers_weights` of config.json. Raises InputError for a name that is no file of the model."""
+    """`transformers_weights` of config.json. Raises InputError for a name that is not a file of the model."""
     try:
         name = json.loads((model_dir / "config.json").read_text("utf-8")).get("transformers_weights")
     except (OSError, ValueError, AttributeError, RecursionError):
         return None  # a configuration that cannot be read is refused where it is needed
     if name is not None and (not stays_inside(name) or not name.endswith((".safetensors", ".safetensors.index.json"))):
-        raise InputError(f"{model_dir}/config.json names {name!r} as its weights, which is no safetensors file of it")
+        raise InputError(
+            f"{model_dir}/config.json names {name!r} as its weights, which is not a safetensors file of it"
+        )
     return name
 
 
@@ -69,7 +71,7 @@ def _shards(model_dir: Path, index_name: str) -> tuple[Path, ...]:
         raise InputError(f"{index} is not an index of safetensors shards; download the model again") from error
     leaving = [name for name in shards if not stays_inside(name)]
     if leaving:
-        raise InputError(f"{index} names {leaving[0]!r}, which is no file of the model; download the model again")
+        raise InputError(f"{index} names {leaving[0]!r}, which is not a file of the model; download the model again")
     missing = [name for name in shards if not (model_dir / name).is_file()]
     if missing:
         raise InputError(f"{model_dir} lacks {len(missing)} of {len(shards)} shards ({missing[0]}, ...); download them")

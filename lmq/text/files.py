@@ -43,7 +43,7 @@ def read_text_file(
     """
     suffix, compression = text_format(path)
     if suffix not in (*_PLAIN, *_LINES, ".json", ".parquet"):
-        raise InputError(f"{str(path)!r} is no text that lmq reads; {instead}, or dataset:ORG/NAME")
+        raise InputError(f"{str(path)!r} is not a text file that lmq reads; {instead}, or dataset:ORG/NAME")
     if suffix == ".parquet":
         return _parquet_texts(path, column, tokenizer)
     text = _decoded(path, compression)

@@ -1,4 +1,4 @@
-"""Rows of tables and data sets as texts: what is no text is left out and counted, conversations are written out."""
+"""Rows of tables and data sets as texts: what is not text is left out and counted, conversations are written out."""
 
 from __future__ import annotations
 

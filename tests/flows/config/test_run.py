@@ -65,7 +65,7 @@ def test_constraints_are_read_and_kept_as_plain_values() -> None:
         ({"constraints": {"alik": ["qkv"]}}, "unknown key 'constraints.alik'; did you mean 'alike'?"),
         ({"constraints": {"alike": ["qvk"]}}, "did you mean 'qkv'"),
         ({"constraints": {"floor": {"*": "b4g65"}}}, "constraints.floor.*: group_size = 65 is not allowed"),
-        ({"constraints": {"device_limits": {"0-": "2 GB"}}}, "'0-' are no layers of a device limit"),
+        ({"constraints": {"device_limits": {"0-": "2 GB"}}}, "'0-' are not layers of a device limit"),
         (
             {"constraints": {"alike": ["qkv"]}},
             "strategy 'sensi-boost top_m=1' keeps no constraints; those that do: mxq, kurt-scaled",

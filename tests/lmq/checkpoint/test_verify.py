@@ -109,7 +109,7 @@ def test_missing_and_foreign_shards_are_named(checkpoint: Path) -> None:
     with pytest.raises(DamagedFile, match=f"{other} lacks the tensor {name}"):
         verify_checkpoint(checkpoint)
     index.write_text(json.dumps({**content, "weight_map": {**moved, name: "../elsewhere.safetensors"}}))
-    with pytest.raises(InputError, match=r"'../elsewhere.safetensors', which is no file of the model"):
+    with pytest.raises(InputError, match=r"'../elsewhere.safetensors', which is not a file of the model"):
         verify_checkpoint(checkpoint)
     index.write_text(json.dumps(content))
     (checkpoint / shard).unlink()

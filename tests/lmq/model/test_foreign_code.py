@@ -113,7 +113,7 @@ def test_every_call_of_transformers_says_that_foreign_code_is_not_run():
 def test_an_index_of_shards_cannot_point_out_of_the_model(model, shard):
     (model / "model.safetensors").unlink()
     (model / INDEX_FILE).write_text(json.dumps({"weight_map": {"x": shard}}))
-    with pytest.raises(InputError, match="which is no file of the model"):
+    with pytest.raises(InputError, match="which is not a file of the model"):
         weight_files(model)
 
 

@@ -90,7 +90,7 @@ def test_the_seed_decides_the_part() -> None:
         ("column.jsonl", b'{"body": "a", "id": 1}', "all", r"no column 'text' \(it has: body, id\)"),
         ("list.jsonl", b"[1]", "all", r"list\.jsonl holds no text \(1 list\)"),
         ("broken.parquet", b"PAR1", "all", "is not a readable Parquet file"),
-        ("text.pdf", b"%PDF", "all", "is no text that lmq reads; pass a .txt, .jsonl or .parquet file"),
+        ("text.pdf", b"%PDF", "all", "is not a text file that lmq reads; pass a .txt, .jsonl or .parquet file"),
     ],
 )
 def test_files_that_are_no_text_are_refused(file: str, content: bytes, part: str, message: str, tmp_path: Path) -> None:
