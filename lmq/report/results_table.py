@@ -31,7 +31,7 @@ def results_table(results: Sequence[VariantResult]) -> tuple[list[str], list[lis
 
 def is_number_column(header: str) -> bool:
     """Whether a column of `results_table` holds numbers, to be aligned at the right."""
-    return header not in ("Model", "Strategy", "Budget", "Windows", "Note")
+    return header not in ("Model", "Strategy", "Quantizer", "Budget", "Windows", "Note")
 
 
 def markdown_table(results: Sequence[VariantResult]) -> str:
