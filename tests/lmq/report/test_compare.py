@@ -108,7 +108,7 @@ def test_nothing_measured_is_said(tmp_path: Path) -> None:
 def test_a_latex_table_escapes_what_latex_would_read() -> None:
     table = latex_table([FULL, replace(variant("mxq", "uniform b4g64 +2%", 35.0), model="a_b", perplexity_stderr=0.41)])
     assert table.startswith("\\begin{tabular}{lll")
-    assert "a\\_b & mxq & uniform b4g64 +2\\%" in table
+    assert "a\\_b & mxq & -- & uniform b4g64 +2\\%" in table
     assert "35.00 $\\pm$ 0.41" in table
     assert table.count(r"\\") == 3
 
