@@ -33,7 +33,7 @@ _ZERO_RATE = 8.0
 _WARM_STEPS = 5
 _BETAS = (0.9, 0.95)
 _TINY = 1e-12
-_METADATA_KEY = "lmq.polish"
+_METADATA_KEY = "lmq-polish"
 _STATE = ("scale", "zero", "scale_mean", "scale_square", "zero_mean", "zero_square")
 
 

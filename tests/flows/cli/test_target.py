@@ -41,10 +41,10 @@ def test_checkpoints_of_a_run_with_a_target_are_exported_without_loss(
 def test_the_target_adds_its_constraints_and_whole_zeros() -> None:
     config = parse_run_config(valid(strategies=STRATEGIES, target="vllm", constraints={"alike": ["qkv"]}))
     assert config.kept_constraints.plain == {"alike": ["qkv", "gate-up"]}
-    assert config.quantizer == {"name": "hqq", "axis": 1, "integer_zeros": True}
+    assert config.quantizer == {"name": "fisher-gptq", "axis": 1, "integer_zeros": True}
     plain = parse_run_config(valid())
     assert plain.kept_constraints == plain.constraints
-    assert plain.quantizer == {"name": "hqq", "axis": 1}
+    assert plain.quantizer == {"name": "fisher-gptq", "axis": 1}
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_the_target_adds_its_constraints_and_whole_zeros() -> None:
         ({"measure": {"axis": 0}}, "target 'vllm' takes groups along in_features; set measure.axis to 1"),
         (
             {"measure": {"quantizer": "hqq-package"}},
-            "takes whole zeros, which measure.quantizer = 'hqq-package' does not fit; "
+            "takes whole zeros, which quantizer 'hqq-package' does not fit; "
             "those that do: hqq, hqq-default, rtn, weighted, gptq, fisher-gptq",
         ),
     ],

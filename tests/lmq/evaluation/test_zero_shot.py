@@ -110,7 +110,7 @@ def test_the_files_of_a_local_task(words: Path) -> None:
         ("3", "has no key `task`"),
         ("task: [1]", "has no key `task`"),
         ("task: x\ndataset_kwargs: {data_files: word.jsonl}", r"word\.jsonl, which does not exist; did you mean"),
-        ("task: x\ndoc_to_text: !function utils.f", "no task file that can be read"),
+        ("task: x\ndoc_to_text: !function utils.f", "not a task file that can be read"),
     ],
 )
 def test_a_file_that_is_no_task_is_refused(words: Path, text: str, message: str) -> None:

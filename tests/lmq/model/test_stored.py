@@ -147,7 +147,8 @@ def test_a_matrix_that_is_joined_from_stored_ones_is_read_but_not_quantized(
     change_tensors(tmp_path, split)
     joined = WeightConverter([f".{part}.weight" for part in stored_names], f".{name}.weight", [Concatenate(dim=0)])
     monkeypatch.setattr(
-        "lmq.model.stored.get_model_conversion_mapping", lambda model: [*get_model_conversion_mapping(model), joined]
+        "transformers.conversion_mapping.get_model_conversion_mapping",
+        lambda model: [*get_model_conversion_mapping(model), joined],
     )
     values = read_stored_model(tmp_path).read(own_names)
     assert all(torch.equal(values[own], model.state_dict()[own]) for own in own_names)
