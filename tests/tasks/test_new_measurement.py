@@ -68,7 +68,8 @@ from lmq_tasks.stage import open_store
 model, place = sys.argv[1:]
 config = parse_run_config({
     "name": "toy", "models": [{"name": "tiny", "source": model}], "strategies": ["uniform"],
-    "budgets": ["uniform b4g64"], "measure": {"menu": ["b3g64", "b4g64"], "quantizer": "hqq", "also": ["largest_error"]},
+    "budgets": ["uniform b4g64"],
+    "measure": {"menu": ["b3g64", "b4g64"], "quantizer": "hqq", "also": ["largest_error"]},
     "evaluation": {"tokens": 64, "window": 32, "stride": 16}, "store": place + "/store",
 })
 models, texts = ready_models(config)

@@ -201,7 +201,7 @@ def test_constraints_that_cannot_be_kept_are_named(constraints, message):
         (lambda: Constraints(most_configurations=0), "most_configurations = 0 is not positive"),
         (lambda: Constraints(alike=("qvk",)), "did you mean 'qkv'"),
         (lambda: Constraints(alike=(("mlp.up_proj",),)), "fewer than two kinds"),
-        (lambda: DeviceLimit(first_layer=3, last_layer=2, size_bytes=9), "layers 3 to 2 of a device limit are not a ran"),
+        (lambda: DeviceLimit(first_layer=3, last_layer=2, size_bytes=9), "3 to 2 of a device limit are not a ran"),
         (lambda: DeviceLimit(first_layer=0, last_layer=2, size_bytes=0), "0 bytes for layers 0 to 2 is not positive"),
         (lambda: parse_constraints({"alik": []}), "did you mean 'alike'"),
         (lambda: parse_constraints({"alike": "qkv"}), "alike = 'qkv' must be a list"),
