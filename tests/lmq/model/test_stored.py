@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -147,7 +148,8 @@ def test_a_matrix_that_is_joined_from_stored_ones_is_read_but_not_quantized(
     change_tensors(tmp_path, split)
     joined = WeightConverter([f".{part}.weight" for part in stored_names], f".{name}.weight", [Concatenate(dim=0)])
     monkeypatch.setattr(
-        "transformers.conversion_mapping.get_model_conversion_mapping",
+        sys.modules["transformers.conversion_mapping"],
+        "get_model_conversion_mapping",
         lambda model: [*get_model_conversion_mapping(model), joined],
     )
     values = read_stored_model(tmp_path).read(own_names)
