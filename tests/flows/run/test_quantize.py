@@ -153,8 +153,11 @@ def test_layers_share_a_row_and_what_is_cached_is_one_row_per_stage_and_variant(
             CAPTURE | {"outliers", "allocate", "quantize", "checkpoint", "evaluate", "report"},
         ),
         (
-            {"measure__quantizer": "rtn"},  # of uniform and loss-aware: the papers' strategies keep hqq
-            {"grids", "sequence-fisher", "allocate", "quantize", "checkpoint", "evaluate", "report"},
+            {"quantizers": ["rtn"]},
+            {
+                *("grids", "sensitivity", "sequence-fisher", "outliers"),
+                *("allocate", "quantize", "checkpoint", "evaluate", "report"),
+            },
         ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
