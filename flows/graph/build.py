@@ -174,17 +174,21 @@ class _ModelGraph(ModelNodes):
         settings, captured, needs = self._settings(), self._captured, self._config.needs_with(quantizer)
         also = {QuantSpec.parse(settings["spec"])} if SENSITIVITY.name in needs else set()
         specs = sorted({*self.model.menu, *also}, key=lambda spec: spec.bits_per_weight)
-        grids = self.grids(specs, quantizer, captured)
+        what = quantizer["name"] if len(self._config.used_quantizers) > 1 else ""
+        grids = self.grids(specs, quantizer, captured, what)
         measured = MeasuredModel(tables={FROBENIUS.name: grids})
         for name, measurement in MEASUREMENTS.items():
-            if name in needs and name not in measured.tables:
-                nodes = self._of_any_codes.get(name) or self.measurement(measurement, settings, grids, captured)
-                measured.tables[name] = nodes
-                if Need.GRIDS not in measurement.needs and measurement is not DELTA_LOSS:
-                    self._of_any_codes[name] = nodes
+            if name not in needs or name in measured.tables:
+                continue
+            if Need.GRIDS in measurement.needs or measurement is DELTA_LOSS:
+                measured.tables[name] = self.measurement(measurement, settings, grids, captured, what)
+            else:
+                if name not in self._of_any_codes:
+                    self._of_any_codes[name] = self.measurement(measurement, settings, grids, captured)
+                measured.tables[name] = self._of_any_codes[name]
         profiles = {name: measured.tables[name] for name in PROFILES if name in measured.tables}
         if profiles:
-            measured.outliers = self.add("outliers", "", {}, profiles)
+            measured.outliers = self.add("outliers", what, {}, profiles)
         if TRIALS in needs:
             validation = self._validation_tokens()
             measured.trials = {

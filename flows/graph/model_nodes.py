@@ -66,9 +66,9 @@ class ModelNodes:
         return self.add(stage, what, {"layer": layer, **config}, inputs, layer=layer, **options)
 
     def per_layer(
-        self, stage: str, config: dict[str, Any], expected_bytes: int | None = None, **inputs: Any
+        self, stage: str, config: dict[str, Any], expected_bytes: int | None = None, what: str = "", **inputs: Any
     ) -> list[Node]:
-        """A node for every layer; `inputs` are lists with one item per layer."""
+        """A node for every layer, labelled `what`; `inputs` are lists with one item per layer."""
         return [
             self.add_layer(
                 stage,
@@ -76,6 +76,7 @@ class ModelNodes:
                 config,
                 {name: nodes[layer] for name, nodes in inputs.items()},
                 expected_bytes=expected_bytes,
+                what=what,
             )
             for layer in range(self.model.structure.layers)
         ]
@@ -88,47 +89,50 @@ class ModelNodes:
         return self.add(stage, what, config, {}, site=site, expected_bytes=12 * sizes["tokens"], here=True)
 
     def grids(
-        self, specs: Sequence[QuantSpec], quantizer: dict[str, Any], captured: CapturedText | None = None
+        self,
+        specs: Sequence[QuantSpec],
+        quantizer: dict[str, Any],
+        captured: CapturedText | None = None,
+        what: str = "",
     ) -> list[Node]:
-        """Grids of every layer for these configurations, with their Frobenius errors.
+        """Grids of every layer for these configurations, with their Frobenius errors; labelled `what`.
 
         Calibrated quantizers look at what was `captured`. Raises InputError where nothing is.
         """
         config = {"menu": [spec.name for spec in specs], "quantizer": quantizer}
         chosen = quantizer_named(**quantizer)
         if not isinstance(chosen, CalibratedQuantizer):
-            return self.per_layer("grids", config, self._grid_bytes(specs, coded=False))
+            return self.per_layer("grids", config, self._grid_bytes(specs, coded=False), what)
         if captured is None:
             raise InputError(f"quantizer {chosen.name!r} needs a calibration text here; take hqq or rtn")
-        moments = self._second_moments(captured, fisher_weighted=chosen.fisher_weighted)
+        moments = captured.second_moments(fisher_weighted=chosen.fisher_weighted)
         expected = self._grid_bytes(specs, coded=isinstance(chosen, ErrorFeedback))
-        return self.per_layer("grids", config, expected, moments=moments)
-
-    def _second_moments(self, captured: CapturedText, *, fisher_weighted: bool) -> list[Node]:
-        """Second moments of every module's inputs, weighted by the gradients of drawn labels or plain."""
-        inputs = {Need.STATES.value: captured.entering}
-        if fisher_weighted:
-            inputs[Need.DRAWN_GRADIENTS.value] = captured.drawn_gradients
-        modules = self.model.structure.in_layer(0)
-        expected = sum(triangle_bytes(module.in_features) for module in modules)
-        return self.per_layer("second-moments", {}, expected, **inputs)
+        return self.per_layer("grids", config, expected, what, moments=moments)
 
     def measurement(
-        self, measurement: Measurement, settings: Mapping[str, Any], grids: list[Node], captured: CapturedText
+        self,
+        measurement: Measurement,
+        settings: Mapping[str, Any],
+        grids: list[Node],
+        captured: CapturedText,
+        what: str = "",
     ) -> list[Node]:
-        """A measurement of every layer; `delta_loss`, which runs through the whole model, of every configuration."""
+        """A measurement of every layer, labelled `what`.
+
+        `delta_loss`, which runs through the whole model, has a node per configuration instead.
+        """
         if measurement is DELTA_LOSS:
-            return self.delta_loss(settings["menu"], grids, captured.tokens)
+            return self.delta_loss(settings["menu"], grids, captured.tokens, what)
         config = {name: settings[name] for name in measurement.settings}
         inputs: dict[str, Any] = {
             need.value: grids if need is Need.GRIDS else captured.by_layer(need) for need in measurement.needs
         }
-        return self.per_layer(measurement.stage, config, **dict(sorted(inputs.items())))
+        return self.per_layer(measurement.stage, config, None, what, **dict(sorted(inputs.items())))
 
-    def delta_loss(self, specs: Sequence[str], grids: list[Node], tokens: Node) -> list[Node]:
-        """Delta loss of every module, one node per configuration."""
+    def delta_loss(self, specs: Sequence[str], grids: list[Node], tokens: Node, what: str = "") -> list[Node]:
+        """Delta loss of every module, one node per configuration, labelled `what` and the configuration."""
         inputs = {"grids": list(grids), "tokens": tokens}
-        return [self.add("delta-loss", spec, {"spec": spec}, inputs) for spec in specs]
+        return [self.add("delta-loss", f"{what} {spec}".strip(), {"spec": spec}, inputs) for spec in specs]
 
     def _grid_bytes(self, specs: Sequence[QuantSpec], *, coded: bool) -> int:
         """Bytes of the grids of one layer: all that a stored matrix has, its codes only where `coded`."""
@@ -149,6 +153,7 @@ class CapturedText:
         self._calibration = calibration
         self._draws = draws
         self._layers = nodes.model.structure.layers
+        self._moments: dict[str, list[Node]] = {}
 
     def by_layer(self, need: Need) -> list[Node]:
         """What a measurement needs of every layer."""
@@ -208,6 +213,21 @@ class CapturedText:
         keep = self._draws * (self.last.expected_bytes or 0)
         gradient = self._nodes.add("sampled-loss-gradient", "", config, {"hidden": self.last}, expected_bytes=keep)
         return self._backward("sampled-backward", gradient)
+
+    def second_moments(self, *, fisher_weighted: bool) -> list[Node]:
+        """Second moments of every module's inputs, weighted by the gradients of drawn labels or plain.
+
+        Quantizers that look at the same ones share them.
+        """
+        what = "Fisher-weighted" if fisher_weighted else "plain"
+        if what not in self._moments:
+            inputs = {Need.STATES.value: self.entering}
+            if fisher_weighted:
+                inputs[Need.DRAWN_GRADIENTS.value] = self.drawn_gradients
+            modules = self._nodes.model.structure.in_layer(0)
+            expected = sum(triangle_bytes(module.in_features) for module in modules)
+            self._moments[what] = self._nodes.per_layer("second-moments", {}, expected, what, **inputs)
+        return self._moments[what]
 
     def _backward(self, stage: str, gradient: Node) -> list[Node]:
         """Gradient at every block's output, from the one at the last block's."""

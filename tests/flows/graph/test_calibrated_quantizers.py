@@ -121,6 +121,17 @@ def test_what_no_codes_go_into_is_measured_once(tiny_qwen: Path, tmp_path: Path)
         assert layers == [name] * 4
 
 
+def test_what_is_made_of_several_quantizers_is_told_apart(tiny_qwen: Path, tmp_path: Path) -> None:
+    quantizers = ["hqq", "gptq", "weighted", "fisher-gptq"]
+    tried = {"strategies": ["sensi-boost", "kurt-boost", "loss-aware"], "quantizers": quantizers}
+    graph, _ = _graph(tiny_config(tiny_qwen, tmp_path, **tried))
+    names = [(node.stage.name, node.label) for node in graph]
+    assert len(set(names)) == len(names)
+    stages = [stage for stage, _ in names]
+    assert stages.count("second-moments") == 8  # plain, and the weighted ones that two of them share
+    assert ("grids", "tiny gptq layer 0") in names
+
+
 @pytest.mark.slow
 def test_polished_grids_are_stored_where_they_help(tiny_qwen: Path, tmp_path: Path) -> None:
     config = tiny_config(
