@@ -73,7 +73,7 @@ def _table(directory: Path, options: argparse.Namespace) -> None:
     model = StreamedModel.open(directory, discover(directory), device=options.device)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     bos = tokenizer.bos_token_id if options.bos else None
-    to_polish_on = options.polish * PolishSchedule.sequences
+    to_polish_on = options.polish * PolishSchedule.sequences_per_step
     read = _read(tokenizer, options.calibration, options.sequences + to_polish_on, SEQUENCE_LENGTH, bos)
     tokens, further = read[: options.sequences], read[options.sequences :]
     judge = _Judge.of(model, _read(tokenizer, options.evaluation, options.windows, WINDOW, bos))

@@ -36,10 +36,11 @@ def last_states(job: Job) -> None:
 @stage("polish", version=1, schema="polish/1")
 def polish(job: Job) -> None:
     """Some steps of polish: from the measured grids, or from the state that earlier steps left."""
-    tuning = Polish(open_model(job), _allocation(job), job.output, _schedule(job))
+    model = open_model(job)
+    tuning = Polish(model, _allocation(job), job.output, _schedule(job))
     if job.has("state"):
-        for path in materialized(job, "state").glob(polish_file("*")):
-            shutil.copyfile(path, job.output / path.name)
+        for layer in range(model.structure.layers):
+            shutil.copyfile(job.input("state", polish_file(layer)), job.output / polish_file(layer))
     else:
         tuning.start(grids_by_layer(job))
     tokens = read_tokens(job.input("tokens", TOKENS_FILE))

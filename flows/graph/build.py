@@ -231,7 +231,7 @@ class _ModelGraph(ModelNodes):
         """The grids of an allocation, polished some steps a node, so that a run that was stopped goes on between."""
         schedule = {
             "steps": polish.steps,
-            "sequences": polish.sequences_per_step,
+            "sequences_per_step": polish.sequences_per_step,
             "rate": polish.rate,
             "integer_zeros": integer_zeros,
         }

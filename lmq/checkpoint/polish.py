@@ -39,19 +39,21 @@ _STATE = ("scale", "zero", "scale_mean", "scale_square", "zero_mean", "zero_squa
 
 @dataclass(frozen=True, kw_only=True)
 class PolishSchedule:
-    """`steps` in all, of `sequences` each; `rate` is the largest step of a scale, as a share of the median scale.
+    """`steps` in all, of `sequences_per_step` each; `rate` is the largest step of a scale, as a share of the median scale.
 
     With `integer_zeros` zeros stay as they are.
     """
 
     steps: int = 60
-    sequences: int = 2
+    sequences_per_step: int = 2
     rate: float = 0.001
     integer_zeros: bool = False
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.sequences < 1:
-            raise InputError(f"steps = {self.steps} and sequences = {self.sequences} of polish must be 1 or more")
+        if self.steps < 1 or self.sequences_per_step < 1:
+            raise InputError(
+                f"steps = {self.steps} and sequences_per_step = {self.sequences_per_step} of polish must be 1 or more"
+            )
         if not 0 < self.rate < 1:
             raise InputError(f"rate = {self.rate} of polish is not allowed; give a share of a scale, such as 0.001")
 
@@ -60,8 +62,8 @@ class PolishSchedule:
         return self.rate * min(1.0, (step + 1) / _WARM_STEPS) * 0.5 * (1 + math.cos(math.pi * step / self.steps))
 
     def sequences_of(self, step: int, available: int) -> Tensor:
-        """Which of `available` sequences a step sees, int64 [sequences]: all of them in turn."""
-        return torch.arange(step * self.sequences, (step + 1) * self.sequences) % available
+        """Which of `available` sequences a step sees, int64 [sequences_per_step]: all of them in turn."""
+        return torch.arange(step * self.sequences_per_step, (step + 1) * self.sequences_per_step) % available
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,6 +208,6 @@ class Polish:
         return found
 
 
-def polish_file(layer: int | str) -> str:
-    """Name of the file with the state of a layer; of all layers as a pattern for `*`."""
-    return f"polish-{layer:03d}.safetensors" if isinstance(layer, int) else f"polish-{layer}.safetensors"
+def polish_file(layer: int) -> str:
+    """Name of the file with the state of a layer."""
+    return f"polish-{layer:03d}.safetensors"

@@ -62,7 +62,7 @@ def test_one_step_is_that_of_autograd_and_of_adam(
     model: StreamedModel, grids: Grids, tokens: Tensor, tiny_llama: Path, tmp_path: Path
 ) -> None:
     """The whole model in memory, weights made of scales and zeros by plain operations."""
-    schedule = PolishSchedule(steps=10, sequences=8, rate=0.004)
+    schedule = PolishSchedule(steps=10, sequences_per_step=8, rate=0.004)
     reference_model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
     full = reference_model(input_ids=tokens).logits[:, :-1].log_softmax(-1).detach()
     scales, zeros = {}, {}
@@ -105,7 +105,7 @@ def test_divergence_falls_and_stays_down_when_stored(
     model: StreamedModel, grids: Grids, tokens: Tensor, tmp_path: Path
 ) -> None:
     reference = QuantizedPoint(model, lambda _: {}).last_states(tokens)
-    polish = Polish(model, _allocation(model), tmp_path, PolishSchedule(steps=30, sequences=4, rate=0.01))
+    polish = Polish(model, _allocation(model), tmp_path, PolishSchedule(steps=30, sequences_per_step=4, rate=0.01))
     polish.start(grids.__getitem__)
     before = _divergence(model, grids.__getitem__, tokens, reference)
     assert _divergence(model, polish._tuned, tokens, reference) == pytest.approx(before, rel=1e-6)
@@ -127,7 +127,7 @@ def test_steps_in_two_parts_are_the_steps_in_one(
     model: StreamedModel, grids: Grids, tokens: Tensor, tmp_path: Path
 ) -> None:
     reference = QuantizedPoint(model, lambda _: {}).last_states(tokens)
-    schedule = PolishSchedule(steps=4, sequences=2)
+    schedule = PolishSchedule(steps=4, sequences_per_step=2)
     states = []
     for parts in ([(0, 4)], [(0, 1), (1, 4)]):
         folder = tmp_path / str(len(parts))
@@ -166,7 +166,7 @@ def test_whole_zeros_stay_whole() -> None:
 
 
 def test_sequences_take_turns_and_rates_end_at_zero() -> None:
-    schedule = PolishSchedule(steps=10, sequences=2)
+    schedule = PolishSchedule(steps=10, sequences_per_step=2)
     assert schedule.sequences_of(0, 5).tolist() == [0, 1]
     assert schedule.sequences_of(2, 5).tolist() == [4, 0]
     rates = [schedule.rate_at(step) for step in range(11)]
