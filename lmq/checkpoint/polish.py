@@ -39,9 +39,9 @@ _STATE = ("scale", "zero", "scale_mean", "scale_square", "zero_mean", "zero_squa
 
 @dataclass(frozen=True, kw_only=True)
 class PolishSchedule:
-    """`steps` in all, of `sequences_per_step` each; `rate` is the largest step of a scale, as a share of the median scale.
+    """`steps` in all, of `sequences_per_step` each; with `integer_zeros` zeros stay as they are.
 
-    With `integer_zeros` zeros stay as they are.
+    `rate` is the largest step of a scale, as a share of the median scale.
     """
 
     steps: int = 60
