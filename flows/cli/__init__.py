@@ -17,6 +17,7 @@ COMMANDS = {
     "inspect": "show what a model is made of and how large it is",
     "budget": "show which sizes a model can have, and what a budget means in bytes",
     "evaluate": "measure how good a checkpoint is, on a text and on tasks",
+    "compare": "put checkpoints side by side: perplexity, divergence from the first, size, memory and speed, samples",
     "report": "print a run's table; compare several runs",
     "verify": "check every byte of a checkpoint, and say what its bytes are",
     "export": "write a checkpoint in the format of another program, and check that it opens there as the same model",

@@ -19,10 +19,22 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `lmq evaluate`."""
-    default = EvaluationOptions()
     parser.add_argument(
         "checkpoint", type=Path, metavar="CHECKPOINT", help="directory of a checkpoint, or of an unquantized model"
     )
+    parser.add_argument(
+        "--reference",
+        type=Path,
+        metavar="MODEL",
+        help="directory of the unquantized model, to measure KL divergence and agreement against",
+    )
+    add_judging(parser)
+    parser.set_defaults(command=evaluate_command)
+
+
+def add_judging(parser: argparse.ArgumentParser) -> None:
+    """On what text and tasks models are judged, and whether memory and speed are measured."""
+    default = EvaluationOptions()
     parser.add_argument(
         "--text",
         default=default.source,
@@ -32,17 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_number(parser, "--tokens", default.tokens, "tokens of the text to use")
     add_number(parser, "--window", default.window, "tokens that the model sees at once")
     add_number(parser, "--stride", default.stride, "tokens scored in each window")
-    parser.add_argument(
-        "--reference",
-        type=Path,
-        metavar="MODEL",
-        help="directory of the unquantized model, to measure KL divergence and agreement against",
-    )
     add_list(parser, "--tasks", [], "zero-shot tasks of lm-eval, by name or as local .yaml files")
     parser.add_argument("--limit", type=at_least(1), help="questions per task (default: all)")
     parser.add_argument("--performance", action="store_true", help="also measure memory and speed on this machine")
     add_number(parser, "--threads", 1, "threads to measure speed with")
-    parser.set_defaults(command=evaluate_command)
 
 
 def evaluate_command(arguments: argparse.Namespace) -> int:
@@ -62,9 +67,9 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
         reference=arguments.reference,
     )
     _print_evaluation(evaluation)
-    scores = _task_scores(arguments.checkpoint, arguments.tasks, arguments.limit)
+    scores = task_scores(arguments.checkpoint, arguments.tasks, arguments.limit)
     for score in scores:
-        say(f"{score.task} {_score(score)}")
+        say(f"{score.task} {format_score(score)}")
     if arguments.performance:
         _print_performance(arguments.checkpoint, arguments.threads)
     return 1 if any(score.error for score in scores) else 0
@@ -86,7 +91,7 @@ def _print_evaluation(found: Evaluation) -> None:
         )
 
 
-def _task_scores(checkpoint: Path, tasks: Sequence[str], limit: int | None) -> list[TaskScore]:
+def task_scores(checkpoint: Path, tasks: Sequence[str], limit: int | None) -> list[TaskScore]:
     """Scores of every task; one that cannot be had has its reason in the place of a score."""
     if not tasks:
         return []
@@ -107,7 +112,8 @@ def _task_scores(checkpoint: Path, tasks: Sequence[str], limit: int | None) -> l
     return scores
 
 
-def _score(score: TaskScore) -> str:
+def format_score(score: TaskScore) -> str:
+    """`acc 61.2% ± 1.3% (n = 1838)`, or why there is none."""
     from lmq.report.results import format_percent
 
     if score.error is not None:

@@ -107,17 +107,40 @@ def evaluate_checkpoint(
     reference is another model; DamagedFile for a damaged checkpoint, LmqError for one that does not open,
     NotFiniteError for a model that breaks.
     """
-    method = quantization_method(path)
+    windows, seen = text_windows(path, text=text, column=column, tokens=tokens, window=window, stride=stride)
+    if reference is None:
+        return evaluate_windows(path, windows, seen)
+    require_same_model(path, reference, None)
+    return evaluate_windows(path, windows, seen, open_reference(reference, seen))
+
+
+def text_windows(
+    path: Path, *, text: str, column: str, tokens: int, window: int, stride: int
+) -> tuple[list[Window], Tensor]:
+    """Windows of a text in the tokens of a model directory, and what the model sees of each [windows, tokens].
+
+    Raises InputError when there is no such directory, text or window, or the model does not predict the next token.
+    """
+    quantization_method(path)
     require_language_model(path)
     tokenizer = load_tokenizer(path)
     stream = token_stream(documents(TextSource(source=text, column=column), tokenizer), tokenizer, tokens)
     windows = full_windows(len(stream), window, stride)
-    seen = window_tokens(stream, windows, text_prefix(tokenizer))
-    logits = None if reference is None else _reference(path, reference, seen)
-    if method is None and logits is None and (rows := _rows_by_block(path, windows, seen)) is not None:
-        return summarize(rows)
-    whole = _open_whole(path, seen)
-    return summarize(score_whole_model(whole, windows, seen, logits))
+    return windows, window_tokens(stream, windows, text_prefix(tokenizer))
+
+
+def evaluate_windows(
+    path: Path, windows: Sequence[Window], seen: Tensor, reference: ReferenceLogits | None = None
+) -> Evaluation:
+    """Perplexity of a model directory on windows of its tokens, and its divergence from the reference's logits.
+
+    Raises as `evaluate_checkpoint`.
+    """
+    if reference is None and quantization_method(path) is None:
+        rows = _rows_by_block(path, windows, seen)
+        if rows is not None:
+            return summarize(rows)
+    return summarize(score_whole_model(_open_whole(path, seen), windows, seen, reference))
 
 
 def require_language_model(path: Path) -> None:
@@ -164,14 +187,13 @@ def _open_whole(path: Path, seen: Tensor) -> PreTrainedModel:
     return opened
 
 
-def _reference(path: Path, reference: Path, seen: Tensor) -> ReferenceLogits:
-    """Full-precision logits of the reference: block by block where that can be done, else of the whole model."""
+def open_reference(reference: Path, seen: Tensor) -> ReferenceLogits:
+    """Logits of a model directory on windows of its tokens: block by block where it can, else of the whole model."""
     try:
         structure = discover(reference, weights_sha256="not needed")
         full = StreamedModel.open(reference, structure)
         states = last_states(full, seen)
     except UnsupportedModel:
-        require_same_model(path, reference, None)
         whole: Any = _open_whole(reference, seen)
 
         @functools.lru_cache(maxsize=1)
@@ -180,7 +202,6 @@ def _reference(path: Path, reference: Path, seen: Tensor) -> ReferenceLogits:
             return logits
 
         return lambda window, piece: of_window(window)[piece]
-    require_same_model(path, reference, structure)
     return reference_logits(full, states)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from lmq.evaluation.task_scores import main_score
 from lmq.report.results import (
@@ -37,7 +37,12 @@ def is_number_column(header: str) -> bool:
 def markdown_table(results: Sequence[VariantResult]) -> str:
     """The same table in Markdown."""
     headers, rows = results_table(results)
-    alignment = ["---:" if is_number_column(header) else ":---" for header in headers]
+    return markdown_rows(headers, rows, texts=[header for header in headers if not is_number_column(header)])
+
+
+def markdown_rows(headers: Sequence[str], rows: Sequence[Sequence[str]], *, texts: Collection[str]) -> str:
+    """A table in Markdown; the columns that are not `texts` are numbers, aligned at the right."""
+    alignment = [":---" if header in texts else "---:" for header in headers]
     cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in [headers, alignment, *cells]) + "\n"
 
