@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+
+gc.disable()  # until the tests are collected: a fifth of the imports' time goes into looking for garbage
+
 import os
 import pydoc_data.topics
 import warnings
@@ -53,6 +57,12 @@ TINY_SHAPE: dict[str, Any] = {
 
 
 torch.set_num_threads(1)  # as one worker of a run; tiny tensors gain nothing from more
+
+
+def pytest_collection_finish() -> None:
+    """From here on garbage is collected again, among what the tests make: modules are never garbage."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

@@ -16,14 +16,23 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+_FIRST_VALUES = {"normal_", "uniform_", "kaiming_uniform_"}
+"""Names of the functions, of `torch.nn.init` as of transformers, that draw a tensor's values."""
+
+
 class _EmptyWithoutMemory(TorchFunctionMode):
     """Inside it, in this thread, torch.empty (what layers make their weights with) takes no memory.
 
+    Nor do such weights take time: their first random values, which come to nothing, are not drawn.
     Tensors that are computed, such as the frequencies of rotary embeddings, stay real: they are in no checkpoint.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in _FIRST_VALUES:
+            tensor = args[0] if args else kwargs["tensor"]
+            if tensor.is_meta:
+                return tensor
         return func(*args, **{**kwargs, "device": "meta"} if func is torch.empty else kwargs)
 
 

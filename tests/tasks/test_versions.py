@@ -1,4 +1,5 @@
 import ast
+from functools import cache
 
 from lmq_tasks import STAGES, versions
 from lmq_tasks.stage import Stage
@@ -35,7 +36,7 @@ def changed_by(monkeypatch, module):
         return ast.Module([*tree.body, *ast.parse("def added(): return 1").body], []) if name == module else tree
 
     monkeypatch.setattr(versions, "_parse", parse_changed)
-    monkeypatch.setattr(versions, "_module_digest", versions._module_digest.__wrapped__)
+    monkeypatch.setattr(versions, "_module_digest", cache(versions._module_digest.__wrapped__))
     return {name for name, stage in STAGES.items() if versions.source_digest(stage) != before[name]}
 
 
