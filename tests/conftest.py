@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 
-gc.disable()  # until the tests are collected: a fifth of the imports' time goes into looking for garbage
+if gc.isenabled():  # until the tests are collected: a fifth of the imports' time goes into looking for garbage
+    gc.disable()
 
 import os
 import pydoc_data.topics
