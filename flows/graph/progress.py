@@ -1,17 +1,15 @@
-"""Progress of a run: which stage, how far, how long still; on the terminal and as Prefect progress artifacts."""
+"""Progress of a run: which stage, how far, how long still; of what was cached, and why the rest ran."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Protocol
-from uuid import UUID
 
-from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -24,9 +22,12 @@ from rich.progress import (
 )
 
 from lmq_flows.graph.direct import Outcome
+from lmq_flows.graph.explain import PlannedNode
 from lmq_flows.graph.node import Node
+from lmq_tasks.stage import open_store
 
 _LINE_EVERY_SECONDS = 10.0
+_FOLLOWS = "follows "
 
 
 class Reporter(Protocol):
@@ -47,8 +48,14 @@ class StageProgress:
     failed: int = 0
     started_s: float | None = None
     ended_s: float | None = None
-    latest: str = ""
-    """Label of the node that started last."""
+    made_s: float = 0.0
+    """Seconds that the nodes that ran took, added up."""
+    size_bytes: int = 0
+    """Bytes of the artifacts of nodes that are done."""
+    reason: str = ""
+    """Why a node has to run, of the first that has to."""
+    error: str = ""
+    """Message of the first node that failed."""
 
     @property
     def done(self) -> int:
@@ -80,17 +87,34 @@ class RunProgress:
         for name, total in Counter(node.stage.name for node in nodes).items():
             self.stages.setdefault(name, StageProgress(0)).total += total
 
+    def explain(self, planned: Sequence[PlannedNode]) -> None:
+        """Add planned nodes to what is to be done, and why: of a stage that only follows another, which one."""
+        self.expect(item.node for item in planned)
+        to_run = {item.node for item in planned if not item.cached}
+        for item in planned:
+            stage = self.stages[item.node.stage.name]
+            if item.cached or (stage.reason and not stage.reason.startswith(_FOLLOWS)):
+                continue
+            before = next((parent.stage.name for parent in item.node.parents if parent in to_run), None)
+            if before is None:
+                stage.reason = item.reason
+            elif before != item.node.stage.name:
+                stage.reason = stage.reason or f"{_FOLLOWS}{before}"
+
     def watch(self, node: Node, outcome: Outcome | None) -> None:
         """Take note of a node that starts (outcome None) or ends."""
         stage = self.stages[node.stage.name]
         if stage.started_s is None:
             stage.started_s = time.monotonic()
-        if outcome is None:
-            stage.latest = node.label
-        else:
+        if outcome is not None:
             stage.ran += outcome.state == "ran"
             stage.cached += outcome.state == "cached"
             stage.failed += outcome.state in ("failed", "not run")
+            stage.error = stage.error or outcome.error or ""
+            if outcome.ref is not None:
+                manifest = open_store(node.site.store_url).manifest(outcome.ref.stage, outcome.ref.key)
+                stage.size_bytes += manifest.size_bytes if manifest else 0
+                stage.made_s += (manifest.seconds or 0.0) if manifest and outcome.state == "ran" else 0.0
             if stage.done == stage.total:
                 stage.ended_s = time.monotonic()
         for reporter in self.reporters:
@@ -156,36 +180,6 @@ class TerminalReporter:
     def _print(self, stage: str, progress: StageProgress, text: str) -> None:
         note = f" ({_note(progress)})" if _note(progress) else ""
         self._console.print(f"{stage:<18} {progress.done}/{progress.total} {text}{note}", highlight=False)
-
-
-class ArtifactReporter:
-    """A Prefect progress artifact per stage that moves with every layer, so that the UI shows how far a run is."""
-
-    def __init__(self, at_most_every_s: float = 1.0) -> None:
-        self._at_most_every_s = at_most_every_s
-        self._artifacts: dict[str, UUID] = {}
-        self._shown_s: dict[str, float] = {}
-
-    def show(self, stage: str, progress: StageProgress) -> None:
-        """Create or move the stage's bar; fast stages not with every layer, to spare the server."""
-        now_s = time.monotonic()
-        percent = 100 * progress.done / max(progress.total, 1)
-        if stage not in self._artifacts:
-            made = create_progress_artifact(progress=percent, description=_sentence(stage, progress))
-            assert isinstance(made, UUID)
-            self._artifacts[stage] = made
-        elif progress.done == progress.total or now_s - self._shown_s[stage] >= self._at_most_every_s:
-            update_progress_artifact(self._artifacts[stage], percent, description=_sentence(stage, progress))
-        else:
-            return
-        self._shown_s[stage] = now_s
-
-
-def _sentence(stage: str, progress: StageProgress) -> str:
-    """`forward: 12 of 30 (3 cached), now demo layer 12`."""
-    note = f" ({_note(progress)})" if _note(progress) else ""
-    now = f", now {progress.latest}" if progress.latest and progress.done < progress.total else ""
-    return f"{stage}: {progress.done} of {progress.total}{note}{now}"
 
 
 def _note(progress: StageProgress) -> str:

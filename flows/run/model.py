@@ -28,10 +28,11 @@ from lmq_flows.graph.build import (
 from lmq_flows.graph.direct import Outcome
 from lmq_flows.graph.explain import PlannedNode, plan_graph
 from lmq_flows.graph.node import Graph, Node
-from lmq_flows.graph.progress import ArtifactReporter, RunProgress, TerminalReporter
+from lmq_flows.graph.progress import Reporter, RunProgress, TerminalReporter
 from lmq_flows.graph.walk import DamagedInput, execute
 from lmq_flows.run.find import find_model, share_models
 from lmq_flows.run.liveness import keeping, run_lease
+from lmq_flows.run.overview import current_overview
 from lmq_flows.run.prepare import (
     absolute_store_url,
     check_context_of,
@@ -135,11 +136,21 @@ def heal_damage(walk: Callable[[], T]) -> T:
     raise AssertionError
 
 
-def execute_with_progress(graph: Graph, config: RunConfig) -> dict[Node, Outcome]:
-    """Run a graph's nodes in the current flow run, shown on the terminal and in the UI."""
+def execute_with_progress(
+    graph: Graph, config: RunConfig, model: str = "", planned: Sequence[PlannedNode] | None = None
+) -> dict[Node, Outcome]:
+    """Run a graph's nodes, those of one model, in the current flow run, shown on the terminal and in the UI.
+
+    `planned` is what `plan_graph` says of the graph, where that is known.
+    """
+    overview = current_overview()
     with run_lease(config.store, config.name) as lease, TerminalReporter(Console()) as terminal:
-        progress = RunProgress([terminal, ArtifactReporter()])
-        progress.expect(graph)
+        reporters: list[Reporter] = [terminal]
+        progress = RunProgress(reporters)
+        progress.explain(plan_graph(graph) if planned is None else planned)
+        if overview is not None:
+            overview.follow(model, progress.stages)
+            reporters.append(overview)
         runner = config.runner
         return execute(
             graph,
@@ -161,7 +172,7 @@ def _walk(config: RunConfig, model_config: ModelConfig) -> ModelOutcome:
     with run_lease(config.store, config.name) as lease:
         lease.use(item.uri for item in planned if item.uri is not None)
     _check_disk_space(absolute_store_url(config.store), planned)
-    outcomes = execute_with_progress(graph, config)
+    outcomes = execute_with_progress(graph, config, model_config.name, planned)
     return ModelOutcome(
         name=model_config.name,
         variants=variants,
@@ -185,7 +196,7 @@ def _prepare(config: RunConfig, model: ModelConfig) -> tuple[PreparedModel, list
         with run_lease(config.store, config.name) as lease:
             lease.use([identified.shared.uri])
     graph, structures = preparation_graph(config, [identified])
-    outcomes = execute_with_progress(graph, config)
+    outcomes = execute_with_progress(graph, config, model.name)
     node = structures[model.name]
     ref = outcomes[node].ref
     if ref is None:

@@ -16,10 +16,11 @@ from lmq_flows.config.sections import ModelConfig
 from lmq_flows.graph.build import failed_variants
 from lmq_flows.run.liveness import mark_cut_off, run_lease, signs_of_life
 from lmq_flows.run.model import SOME_VARIANTS_FAILED, ModelOutcome, heal_damage, quantize_model, variants_made
+from lmq_flows.run.overview import overview_of
 from lmq_flows.run.prepare import absolute_store_url, failure_of_all, resolve_device
 from lmq_flows.run.report import make_report, write_results
 from lmq_flows.run.runners import check_runner, started_runner
-from lmq_flows.run.ui import publish_results
+from lmq_flows.run.ui import artifact_key, publish_results, summary
 from lmq_storage import StoreError
 from lmq_tasks.engine import GPU_LIMIT
 from lmq_tasks.stage import open_store
@@ -57,8 +58,10 @@ def quantize_to_the_end(config: RunConfig) -> State[Any]:
         get_run_logger().warning("run %r was cut off; its finished work is taken over", name)
     workspaces = open_store(absolute_store_url(config.store)).local_dir / "tmp"
     held = run_lease(config.store, config.name)
-    with signs_of_life(own, workspaces), held, started_runner(config.runner) as runner:
+    shown = overview_of(config.name, artifact_key(config.name))
+    with shown as overview, signs_of_life(own, workspaces), held, started_runner(config.runner) as runner:
         models = heal_damage(lambda: _models_and_report(config, runner))
+        overview.finish(f"Made {variants_made(models).partition(';')[0]}", summary(config.run_dir))
     message = f"{variants_made(models)}; report: {config.run_dir / 'report.html'}"
     if any(model.failures for model in models):
         return Failed(name=SOME_VARIANTS_FAILED, message=message)

@@ -9,7 +9,6 @@ from pathlib import Path
 from prefect.artifacts import (
     create_image_artifact,
     create_link_artifact,
-    create_markdown_artifact,
     create_table_artifact,
 )
 
@@ -21,24 +20,25 @@ from lmq_tasks.report import FIGURES_FOLDER
 
 def publish_results(run_dir: Path) -> None:
     """Put the run's table, pictures and report as artifacts on the flow run."""
-    key = _key(run_dir.name)
+    key = artifact_key(run_dir.name)
     headers, rows = results_table(read_results(run_dir / "results.json"))
     create_table_artifact(
         key=f"{key}-results", table=[dict(zip(headers, row, strict=True)) for row in rows], description="Variants"
     )
-    create_markdown_artifact(key=f"{key}-summary", markdown=summary(run_dir), description="Summary")
     create_link_artifact(key=f"{key}-report", link=(run_dir / "report.html").absolute().as_uri(), link_text="Report")
     for picture in sorted((run_dir / FIGURES_FOLDER).glob("*.svg")):
         data = base64.b64encode(picture.read_bytes()).decode()
         create_image_artifact(
-            key=f"{key}-{_key(picture.stem)}", image_url=f"data:image/svg+xml;base64,{data}", description=picture.stem
+            key=f"{key}-{artifact_key(picture.stem)}",
+            image_url=f"data:image/svg+xml;base64,{data}",
+            description=picture.stem,
         )
 
 
 def summary(run_dir: Path) -> str:
     """The end of a run in Markdown: the table, what could not be made and why, and where everything lies."""
     results = read_results(run_dir / "results.json")
-    parts = [f"# {run_dir.name}", (run_dir / "summary.md").read_text().strip()]
+    parts = ["## Results", (run_dir / "summary.md").read_text().strip()]
     failed = [f"- **{result.model} {result.label}**: {result.error}" for result in results if result.error]
     if failed:
         parts += ["## Not made", "\n".join(failed)]
@@ -52,6 +52,6 @@ def _link(path: Path) -> str:
     return f"- [{path.name}]({path.absolute().as_uri()}) `{path.absolute()}`"
 
 
-def _key(text: str) -> str:
-    """Artifact keys hold lower-case letters, digits and dashes only."""
+def artifact_key(text: str) -> str:
+    """A text as a key of an artifact, which holds lower-case letters, digits and dashes only."""
     return slug(text).replace(".", "-").replace("_", "-")

@@ -1,6 +1,5 @@
 import io
 import itertools
-import uuid
 
 import pytest
 from rich.console import Console
@@ -8,7 +7,7 @@ from rich.console import Console
 from lmq_flows.graph import progress as progress_module
 from lmq_flows.graph.direct import Outcome
 from lmq_flows.graph.node import Graph
-from lmq_flows.graph.progress import ArtifactReporter, RunProgress, StageProgress, TerminalReporter
+from lmq_flows.graph.progress import RunProgress, StageProgress, TerminalReporter
 from lmq_tasks.stage import Site, Stage
 
 
@@ -46,22 +45,6 @@ def test_lines_say_stage_count_and_what_was_cached(graph):
     assert "forward" in text
     assert "4/4" in text
     assert "1 cached, 2 failed" in text
-
-
-def test_the_bar_in_the_ui_moves_with_every_layer(graph, monkeypatch):
-    made, moved = [], []
-    identifier = uuid.uuid4()
-    monkeypatch.setattr(progress_module, "create_progress_artifact", lambda **said: made.append(said) or identifier)
-    monkeypatch.setattr(progress_module, "update_progress_artifact", lambda *said, **more: moved.append((*said, more)))
-    progress = RunProgress([ArtifactReporter(at_most_every_s=0)])
-    progress.expect(graph)
-    for node in graph:
-        progress.watch(node, None)
-        progress.watch(node, Outcome("ran"))
-    assert made == [{"progress": 0, "description": "forward: 0 of 4, now layer 0"}]
-    assert [percent for _, percent, _ in moved if percent] == [25, 25, 50, 50, 75, 75, 100]
-    assert moved[-2][2] == {"description": "forward: 3 of 4, now layer 3"}
-    assert moved[-1] == (identifier, 100, {"description": "forward: 4 of 4"})
 
 
 def test_stage_that_never_started_took_no_time():

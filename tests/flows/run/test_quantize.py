@@ -13,9 +13,9 @@ from prefect.client.orchestration import get_client
 import lmq
 from lmq.checkpoint.write import quantized_bytes
 from lmq.errors import InfeasibleBudget, InputError
-from lmq.report.results import read_results
+from lmq.report.results import format_bytes, read_results
 from lmq_flows.run.plan import check_run
-from lmq_flows.run.ui import _key
+from lmq_flows.run.ui import artifact_key
 from lmq_storage import ArtifactStore
 from lmq_storage.verify import verify
 from tests.flows.conftest import layers_of, promised, run_and_look, tiny_config
@@ -98,22 +98,53 @@ def test_every_checkpoint_has_a_card_that_tells_nothing_of_this_machine(finished
         assert str(config.run_dir) not in card
 
 
-def test_artifacts_are_on_the_flow_run(finished):
-    _, done, _ = finished
+def artifacts_of(done):
+    """Artifacts of the flow run of a run, and not of its models."""
     with get_client(sync_client=True) as client:
         artifacts = client.read_artifacts()
-    kinds = {item.type for item in artifacts if item.flow_run_id == done.state.state_details.flow_run_id}
-    assert {"table", "markdown", "image", "progress"} <= kinds
+    return [item for item in artifacts if item.flow_run_id == done.state.state_details.flow_run_id]
+
+
+def overview_of(done):
+    """The artifact that is a run: its text, and the rows of its table of stages by stage."""
+    (artifact,) = [item for item in artifacts_of(done) if item.key == "tiny"]
+    table, _, _ = artifact.data.partition("## Results")
+    rows = [[cell.strip() for cell in line[2:-2].split(" | ")] for line in table.splitlines() if "| " in line]
+    return artifact.data, {row[0]: row[1:] for row in rows[2:]}
+
+
+def test_artifacts_are_on_the_flow_run(finished):
+    _, done, _ = finished
+    assert {item.type for item in artifacts_of(done)} == {"table", "markdown", "image"}
+
+
+def test_one_artifact_is_the_run(finished):
+    config, done, _ = finished
+    text, stages = overview_of(done)
+    assert stages.keys() == {stage for stage, _ in done.cached}
+    assert text.startswith("# tiny\n\n**Made 5 of 5 variants after ")
+    assert f"{len(stages)} of {len(stages)} stages done" in text
+    assert "loss-aware" in text.partition("## Results")[2]
+    manifests = list(ArtifactStore(config.store).manifests("grids"))
+    state, count, seconds, size, why = stages["grids"]
+    assert (state, count, why) == ("✓ ran", "4 of 4", "never made")
+    assert seconds == f"{sum(manifest.seconds for manifest in manifests):.1f}"
+    assert size == format_bytes(sum(manifest.size_bytes for manifest in manifests))
+    assert stages["sequence-fisher"][-1].startswith("follows ")
 
 
 def test_artifact_keys_are_what_prefect_allows():
-    assert _key("kurtosis-SmolLM2_135M-mlp.down_proj") == "kurtosis-smollm2-135m-mlp-down-proj"
+    assert artifact_key("kurtosis-SmolLM2_135M-mlp.down_proj") == "kurtosis-smollm2-135m-mlp-down-proj"
 
 
 def test_unchanged_run_is_cached_throughout(again):
     config = again()
     done = run_and_look(config)
     assert done.ran() == set()
+    text, stages = overview_of(done)
+    assert f"{len(stages)} of {len(stages)} stages done, {len(stages)} of them cached" in text
+    assert {row[0] for row in stages.values()} == {"✓ cached"}
+    assert {row[-1] for row in stages.values()} == {""}
     assert done.cached.keys() - {("report", "tiny")} == promised(config).keys()
 
 
@@ -168,6 +199,8 @@ def test_only_what_changed_runs_again_as_planned(again, changes, expected):
     done = run_and_look(config)
     assert done.state.is_completed(), done.state.message
     assert done.ran() == expected
+    _, stages = overview_of(done)
+    assert {name for name, row in stages.items() if row[0] == "✓ ran"} == expected
     wrong = {task for task, cached in plan.items() if done.cached[task] and not cached}
     assert {stage for stage, _ in wrong} <= {"quantize", "checkpoint", "evaluate", "outliers"}, "only equal content"
     assert not {task for task, cached in plan.items() if cached and not done.cached[task]}, "a promise was broken"
@@ -226,6 +259,10 @@ def test_budget_below_the_smallest_is_refused_before_measuring(server, tiny_qwen
     assert done.state.is_failed()
     error = done.state.result(raise_on_failure=False)
     assert "smallest feasible budget" in str(error)
+    text, stages = overview_of(done)
+    assert text.startswith("# tiny\n\n**Failed after ")
+    assert "smallest feasible budget" in text
+    assert stages.keys() == {"discover"}
     assert not MEASURING & {stage for stage, _ in done.cached}
 
 
@@ -247,6 +284,11 @@ def test_a_failed_variant_leaves_the_others(server, tiny_llama, tmp_path, monkey
     assert results["mxq"].perplexity is None
     assert results["uniform"].perplexity is not None
     assert "on strike" in (config.run_dir / "report.html").read_text()
+    text, stages = overview_of(done)
+    assert text.startswith("# tiny\n\n**Made 1 of 2 variants after ")
+    assert stages["allocate"][:2] == ["✗ failed", "2 of 2"]
+    assert stages["allocate"][-1].endswith("the solver is on strike")
+    assert stages["reference"][0] == "✓ ran"
 
 
 @pytest.mark.parametrize("name", ["tiny_gemma", "tiny_phi"])

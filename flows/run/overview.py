@@ -1,0 +1,169 @@
+"""The run in one table: which stages there are, what was cached, what ran and why, how long still.
+
+One Markdown artifact of Prefect, updated in place, and the same table on the terminal at the end.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from uuid import UUID
+
+import httpx
+from prefect import get_run_logger
+from prefect.artifacts import create_markdown_artifact
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import ArtifactUpdate
+from rich.console import Console
+from rich.table import Table
+
+from lmq.report.results import format_bytes
+from lmq.report.results_table import markdown_rows
+from lmq_flows.graph.progress import StageProgress
+
+_log = logging.getLogger(__name__)
+
+_HEADERS = ("Stage", "State", "Done", "Seconds", "Bytes", "Why")
+_TEXTS = ("Model", "Stage", "State", "Why")
+_SIGNS = {"waiting": "·", "running": "▶", "cached": "✓", "ran": "✓", "failed": "✗", "stopped": "✗"}
+_LONGEST_REASON = 100
+_WIDTH = 140
+
+
+class Overview:
+    """Follows the stages of a run, model by model, and shows them as an artifact of the flow run that it began in."""
+
+    def __init__(self, name: str, key: str, at_most_every_s: float = 2.0) -> None:
+        self._name = name
+        self._key = key
+        self._at_most_every_s = at_most_every_s
+        self._stages: dict[tuple[str, str], StageProgress] = {}
+        self._started_s = self._shown_s = time.monotonic()
+        self._end: str | None = None
+        self._results = ""
+        self._artifact: UUID | None = None
+        self._publish()
+
+    def follow(self, model: str, stages: Mapping[str, StageProgress]) -> None:
+        """Add stages that are to be done; those of a walk that begins anew take the place of the earlier ones."""
+        self._stages |= {(model, name): progress for name, progress in stages.items()}
+        self._publish()
+
+    def show(self, stage: str, progress: StageProgress) -> None:
+        """A node of a stage started or ended."""
+        if progress.done == progress.total or time.monotonic() - self._shown_s >= self._at_most_every_s:
+            self._publish()
+
+    def finish(self, end: str, results: str = "") -> None:
+        """Say how the run ended, with its results in Markdown."""
+        self._end, self._results = end, results
+        self._publish()
+
+    @property
+    def headline(self) -> str:
+        """`6 of 15 stages done, 4 of them cached; now evaluate (about 40 s left)`."""
+        states = [self._state(progress) for progress in self._stages.values()]
+        cached, done = states.count("cached"), len([state for state in states if state in ("cached", "ran", "failed")])
+        text = f"{done} of {len(states)} stages done" + (f", {cached} of them cached" if cached else "")
+        failed = states.count("failed")
+        text += f", {failed} with failures" if failed else ""
+        under_way = [
+            name + ("" if progress.remaining_s is None else f" (about {progress.remaining_s:.0f} s left)")
+            for (_, name), progress in self._stages.items()
+            if self._state(progress) == "running"
+        ]
+        return f"{text}; now {', '.join(under_way)}" if under_way else text
+
+    @property
+    def markdown(self) -> str:
+        """The whole artifact."""
+        state = f"{self._end or 'Running'} after {time.monotonic() - self._started_s:.0f} s"
+        headers, rows = self._table()
+        numbers = [[*row[:-1], row[-1].replace("_", "\\_")] for row in rows]
+        table = markdown_rows(headers, numbers, texts=_TEXTS) if rows else ""
+        at = datetime.now(UTC).strftime("%H:%M:%S UTC")
+        return f"# {self._name}\n\n**{state}** ({at}): {self.headline}\n\n{table}\n{self._results}"
+
+    def table(self) -> Table:
+        """The stages, for the terminal."""
+        headers, rows = self._table()
+        table = Table(title=f"{self._name}: {self.headline}", title_justify="left")
+        for header in headers:
+            table.add_column(header, justify="left" if header in _TEXTS else "right", overflow="fold")
+        for row in rows:
+            table.add_row(*row)
+        return table
+
+    def _table(self) -> tuple[list[str], list[list[str]]]:
+        several = len({model for model, _ in self._stages if model}) > 1
+        rows = [[*([model] if several else []), *self._row(name, it)] for (model, name), it in self._stages.items()]
+        return [*(["Model"] if several else []), *_HEADERS], rows
+
+    def _row(self, name: str, progress: StageProgress) -> list[str]:
+        state = self._state(progress)
+        why = progress.error or ("" if state == "cached" else progress.reason)
+        count = f"{progress.done} of {progress.total}"
+        if 0 < progress.cached < progress.total:
+            count += f", {progress.cached} cached"
+        return [
+            name,
+            f"{_SIGNS[state]} {state}",
+            count,
+            f"{progress.made_s:.1f}" if progress.ran else "–",
+            format_bytes(progress.size_bytes) if progress.ran or progress.cached else "–",
+            why if len(why) <= _LONGEST_REASON else f"{why[: _LONGEST_REASON - 1]}…",
+        ]
+
+    def _state(self, progress: StageProgress) -> str:
+        if progress.failed:
+            return "failed"
+        if progress.done == progress.total:
+            return "ran" if progress.ran else "cached"
+        if progress.started_s is None:
+            return "waiting"
+        return "running" if self._end is None else "stopped"
+
+    def _publish(self) -> None:
+        """Make or update the artifact. A server that does not answer stops no run."""
+        self._shown_s = time.monotonic()
+        try:
+            if self._artifact is None:
+                made = create_markdown_artifact(key=self._key, markdown=self.markdown, description=self.headline)
+                assert isinstance(made, UUID)
+                self._artifact = made
+                get_run_logger().info("stages and results: artifact %r, in the tab Artifacts", self._key)
+                return
+            with get_client(sync_client=True) as client:
+                client.update_artifact(self._artifact, ArtifactUpdate(data=self.markdown, description=self.headline))
+        except httpx.HTTPError as error:
+            _log.warning("the overview of the run was not updated: %s", error)
+
+
+_current: ContextVar[Overview | None] = ContextVar("lmq_overview", default=None)
+"""That of the run whose flows this thread is in; the flow run of a model is a child of the run's."""
+
+
+def current_overview() -> Overview | None:
+    """The overview of the run that this thread works for; None outside of one."""
+    return _current.get()
+
+
+@contextmanager
+def overview_of(name: str, key: str) -> Iterator[Overview]:
+    """The overview of a run while it is on; at the end, however it ends, its table is printed."""
+    overview = Overview(name, key)
+    token = _current.set(overview)
+    try:
+        yield overview
+    except BaseException as error:
+        overview.finish("Interrupted" if isinstance(error, KeyboardInterrupt) else "Failed", f"{error}")
+        raise
+    finally:
+        _current.reset(token)
+        console = Console() if sys.stdout.isatty() else Console(width=_WIDTH)
+        console.print(overview.table())
