@@ -27,6 +27,7 @@ COMMANDS = {
     "prune": "write a checkpoint without the least important layers, and say what that costs",
     "strategies": "list the strategies with their source",
     "store": "look after the artifact store",
+    "doctor": "look at this machine: versions that break, hardware, disks, server and hub, and what to do",
     "serve": "start a Prefect server with lmq's deployments and a worker, until Ctrl-C",
     "deploy": "put lmq's work pools and deployments on the Prefect server that PREFECT_API_URL names",
 }

@@ -77,5 +77,5 @@ def _differences(node: Node, digests: Mapping[str, Any], manifest: Manifest) -> 
 
 
 def _short(value: Any) -> str:
-    text = str(value)
+    text = " ".join(str(value).split())
     return text if len(text) <= 40 else text[:37] + "..."

@@ -46,6 +46,8 @@ class StageProgress:
     ran: int = 0
     cached: int = 0
     failed: int = 0
+    not_run: int = 0
+    """Of the failed ones, those whose inputs are missing."""
     started_s: float | None = None
     ended_s: float | None = None
     made_s: float = 0.0
@@ -110,7 +112,9 @@ class RunProgress:
             stage.ran += outcome.state == "ran"
             stage.cached += outcome.state == "cached"
             stage.failed += outcome.state in ("failed", "not run")
-            stage.error = stage.error or outcome.error or ""
+            stage.not_run += outcome.state == "not run"
+            if outcome.state == "failed":
+                stage.error = stage.error or outcome.error or ""
             if outcome.ref is not None:
                 manifest = open_store(node.site.store_url).manifest(outcome.ref.stage, outcome.ref.key)
                 stage.size_bytes += manifest.size_bytes if manifest else 0

@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 
 _HEADERS = ("Stage", "State", "Done", "Seconds", "Bytes", "Why")
 _TEXTS = ("Model", "Stage", "State", "Why")
-_SIGNS = {"waiting": "·", "running": "▶", "cached": "✓", "ran": "✓", "failed": "✗", "stopped": "✗"}
+_SIGNS = {"waiting": "·", "running": "▶", "cached": "✓", "ran": "✓", "failed": "✗", "not run": "✗", "stopped": "✗"}
 _LONGEST_REASON = 100
 _WIDTH = 140
 
@@ -68,7 +68,10 @@ class Overview:
     def headline(self) -> str:
         """`6 of 15 stages done, 4 of them cached; now evaluate (about 40 s left)`."""
         states = [self._state(progress) for progress in self._stages.values()]
-        cached, done = states.count("cached"), len([state for state in states if state in ("cached", "ran", "failed")])
+        cached, done = (
+            states.count("cached"),
+            sum(progress.done == progress.total for progress in self._stages.values()),
+        )
         text = f"{done} of {len(states)} stages done" + (f", {cached} of them cached" if cached else "")
         failed = states.count("failed")
         text += f", {failed} with failures" if failed else ""
@@ -107,13 +110,14 @@ class Overview:
     def _row(self, name: str, progress: StageProgress) -> list[str]:
         state = self._state(progress)
         why = progress.error or ("" if state == "cached" else progress.reason)
-        count = f"{progress.done} of {progress.total}"
-        if 0 < progress.cached < progress.total:
-            count += f", {progress.cached} cached"
+        count = f"{progress.ran + progress.cached} of {progress.total}"
+        parts = {"failed": progress.failed - progress.not_run, "not run": progress.not_run}
+        if progress.cached < progress.total:
+            parts = {"cached": progress.cached, **parts}
         return [
             name,
             f"{_SIGNS[state]} {state}",
-            count,
+            ", ".join([count, *(f"{number} {part}" for part, number in parts.items() if number)]),
             f"{progress.made_s:.1f}" if progress.ran else "–",
             format_bytes(progress.size_bytes) if progress.ran or progress.cached else "–",
             why if len(why) <= _LONGEST_REASON else f"{why[: _LONGEST_REASON - 1]}…",
@@ -121,7 +125,7 @@ class Overview:
 
     def _state(self, progress: StageProgress) -> str:
         if progress.failed:
-            return "failed"
+            return "failed" if progress.failed > progress.not_run else "not run"
         if progress.done == progress.total:
             return "ran" if progress.ran else "cached"
         if progress.started_s is None:

@@ -95,7 +95,7 @@ def test_every_stage_says_what_it_does_and_why(shown: list[str], tmp_path: Path)
     progress.watch(nodes[1], Outcome("ran"))
     progress.watch(nodes[2], Outcome("failed", error="no | good"))
     assert rows(shown[-1])["forward"][0] == "✓ ran"
-    assert "✗ failed" in rows(shown[-1])["fisher"]
+    assert rows(shown[-1])["fisher"][:2] == ["✗ failed", "0 of 1, 1 failed"]
     assert "no \\| good" in shown[-1]
     overview.finish("Made 0 of 1 variants", "## Results")
     assert "**Made 0 of 1 variants after 0 s**" in shown[-1]

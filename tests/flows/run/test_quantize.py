@@ -286,7 +286,9 @@ def test_a_failed_variant_leaves_the_others(server, tiny_llama, tmp_path, monkey
     assert "on strike" in (config.run_dir / "report.html").read_text()
     text, stages = overview_of(done)
     assert text.startswith("# tiny\n\n**Made 1 of 2 variants after ")
-    assert stages["allocate"][:2] == ["✗ failed", "2 of 2"]
+    assert stages["allocate"][:2] == ["✗ failed", "1 of 2, 1 failed"]
+    assert stages["quantize"][:2] == ["✗ not run", "4 of 8, 4 not run"]
+    assert stages["quantize"][-1] == "follows allocate"
     assert stages["allocate"][-1].endswith("the solver is on strike")
     assert stages["reference"][0] == "✓ ran"
 
