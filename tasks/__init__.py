@@ -1,6 +1,6 @@
 """One task per stage: open inputs from the store, call the library, publish the output."""
 
-from lmq_tasks import allocate, evaluate, importance, measure, polish, quantization, report, sources, states
+from lmq_tasks import allocate, embeddings, evaluate, importance, measure, polish, quantization, report, sources, states
 from lmq_tasks.stage import Stage
 
 STAGES: dict[str, Stage] = {
@@ -20,6 +20,9 @@ STAGES: dict[str, Stage] = {
         measure.make_grids,
         *measure.MEASUREMENT_STAGES.values(),
         measure.measure_delta_loss,
+        embeddings.weigh_embeddings,
+        embeddings.make_embedding_grids,
+        embeddings.measure_embedding_fisher,
         measure.find_outliers,
         importance.join_layer_importance,
         importance.measure_removal_importance,

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from lmq.allocation.constraints import parse_constraints
+from lmq.allocation.embeddings import set_embeddings_aside, with_embeddings
 from lmq.allocation.error_table import ErrorTable
 from lmq.allocation.refine import LossChanges, ModelTrials, Refinement, Slice, Trials
 from lmq.allocation.solver import ALLOCATION_SCHEMA, Allocation
@@ -23,7 +24,7 @@ from lmq.measurement.quantized_model import QuantizedPoint
 from lmq.measurement.registry import COSTS, PROFILES
 from lmq.measurement.replay import read_hidden_states
 from lmq.measurement.sequence_fisher import SEQUENCE_FISHER
-from lmq.model.structure import ModelStructure, ModuleId
+from lmq.model.structure import EMBEDDINGS, ModelStructure, ModuleId
 from lmq.tables import TableSchema, write_rows
 from lmq.text.calibration import read_tokens
 from lmq_tasks.inputs import open_model, read_structure
@@ -50,7 +51,8 @@ def allocate(job: Job) -> None:
     """
     chosen = strategy(job.config["strategy"], **job.config["options"])
     measurements = read_measurements(job, read_structure(job))
-    write_allocation(job, chosen.allocate(measurements, job.config["budget_bytes"]))
+    aside, measurements, budget_bytes = set_embeddings_aside(chosen, measurements, job.config["budget_bytes"])
+    write_allocation(job, with_embeddings(chosen.allocate(measurements, budget_bytes), aside))
 
 
 def write_allocation(job: Job, allocation: Allocation, **extra: float | None) -> None:
@@ -76,7 +78,7 @@ def read_measurements(job: Job, structure: ModelStructure, *, trials: Trials | N
     costs = {name: _error_table(job, cost, menu) for name, cost in COSTS.items() if job.has(name)}
     activities = measured_rows(job, LAYER_ACTIVITY.name)
     return Measurements(
-        modules=structure.modules,
+        modules=structure.quantized,
         menu=menu,
         costs=costs,
         profiles={name: read_profile(job, name) for name in PROFILES if job.has(name)},
@@ -97,8 +99,8 @@ def spec_of(row: dict[str, int]) -> QuantSpec:
 
 
 def layer_file(layer: int) -> str:
-    """File of an allocation that holds the configurations of one layer."""
-    return f"layer-{layer:03d}.json"
+    """File of an allocation that holds the configurations of one layer, or of the embeddings."""
+    return "embeddings.json" if layer == EMBEDDINGS else f"layer-{layer:03d}.json"
 
 
 def write_configurations(path: Path, allocation: Mapping[ModuleId, QuantSpec]) -> None:
@@ -148,10 +150,11 @@ def refine(job: Job) -> None:
         loss_changes=_loss_changes(job),
     )
     measurements = read_measurements(job, model.structure, trials=trials)
-    allocation, refinement = chosen.refine(measurements, job.config["budget_bytes"])
+    aside, measurements, budget_bytes = set_embeddings_aside(chosen, measurements, job.config["budget_bytes"])
+    allocation, refinement = chosen.refine(measurements, budget_bytes)
     write_allocation(
         job,
-        allocation,
+        with_embeddings(allocation, aside),
         validation_divergence=_finite(refinement.loss),
         uniform_validation_divergence=_finite(refinement.uniform_loss),
     )
@@ -162,6 +165,7 @@ def _loss_changes(job: Job) -> LossChanges:
     return {
         (ModuleId(row["layer"], row["kind"]), spec_of(row)): np.array(row["loss_changes"])
         for row in measured_rows(job, SEQUENCE_FISHER.name)
+        if row["layer"] != EMBEDDINGS
     }
 
 

@@ -18,6 +18,7 @@ from lmq.evaluation.whole_model import reference_logits, require_same_model, sco
 from lmq.evaluation.windows import WINDOWS_SCHEMA, last_states, score_windows, summarize, window_tokens
 from lmq.evaluation.zero_shot import load_task, measure_task
 from lmq.measurement.replay import read_hidden_states, write_hidden_states
+from lmq.model.streaming import StreamedModel
 from lmq.tables import read_rows, write_rows
 from lmq.text.calibration import load_tokenizer, read_tokens
 from lmq_tasks.inputs import materialized, model_dir, open_model, read_structure
@@ -107,9 +108,13 @@ def _evaluate(job: Job) -> None:
         write_hidden_states(job.output / HIDDEN_STATES_FILE, states)
     else:
         quantized = QuantizedBlocks(materialized(job, "checkpoint"), model.structure)
-        states = last_states(model, tokens, quantized.put_in)
+        judged_model = model
+        if quantized.embeddings:
+            judged_model = StreamedModel.open(model_dir(job), model.structure, device=job.device)
+            quantized.put_around(judged_model)
+        states = last_states(judged_model, tokens, quantized.put_in)
         full_precision = read_hidden_states(job.input("reference", HIDDEN_STATES_FILE))
-        rows = score_windows(model, windows, tokens, states, full_precision)
+        rows = score_windows(judged_model, windows, tokens, states, full_precision, reference_model=model)
     write_rows(job.output / WINDOWS_FILE, WINDOWS_SCHEMA, rows)
 
 

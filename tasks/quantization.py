@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import shutil
 
-from lmq.checkpoint.write import assemble_checkpoint, quantize_layer, quantized_bytes, save_layer
+from lmq.checkpoint.write import assemble_checkpoint, quantize_embeddings, quantize_layer, quantized_bytes, save_layer
 from lmq.errors import LmqError
 from lmq.measurement.grids import load_grids
+from lmq.model.structure import EMBEDDINGS
 from lmq.quantizers import quantizer
 from lmq_tasks.allocate import ALLOCATION_FILE, layer_file, read_configurations
 from lmq_tasks.inputs import layer_weights, model_dir, read_structure
@@ -21,6 +22,9 @@ def quantize(job: Job) -> None:
     layer = job.config["layer"]
     allocation = read_configurations(job.input("allocation", layer_file(layer)))
     grids = load_grids(job.input("grids", job.file_of("grids") or GRIDS_FILE))
+    if layer == EMBEDDINGS:
+        save_layer(job.output / "layer.safetensors", quantize_embeddings(model_dir(job), structure, grids, allocation))
+        return
     by_kind = layer_weights(job, structure, layer)
     weights = {info.id: by_kind[info.id.kind].to(job.device) for info in structure.in_layer(layer)}
     on_device = {
@@ -44,7 +48,7 @@ def checkpoint(job: Job) -> None:
         job.inputs("quantized", "layer.safetensors"),
         quantizer=quantizer(**job.config["quantizer"]),
     )
-    counted = sum(allocation[info.id].size_bytes(info.parameters) for info in structure.modules)
+    counted = sum(allocation[info.id].size_bytes(info.parameters) for info in structure.quantized)
     stored = quantized_bytes(target)
     if stored != counted:
         raise LmqError(f"the checkpoint holds {stored:,} bytes of quantized modules where {counted:,} were counted")

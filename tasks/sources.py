@@ -41,9 +41,10 @@ def convert_model(job: Job) -> None:
 def discover_structure(job: Job) -> None:
     """Discover layers, modules, kinds and parts of a model; refuse by name what cannot be quantized or measured."""
     sha256 = job.ref("model").sha256 if job.has("model") else job.config["weights_sha256"]
-    structure = discover(model_dir(job), weights_sha256=sha256)
+    embeddings = job.config.get("embeddings", False)
+    structure = discover(model_dir(job), weights_sha256=sha256, embeddings=embeddings)
     if never_called := dry_run(model_dir(job), structure):
-        structure = discover(model_dir(job), weights_sha256=sha256, kept=never_called)
+        structure = discover(model_dir(job), weights_sha256=sha256, kept=never_called, embeddings=embeddings)
     (job.output / "structure.json").write_text(json.dumps(structure.to_json()))
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any, TypeVar
 import yaml
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, field_validator, model_validator
 
+from lmq.allocation.embeddings import decides_on_embeddings
 from lmq.allocation.strategies import STRATEGIES, TRIALS, strategy
 from lmq.allocation.strategies.uniform import Uniform
 from lmq.allocation.targets import TARGETS, left_out, restrict_menu, target_named
@@ -51,6 +52,7 @@ class MeasurementRequest(Section):
     calibration: CalibrationConfig = CalibrationConfig()
     measure: MeasureConfig = MeasureConfig()
     runner: RunnerConfig = RunnerConfig()
+    embeddings: bool = Field(False, description="Quantize the input embedding and the output head too")
     store: str = Field("store", min_length=1, description="Where artifacts are kept: a directory or any fsspec URL")
 
     @field_validator("store")
@@ -234,6 +236,26 @@ class RunConfig(MeasurementRequest):
                 able = ", ".join(name for name, each in STRATEGIES.items() if each.keeps_constraints)
                 of_target = "" if self.constraints.plain else f", such as those of target {self.target!r}"
                 raise ValueError(f"strategy {item.label!r} keeps no constraints{of_target}; those that do: {able}")
+        return self
+
+    @model_validator(mode="after")
+    def _embeddings_go_with_the_rest(self) -> RunConfig:
+        if not self.embeddings:
+            return self
+        if self.measure.axis != 1:
+            raise ValueError("embeddings = true takes groups along the hidden dimension; set measure.axis to 1")
+        if self.target is not None:
+            raise ValueError(f"target {self.target!r} holds no quantized embeddings; leave out target or embeddings")
+        if rounding := [item.label for item in self.baselines if item.path is None]:
+            raise ValueError(f"baseline {rounding[0]!r} rounds no embeddings; leave out one of both")
+        apart = [
+            item.label for item in self.strategies if not decides_on_embeddings(strategy(item.name, **item.options))
+        ]
+        if self.constraints.plain and apart:
+            raise ValueError(
+                f"strategy {apart[0]!r} keeps no constraints on embeddings; with embeddings = true and constraints "
+                "take loss-aware"
+            )
         return self
 
     @model_validator(mode="after")

@@ -16,6 +16,8 @@ from lmq.measurement.delta_loss import DELTA_LOSS
 from lmq.measurement.frobenius import FROBENIUS
 from lmq.measurement.module_divergence import default_specs
 from lmq.measurement.registry import MEASUREMENTS, PROFILES
+from lmq.measurement.sequence_fisher import SEQUENCE_FISHER
+from lmq.model.structure import EMBEDDINGS
 from lmq_flows.config.run import RunConfig
 from lmq_flows.config.sections import BaselineConfig, PolishConfig, StrategyConfig
 from lmq_flows.graph.judging import PERFORMANCE_TOKENS, Subject, baseline_subject, evaluation_tasks
@@ -88,7 +90,8 @@ class Variant:
 class MeasuredModel:
     """Nodes that measure one model and one quantizer's codes: those of every table by name, and the outlier layers.
 
-    A table has one node per layer, that of `delta_loss` one per configuration. `trials` are inputs of the stage that
+    A table has one node per layer, that of `delta_loss` one per configuration. Grids, Frobenius errors and
+    sequence-wise Fisher costs have one more where the embeddings are quantized. `trials` are inputs of the stage that
     tries allocations on the model, beside the tables of its candidates.
     """
 
@@ -120,7 +123,7 @@ def _resolved(config: RunConfig, model: PreparedModel, text: str) -> int | Input
         what = f"the budget {text!r} of model {model.config.name}"
         check_feasible(budget_bytes, model.structure, model.menu, what=what)
         if config.kept_constraints.plain:
-            modules = model.structure.modules
+            modules = model.structure.quantized
             constraints = config.kept_constraints.parsed().compile(modules, model.menu)
             check_feasible_program(module_sizes(modules, model.menu), budget_bytes, constraints)
     except InputError as error:
@@ -176,7 +179,8 @@ class _ModelGraph(ModelNodes):
         specs = sorted({*self.model.menu, *also}, key=lambda spec: spec.bits_per_weight)
         what = quantizer["name"] if len(self._config.used_quantizers) > 1 else ""
         grids = self.grids(specs, quantizer, captured, what)
-        measured = MeasuredModel(tables={FROBENIUS.name: grids})
+        around = self.embedding_grids(specs, quantizer, captured, what)
+        measured = MeasuredModel(tables={FROBENIUS.name: grids + around})
         for name, measurement in MEASUREMENTS.items():
             if name not in needs or name in measured.tables:
                 continue
@@ -186,6 +190,8 @@ class _ModelGraph(ModelNodes):
                 if name not in self._of_any_codes:
                     self._of_any_codes[name] = self.measurement(measurement, settings, grids, captured)
                 measured.tables[name] = self._of_any_codes[name]
+        if around and SEQUENCE_FISHER.name in measured.tables:
+            measured.tables[SEQUENCE_FISHER.name] += self.embedding_fisher(settings["menu"], around[0], captured, what)
         profiles = {name: measured.tables[name] for name in PROFILES if name in measured.tables}
         if profiles:
             measured.outliers = self.add("outliers", what, {}, profiles)
@@ -339,11 +345,16 @@ class _ModelGraph(ModelNodes):
         if polish is not None:
             whole_zeros = bool(quantizer.get("integer_zeros"))
             variant.polished = self._polish(polish, variant.allocation, measured.grids, what, own, whole_zeros)
-        for layer, grids in enumerate(measured.grids):
+        layers = self.model.structure.layers
+        for layer, grids in enumerate(measured.grids[:layers]):
             polished = variant.polished and FileOf(variant.polished, polished_grids_file(layer))
             inputs = {"allocation": FileOf(variant.allocation, layer_file(layer)), "grids": polished or grids}
-            expected = (variant.budget_bytes or 0) // self.model.structure.layers
+            expected = (variant.budget_bytes or 0) // layers
             node = self.add_layer("quantize", layer, {}, inputs, what=what, expected_bytes=expected, **own)
+            variant.quantized.append(node)
+        for grids in measured.grids[layers:]:
+            inputs = {"allocation": FileOf(variant.allocation, layer_file(EMBEDDINGS)), "grids": grids}
+            node = self.add("quantize", f"{what} embeddings", {"layer": EMBEDDINGS}, inputs, **own)
             variant.quantized.append(node)
         variant.checkpoint = self.add(
             "checkpoint",

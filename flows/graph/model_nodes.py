@@ -109,6 +109,35 @@ class ModelNodes:
         expected = self._grid_bytes(specs, coded=isinstance(chosen, ErrorFeedback))
         return self.per_layer("grids", config, expected, what, moments=moments)
 
+    def embedding_grids(
+        self, specs: Sequence[QuantSpec], quantizer: dict[str, Any], captured: CapturedText, what: str = ""
+    ) -> list[Node]:
+        """Grids of input embedding and output head: one node where they are quantized, else none."""
+        structure = self.model.structure
+        if not structure.embeddings:
+            return []
+        chosen = quantizer_named(**quantizer)
+        inputs: dict[str, Any] = {}
+        if isinstance(chosen, CalibratedQuantizer):
+            inputs["weights"] = captured.embedding_weights(fisher_weighted=chosen.fisher_weighted)
+        expected = sum(
+            spec.size_bytes(module.parameters) - module.parameters * spec.bits // 8
+            for spec in specs
+            for module in structure.embeddings
+        )
+        config = {"menu": [spec.name for spec in specs], "quantizer": quantizer}
+        return [self.add("embedding-grids", what, config, inputs, expected_bytes=expected)]
+
+    def embedding_fisher(self, menu: Sequence[str], grids: Node, captured: CapturedText, what: str = "") -> list[Node]:
+        """Sequence-wise Fisher costs of input embedding and output head."""
+        inputs = {
+            "grids": grids,
+            "last": captured.last,
+            "tokens": captured.tokens,
+            Need.DRAWN_GRADIENTS.value: captured.entering_gradient,
+        }
+        return [self.add("embedding-fisher", what, {"menu": list(menu)}, inputs)]
+
     def measurement(
         self,
         measurement: Measurement,
@@ -154,6 +183,7 @@ class CapturedText:
         self._draws = draws
         self._layers = nodes.model.structure.layers
         self._moments: dict[str, list[Node]] = {}
+        self._embedding_weights: dict[str, Node] = {}
 
     def by_layer(self, need: Need) -> list[Node]:
         """What a measurement needs of every layer."""
@@ -213,6 +243,23 @@ class CapturedText:
         keep = self._draws * (self.last.expected_bytes or 0)
         gradient = self._nodes.add("sampled-loss-gradient", "", config, {"hidden": self.last}, expected_bytes=keep)
         return self._backward("sampled-backward", gradient)
+
+    @cached_property
+    def entering_gradient(self) -> Node:
+        """Gradients at the states that enter the first block, for labels that the model draws."""
+        after = self.drawn_gradients[0]
+        inputs = {"hidden": self.entering[0], "gradient": after}
+        return self._nodes.add_layer("sampled-backward", 0, {}, inputs, expected_bytes=after.expected_bytes)
+
+    def embedding_weights(self, *, fisher_weighted: bool) -> Node:
+        """Column weights for the grids of embedding and head; quantizers that look at the same ones share them."""
+        what = "Fisher-weighted" if fisher_weighted else "plain"
+        if what not in self._embedding_weights:
+            inputs: dict[str, Any] = {"last": self.last}
+            if fisher_weighted:
+                inputs |= {"tokens": self.tokens, Need.DRAWN_GRADIENTS.value: self.entering_gradient}
+            self._embedding_weights[what] = self._nodes.add("embedding-weights", what, {}, inputs)
+        return self._embedding_weights[what]
 
     def second_moments(self, *, fisher_weighted: bool) -> list[Node]:
         """Second moments of every module's inputs, weighted by the gradients of drawn labels or plain.

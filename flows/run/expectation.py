@@ -89,22 +89,26 @@ def _reference_seconds(stage: str, config: RunConfig, structure: ModelStructure)
             isinstance(quantizer(**each), CalibratedQuantizer) for each in config.used_quantizers
         ):
             per_weight *= _CALIBRATED
-        block = structure.parameters / structure.layers
+        block = _block_weights(structure) / structure.layers
         return block * (1e-9 * per_weight * configurations + 1e-12 * per_token * tokens * draws)
     if stage in ("loss-gradient", "sampled-loss-gradient"):
         return 1e-12 * _HEAD_RATE * head * tokens * draws
     if stage in ("reference", "evaluate"):
         windows = 1 + max(0, config.evaluation.tokens - config.evaluation.window) // config.evaluation.stride
-        return 1e-12 * _MODEL_RATE * (structure.parameters + 2 * head) * windows * config.evaluation.window
+        return 1e-12 * _MODEL_RATE * (_block_weights(structure) + 2 * head) * windows * config.evaluation.window
     if stage == "polish" and config.polish is not None:
         seen = config.polish.sequences_per_step * config.calibration.sequence_length
         there_and_back = 1e-12 * (2 * _BLOCK_RATES["forward"][1] + _BLOCK_RATES["backward"][1])
         rounding = 2e-9 * _BLOCK_RATES["quantize"][0]
-        return POLISH_STEPS_PER_NODE * structure.parameters * (there_and_back * seen + rounding)
+        return POLISH_STEPS_PER_NODE * _block_weights(structure) * (there_and_back * seen + rounding)
     if stage == "refine":
         validation = config.calibration.validation_sequences * config.calibration.sequence_length
-        return _TRIALS * 1e-12 * _MODEL_RATE * (structure.parameters + head) * validation
+        return _TRIALS * 1e-12 * _MODEL_RATE * (_block_weights(structure) + head) * validation
     return 0.0
+
+
+def _block_weights(structure: ModelStructure) -> int:
+    return sum(module.parameters for module in structure.modules)
 
 
 def _operations_per_second(threads: int) -> float:
@@ -126,8 +130,10 @@ def _operations_per_second(threads: int) -> float:
 
 def _memory_bytes(config: RunConfig, structure: ModelStructure) -> int:
     """The most that the process holds: for every worker a block in float32 with gradients, states and logits."""
-    block = _FLOAT32_BYTES * structure.parameters // structure.layers
+    block = _FLOAT32_BYTES * _block_weights(structure) // structure.layers
     tokens = config.calibration.sequences * config.calibration.sequence_length
     states = _FLOAT32_BYTES * tokens * structure.hidden_size
     embeddings = _FLOAT32_BYTES * structure.hidden_size * structure.vocabulary_size
+    if structure.embeddings:  # those of the variant beside the model's own while it is judged
+        embeddings += _FLOAT32_BYTES * sum(module.parameters for module in structure.embeddings)
     return _PROCESS_BYTES + config.runner.workers * (4 * block + 3 * states) + embeddings

@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -139,12 +140,14 @@ def preparation_graph(config: MeasurementRequest, models: list[IdentifiedModel])
         name = model.config.name
         site = Site(store_url=store_url, model=_source_location(model), threads_per_worker=threads)
         inputs: dict[str, Input | list[Input]] = {}
-        discover_config = {"weights_sha256": model.sha256}
+        discover_config: dict[str, Any] = {"weights_sha256": model.sha256}
         if needs_conversion(model.located):
             convert_config = {"source_sha256": model.sha256, "dtype": model.config.dtype}
             convert = graph.add(STAGES["convert"], name, "", site, config=convert_config, here=True)
             inputs, discover_config = {"model": convert}, {}
             site = Site(store_url=store_url, model=_converted_location(open_store(store_url), convert))
+        if config.embeddings:
+            discover_config["embeddings"] = True
         structures[name] = graph.add(STAGES["discover"], name, "", site, config=discover_config, inputs=inputs)
     return graph, structures
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lmq.allocation.embeddings import decides_on_embeddings
 from lmq.allocation.frontier import FrontierPoint, budget_steps, frontier, uniform_points
 from lmq.allocation.strategies import strategy
 from lmq.errors import InputError, unknown_name
@@ -91,6 +92,11 @@ class FinishedRun:
         job, structure = _allocation_job(config, self.run_dir)
         measurements = read_measurements(job, structure)
         program = strategy(chosen.name, **chosen.options)
+        if structure.embeddings and not decides_on_embeddings(program):
+            raise InputError(
+                f"strategy {chosen.label!r} does not decide about embeddings, which this run quantizes; loss-aware and "
+                "uniform do, and have a frontier"
+            )
         return RunFrontier(
             model=model,
             strategy=chosen.label,

@@ -106,7 +106,7 @@ class Budget:
         if self.bits_per_weight is not None:
             return math.floor(structure.parameters * self.bits_per_weight / 8)
         if self.uniform is not None:
-            uniform_bytes = int(module_sizes(structure.modules, [self.uniform]).sum())
+            uniform_bytes = int(module_sizes(structure.quantized, [self.uniform]).sum())
             return math.floor(uniform_bytes * (1 + self.percent_over / 100))
         assert self.size_bytes is not None
         return self.size_bytes
@@ -127,7 +127,7 @@ def module_sizes(modules: Sequence[ModuleInfo], menu: Sequence[QuantSpec]) -> np
 
 def feasible_range(structure: ModelStructure, menu: Sequence[QuantSpec]) -> tuple[int, int]:
     """Smallest and largest size in bytes that any allocation from the menu has."""
-    sizes = module_sizes(structure.modules, menu)
+    sizes = module_sizes(structure.quantized, menu)
     return int(sizes.min(axis=1).sum()), int(sizes.max(axis=1).sum())
 
 
@@ -138,7 +138,7 @@ def check_feasible(
 
     Raises InputError if a configuration does not fit a module.
     """
-    check_budget(budget_bytes, module_sizes(structure.modules, menu), what=what)
+    check_budget(budget_bytes, module_sizes(structure.quantized, menu), what=what)
 
 
 def hqq_size_bytes(parameters: int, spec: QuantSpec, *, axis: int = 1) -> int:

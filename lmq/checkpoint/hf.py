@@ -1,11 +1,14 @@
 """Loading of lmq checkpoints by transformers: after `import lmq`, `from_pretrained(path)` opens them.
 
+A quantized table of embeddings that is the weight of the head too is stored and held once: the head looks at the table,
+and transformers has nothing left to tie.
+
 Importing this module registers the method; `lmq.checkpoint.registration` has it imported when transformers needs it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +25,14 @@ from transformers.quantizers.base import HfQuantizer
 from lmq.checkpoint.config import QUANT_METHOD, LmqConfig
 from lmq.checkpoint.verify import check_quantized_tensors
 from lmq.errors import InputError
-from lmq.formats.packed_layer import QuantizedLinear
+from lmq.formats.packed_layer import QuantizedEmbedding, QuantizedLinear, QuantizedMatrix, TiedHead
+from lmq.formats.spec import QuantSpec
+from lmq.model.discovery import embed_scale
 from lmq.model.tensors import headers_of
 
 
 class LmqQuantizer(HfQuantizer):
-    """Puts a QuantizedLinear in the place of each quantized linear layer before the tensors are loaded."""
+    """Puts a quantized layer in the place of each linear layer and embedding before the tensors are loaded."""
 
     requires_calibration = True
     quantization_config: LmqConfig
@@ -41,9 +46,17 @@ class LmqQuantizer(HfQuantizer):
         put_quantized_layers(model, self.quantization_config)
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        quantized = [(path, module) for path, module in model.named_modules() if isinstance(module, QuantizedLinear)]
-        for path, module in quantized:
-            model.set_submodule(path, module.to_linear(dtype or model.dtype))
+        dtype = dtype or model.dtype
+        tables: dict[int, nn.Embedding] = {}
+        for path, module in list(model.named_modules()):
+            if isinstance(module, QuantizedLinear):
+                model.set_submodule(path, module.to_linear(dtype))
+            elif isinstance(module, QuantizedEmbedding):
+                tables[id(module)] = module.to_embedding(dtype)
+                model.set_submodule(path, tables[id(module)])
+        for path, module in list(model.named_modules()):
+            if isinstance(module, TiedHead):
+                model.set_submodule(path, module.to_linear(tables[id(module.table)].get_parameter("weight")))
         return model
 
     def is_serializable(self) -> bool:
@@ -62,39 +75,66 @@ class LmqQuantizer(HfQuantizer):
 
 
 def put_quantized_layers(model: Any, config: LmqConfig) -> None:
-    """Put an empty QuantizedLinear in the place of each linear layer that a checkpoint of `config` quantizes.
+    """Put an empty quantized layer in the place of each linear layer and table that a checkpoint of `config` quantizes.
 
     Raises InputError naming one that the model does not have, or has in another shape.
     """
     shapes = config.shapes
     modules = dict(model.named_modules())
-    for stored_path, spec in config.specs.items():
-        path = _path_in(model, modules, stored_path)
-        linear = modules[path]
-        if shapes[stored_path] != (linear.out_features, linear.in_features):
+    paths = {
+        _path_in(model, modules, stored_path): stored_path
+        for stored_path in config.modules
+        if not _is_head_of_another(model, stored_path)
+    }
+    for path, stored_path in paths.items():
+        dense = modules[path]
+        if shapes[stored_path] != tuple(dense.weight.shape):
             raise InputError(
                 f"the checkpoint's {stored_path} is {list(shapes[stored_path])} where {type(model).__name__} has "
-                f"{[linear.out_features, linear.in_features]}; its config.json is of another model"
+                f"{list(dense.weight.shape)}; its config.json is of another model"
             )
-        quantized = QuantizedLinear(
-            linear.in_features,
-            linear.out_features,
-            spec,
-            axis=config.axis,
-            bias=linear.bias is not None,
-            device=linear.weight.device,
-            dtype=linear.weight.dtype,
-        )
+        quantized = _quantized(dense, config.specs[stored_path], config.axis)
         model.set_submodule(path, quantized)
+        if isinstance(quantized, QuantizedEmbedding):
+            _tie_head(model, path, quantized, paths)
+
+
+def _quantized(dense: Any, spec: QuantSpec, axis: int) -> QuantizedMatrix:
+    """An empty quantized layer for a dense one."""
+    where = {"device": dense.weight.device, "dtype": dense.weight.dtype}
+    if isinstance(dense, nn.Embedding):
+        rows, columns = dense.weight.shape
+        return QuantizedEmbedding(rows, columns, spec, embed_scale=embed_scale(dense), **where)
+    has_bias = dense.bias is not None
+    return QuantizedLinear(dense.in_features, dense.out_features, spec, axis=axis, bias=has_bias, **where)
+
+
+def _tie_head(model: Any, path: str, table: QuantizedEmbedding, quantized: Container[str]) -> None:
+    """Let the model's head look at the quantized table that it shares; a head that is stored apart stays apart."""
+    tied = model.all_tied_weights_keys
+    for target, source in list(tied.items()):
+        other = {target: source, source: target}.get(f"{path}.weight")
+        if other is None:
+            continue
+        del tied[target]
+        head_path = other.removesuffix(".weight")
+        if head_path not in quantized:
+            model.set_submodule(head_path, TiedHead(table, model.get_submodule(head_path).bias))
+    model._tied_weights_keys = dict(tied)  # what transformers ties anew when it is asked to
+
+
+def _is_head_of_another(model: Any, path: str) -> bool:
+    """Whether a quantized layer is the head that this base model has not."""
+    return model.get_output_embeddings() is None and not path.startswith(f"{model.base_model_prefix}.")
 
 
 def _path_in(model: Any, modules: Mapping[str, nn.Module], path: str) -> str:
-    """The path of a linear layer in this model, which may be the base model of the one that was quantized."""
+    """The path of a layer in this model, which may be the base model of the one that was quantized."""
     for candidate in (path, path.removeprefix(f"{model.base_model_prefix}.")):
-        if isinstance(modules.get(candidate), nn.Linear):
+        if isinstance(modules.get(candidate), nn.Linear | nn.Embedding):
             return candidate
     raise InputError(
-        f"the checkpoint quantizes {path}, which is not a linear layer of {type(model).__name__}; "
+        f"the checkpoint quantizes {path}, which is no linear layer and no embedding of {type(model).__name__}; "
         "open it with the architecture its config.json names"
     )
 

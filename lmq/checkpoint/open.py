@@ -23,11 +23,12 @@ from lmq import load
 from lmq.checkpoint.config import QUANT_METHOD
 from lmq.checkpoint.verify import read_quantization_config, verify_checkpoint
 from lmq.errors import DamagedFile, InputError, LmqError
-from lmq.formats.packed_layer import QUANTIZED_TENSORS, QuantizedLinear
+from lmq.formats.packed_layer import QUANTIZED_TENSORS, QuantizedMatrix
 from lmq.model.skeleton import read_model_config, skeleton_of
 from lmq.model.source import nearest_sibling
 from lmq.model.stored import StoredModel, match_tensors, read_stored_model
-from lmq.model.structure import ModelStructure
+from lmq.model.streaming import StreamedModel
+from lmq.model.structure import ModelStructure, ModuleInfo
 from lmq.model.tensors import StoredTensor, read_headers, read_tensors
 from lmq.model.transformers_lock import TRANSFORMERS_LOCK
 
@@ -135,22 +136,34 @@ class QuantizedBlocks:
         self._specs, self._axis = config.specs, config.axis
         self._headers = read_headers(path)
 
+    @property
+    def embeddings(self) -> tuple[ModuleInfo, ...]:
+        """The input embedding and the head where they are quantized."""
+        return tuple(info for info in self._structure.embeddings if self._structure.path(info.id) in self._specs)
+
+    def put_around(self, model: StreamedModel) -> None:
+        """Give a streamed source model the checkpoint's embeddings, dequantized."""
+        for module in self.embeddings:
+            model.put_embedding(module, self._weight(module))
+
     def put_in(self, block: nn.Module, layer: int) -> None:
         """Replace the weights of a source block by the checkpoint's, dequantized to the block's dtype.
 
         Modules that the checkpoint keeps unquantized stay as they are.
         """
         for module in self._structure.in_layer(layer):
-            path = self._structure.path(module.id)
-            spec = self._specs.get(path)
-            if spec is None:
+            if self._structure.path(module.id) not in self._specs:
                 continue
-            stored = read_tensors(self._headers[f"{path}.{name}"] for name in QUANTIZED_TENSORS)
-            quantized = QuantizedLinear(module.in_features, module.out_features, spec, axis=self._axis)
-            quantized.load_state_dict({name: stored[f"{path}.{name}"] for name in QUANTIZED_TENSORS})
             linear = block.get_submodule(module.id.kind)
-            weight = quantized.dequantize().to(linear.get_parameter("weight"))
+            weight = self._weight(module).to(linear.get_parameter("weight"))
             linear.weight = nn.Parameter(weight, requires_grad=False)
+
+    def _weight(self, module: ModuleInfo) -> Tensor:
+        path = self._structure.path(module.id)
+        stored = read_tensors(self._headers[f"{path}.{name}"] for name in QUANTIZED_TENSORS)
+        quantized = QuantizedMatrix(module.in_features, module.out_features, self._specs[path], axis=self._axis)
+        quantized.load_state_dict({name: stored[f"{path}.{name}"] for name in QUANTIZED_TENSORS})
+        return quantized.dequantize()
 
 
 def read_stored_directory(path: Path) -> StoredModel:

@@ -36,10 +36,11 @@ from lmq.checkpoint.verify import (
 )
 from lmq.errors import DamagedFile, InputError
 from lmq.formats.packed_layer import quantize_weight, quantized_tensor_shapes
+from lmq.measurement.embeddings import fit_rows, quantize_rows
 from lmq.measurement.grids import Allocation, LayerGrids, fit_grids
 from lmq.model.directory import complete_directory, copy_companions, write_json, write_shards
 from lmq.model.stored import StoredModel, read_stored_model
-from lmq.model.streaming import StreamedModel, load_layer_weights
+from lmq.model.streaming import StreamedModel, load_layer_weights, stored_matrix
 from lmq.model.structure import ModelStructure, ModuleId
 from lmq.model.tensors import StoredTensor, headers_of
 from lmq.quantizers import Quantizer
@@ -74,6 +75,20 @@ def quantize_layer(
             )
         for name, tensor in quantize_weight(weight, grid).items():
             tensors[f"{structure.path(module)}.{name}"] = tensor.cpu()
+    return tensors
+
+
+def quantize_embeddings(
+    source_dir: Path, structure: ModelStructure, grids: LayerGrids, allocation: Allocation
+) -> dict[str, torch.Tensor]:
+    """The same of input embedding and output head, whose weights are read some rows at a time."""
+    tensors: dict[str, torch.Tensor] = {}
+    for module in structure.embeddings:
+        if module.id in allocation:
+            stored = quantize_rows(
+                stored_matrix(source_dir, structure, module), grids[module.id][allocation[module.id]]
+            )
+            tensors |= {f"{structure.path(module.id)}.{name}": tensor for name, tensor in stored.items()}
     return tensors
 
 
@@ -116,8 +131,9 @@ def assemble_checkpoint(
         write_json(directory / "config.json", config)
         write_checksums(directory, records)
         blocks = QuantizedBlocks(directory, structure)
-        measured = sample_logits(StreamedModel.open(source_dir, structure), prepare=blocks.put_in)
-        check_opens(directory, measured, structure)
+        model = StreamedModel.open(source_dir, structure)
+        blocks.put_around(model)
+        check_opens(directory, sample_logits(model, prepare=blocks.put_in), structure)
 
 
 def write_checkpoint(
@@ -142,6 +158,14 @@ def write_checkpoint(
             }
             layer_files.append(Path(layers_dir) / f"layer-{layer:05d}.safetensors")
             save_layer(layer_files[-1], quantize_layer(structure, weights, grids, allocation))
+        fitted = {
+            info.id: fit_rows(stored_matrix(source_dir, structure, info), [allocation[info.id]], quantizer, None)
+            for info in structure.embeddings
+            if info.id in allocation
+        }
+        if fitted:
+            layer_files.append(Path(layers_dir) / "embeddings.safetensors")
+            save_layer(layer_files[-1], quantize_embeddings(source_dir, structure, fitted, allocation))
         assemble_checkpoint(
             path, source_dir, structure, allocation, layer_files, quantizer=quantizer, max_shard_bytes=max_shard_bytes
         )
@@ -159,7 +183,7 @@ def _layer_tensors(layer_files: Sequence[Path]) -> dict[str, StoredTensor]:
 
 def _expected_tensors(structure: ModelStructure, allocation: Allocation) -> dict[str, tuple[str, tuple[int, ...]]]:
     """dtype and shape of every quantized tensor, by name."""
-    infos = {info.id: info for info in structure.modules}
+    infos = {info.id: info for info in structure.quantized}
     unknown = [str(module) for module in allocation if module not in infos]
     if unknown:
         raise InputError(f"the allocation names {unknown[0]}, which the model does not have")
@@ -191,12 +215,11 @@ def _unquantized(
     source: StoredModel, structure: ModelStructure, allocation: Allocation, source_dir: Path
 ) -> dict[str, StoredTensor]:
     """The stored tensors that no quantized matrix replaces, surplus ones among them."""
-    replaced = set()
-    for module in allocation:
-        name = f"{structure.path(module)}.weight"
+    names = [f"{structure.path(module)}.weight" for module in allocation]
+    for name in names:
         if name not in source.tensors:
             raise InputError(f"{source_dir} has no tensor {name}; the structure describes another model")
-        replaced.add(source.tensors[name].name)
+    replaced = source.stored_names(names)
     return {name: tensor for name, tensor in source.headers.items() if name not in replaced}
 
 
@@ -206,7 +229,7 @@ def _quantized_config(
     config = read_config(source_dir)
     if config.get("quantization_config") is not None:
         raise InputError(f"{source_dir} is quantized already; give the unquantized model")
-    shapes = {info.id: [info.out_features, info.in_features] for info in structure.modules}
+    shapes = {info.id: [info.out_features, info.in_features] for info in structure.quantized}
     modules = {
         structure.path(module): {"shape": shapes[module], **asdict(spec)} for module, spec in sorted(allocation.items())
     }

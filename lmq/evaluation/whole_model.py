@@ -27,7 +27,7 @@ from lmq.evaluation.windows import (
 )
 from lmq.measurement.divergence import score_tokens
 from lmq.model.causality import require_causal
-from lmq.model.discovery import discover
+from lmq.model.discovery import discover, embedding_shape
 from lmq.model.streaming import StreamedModel, tokens_at_once
 from lmq.model.structure import ModelStructure
 from lmq.model.tensors import read_headers, size_bytes
@@ -55,7 +55,7 @@ def score_whole_model(
 
     Raises InputError for a token outside the vocabulary, NotFiniteError naming a window.
     """
-    vocabulary = model.get_input_embeddings().get_parameter("weight").shape[0]
+    vocabulary = embedding_shape(model)[0]
     if int(tokens.max()) >= vocabulary:
         raise InputError(
             f"token {int(tokens.max())} is outside the model's vocabulary of {vocabulary}; "

@@ -1,7 +1,7 @@
 """Evaluate a model, block by block: perplexity, and divergence from the full-precision model.
 
 The full-precision model's predictions are kept as the states that leave its last block: its logits follow
-from them exactly through norm and head, which are not quantized, at a thousandth of the logits' size.
+from them exactly through its norm and head, at a thousandth of the logits' size.
 """
 
 from __future__ import annotations
@@ -84,14 +84,21 @@ def last_states(
 
 @torch.no_grad()
 def score_windows(
-    model: StreamedModel, windows: Sequence[Window], tokens: Tensor, states: Tensor, reference: Tensor | None
+    model: StreamedModel,
+    windows: Sequence[Window],
+    tokens: Tensor,
+    states: Tensor,
+    reference: Tensor | None,
+    *,
+    reference_model: StreamedModel | None = None,
 ) -> list[dict[str, Any]]:
     """Rows of the windows table from the last block's states [windows, prefix + window tokens, hidden].
 
     `tokens` [windows, prefix + window tokens] are what the model saw;
-    `reference` are the full-precision model's states of the same shape, or None. Raises NotFiniteError naming
-    a window whose logits are not finite.
+    `reference` are the full-precision model's states of the same shape, or None; `reference_model` is that model where
+    `model` has another head. Raises NotFiniteError naming a window whose logits are not finite.
     """
+    full = reference_model or model
     step = model.tokens_at_once
     rows = []
     for index, window in enumerate(windows):
@@ -100,7 +107,7 @@ def score_windows(
         for start in range(last - window.scored, last, step):
             piece = slice(start, min(start + step, last))
             targets = tokens[index, piece.start + 1 : piece.stop + 1]
-            reference_logits = None if reference is None else model.head_logits(reference[index, piece])
+            reference_logits = None if reference is None else full.head_logits(reference[index, piece])
             pieces.append(score_tokens(model.head_logits(states[index, piece]), targets, reference_logits))
         rows.append(window_row(window, pieces, prefix_of(window, tokens[index])))
     return rows

@@ -28,6 +28,7 @@ from lmq.export.openers import open_export, open_tokenizer
 from lmq.export.report import ExportReport, ModuleStep
 from lmq.export.source import QuantizedCheckpoint
 from lmq.measurement.divergence import divergence
+from lmq.model.discovery import embedding_shape
 from lmq.text.calibration import load_tokenizer
 
 PROMPTS = (
@@ -236,7 +237,7 @@ def _encoded(tokenizer: PreTrainedTokenizerBase) -> list[Tensor]:
 def _random_prompts(model: PreTrainedModel) -> list[Tensor]:
     """Prompts of random tokens, int64 [1, tokens] each, from a fixed seed."""
     generator = torch.Generator().manual_seed(0)
-    vocabulary = model.get_input_embeddings().get_parameter("weight").shape[0]
+    vocabulary = embedding_shape(model)[0]
     return list(torch.randint(vocabulary, (len(PROMPTS), 1, _IDS_PER_PROMPT), generator=generator))
 
 

@@ -51,6 +51,8 @@ def problems(checkpoint: QuantizedCheckpoint) -> list[str]:
     for path, spec in checkpoint.specs.items():
         if reason := TARGET.misfit(spec, *checkpoint.shapes[path]):
             found[reason].append(path)
+    if checkpoint.embeddings:
+        found[f"{TARGET.name} is given no quantized embeddings and heads"] += checkpoint.embeddings
     for members in _fused(checkpoint):
         if len({_scheme(checkpoint, path) for path in members}) > 1:
             names = ", ".join(path.rpartition(".")[2] for path in members)

@@ -48,6 +48,8 @@ def problems(checkpoint: QuantizedCheckpoint) -> list[str]:
             hqq_size_bytes(out_features * in_features, spec, axis=checkpoint.config.axis)
         except InputError as error:
             unpackable[str(error)].append(path)
+    if checkpoint.embeddings:
+        unpackable["hqq quantizes no embeddings and no heads"] = checkpoint.embeddings
     found = [f"{reason}: {list_modules(paths)}" for reason, paths in unpackable.items()]
     model = _skeleton(checkpoint)
     if "CausalLM" not in type(model).__name__:

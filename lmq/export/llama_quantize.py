@@ -17,18 +17,28 @@ from transformers import PreTrainedConfig
 from lmq.export.gguf_model import gguf_name
 from lmq.export.gguf_tensors import K_TYPES
 from lmq.export.source import QuantizedCheckpoint
+from lmq.formats.packed_layer import TiedHead
 
 
 def write_tensor_types(checkpoint: QuantizedCheckpoint, config: PreTrainedConfig, path: Path) -> str:
     """Write the file for `--tensor-type-file` and return how to use it, for a checkpoint that GGUF can hold."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(f"{line}\n" for line in tensor_types(checkpoint, config)), "utf-8")
+    lines = list(tensor_types(checkpoint, config))
+    path.write_text("".join(f"{line}\n" for line in lines), "utf-8")
     kept = {2: "f16", 4: "f32"}[checkpoint.dtype.itemsize]
+    planned = dict(line.rsplit("=", 1) for line in lines)
+    table = planned.get(f"^{re.escape('token_embd.weight')}$", kept)
+    head = planned.get(f"^{re.escape('output.weight')}$", table if _is_tied(checkpoint) else kept)
     return (
         f"{path}: the plan for llama.cpp's own quantizer, from the full-precision model as GGUF: "
-        f"llama-quantize --tensor-type-file {path} --token-embedding-type {kept} --output-tensor-type {kept} "
+        f"llama-quantize --tensor-type-file {path} --token-embedding-type {table} --output-tensor-type {head} "
         "FULL.gguf OUT.gguf Q4_K_M"
     )
+
+
+def _is_tied(checkpoint: QuantizedCheckpoint) -> bool:
+    """Whether a quantized embedding is the head as well."""
+    return isinstance(checkpoint.model_tensors.model.get_output_embeddings(), TiedHead)
 
 
 def tensor_types(checkpoint: QuantizedCheckpoint, config: PreTrainedConfig) -> Iterator[str]:

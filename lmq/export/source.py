@@ -53,7 +53,13 @@ class QuantizedCheckpoint:
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """The type that most of the unquantized weights are stored in; float32 where none is stored as a float."""
+        """The type that most of the unquantized weights are stored in; float32 where none is stored as a float.
+
+        Where embedding and head are quantized too, only vectors are left, and config.json says it if it can.
+        """
+        named = getattr(torch, str(self.model_config.get("dtype", self.model_config.get("torch_dtype"))), None)
+        if self.embeddings and named in FLOAT_TYPES.values():
+            return named
         weights: Counter[torch.dtype] = Counter()
         for tensor in self.unquantized.values():
             if tensor.dtype in FLOAT_TYPES:
@@ -70,6 +76,13 @@ class QuantizedCheckpoint:
         """Every other tensor (embeddings, norms, biases, head, and what is surplus), as stored, by stored name."""
         quantized = {f"{path}.{name}" for path in self.specs for name in QUANTIZED_TENSORS}
         return {name: tensor for name, tensor in self._stored.items() if name not in quantized}
+
+    @cached_property
+    def embeddings(self) -> list[str]:
+        """Paths of the input embedding and the output head, as far as they are quantized."""
+        model = self.model_tensors.model
+        around = (model.get_input_embeddings(), model.get_output_embeddings())
+        return [path for path in self.specs if any(model.get_submodule(path) is module for module in around)]
 
     def codes(self, module_path: str) -> Tensor:
         """Codes of a matrix, uint8 [out_features, in_features]."""

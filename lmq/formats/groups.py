@@ -189,9 +189,21 @@ def encode(
 
     With `integer_zeros` the zeros are whole numbers from 0 to 255 and are stored as they are, on grids that suit.
     """
-    groups = to_groups(weight.detach(), spec.group_size, axis)
     if not integer_zeros:
-        scale, zero = _reachable(groups, scale, zero, spec.bits)
+        scale, zero = reachable(to_groups(weight.detach(), spec.group_size, axis), scale, zero, spec.bits)
+    return store_grid(scale, zero, spec, (weight.shape[0], weight.shape[1]), axis, integer_zeros=integer_zeros)
+
+
+def store_grid(
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+    spec: QuantSpec,
+    shape: tuple[int, int],
+    axis: int,
+    *,
+    integer_zeros: bool = False,
+) -> Grid:
+    """The second half of `encode`: the grid of a matrix of `shape` from scales and zeros that are `reachable`."""
     scale_codes, scale_ranges, unit = _encode_scales(scale, spec.meta_group_size)
     if integer_zeros:
         zero_codes, zero_range = zero.to(torch.uint8), zero.new_tensor([0, _ZERO_STEPS])
@@ -201,13 +213,15 @@ def encode(
         refitted = torch.where(stored > 0, middle - (middle - zero) * scale / stored, middle)
         zero_codes, zero_range = _encode_zeros(refitted, stored > 0)
     matrix_range = torch.cat([unit.reshape(1), zero_range])
-    return Grid(spec, (weight.shape[0], weight.shape[1]), axis, scale_codes, zero_codes, scale_ranges, matrix_range)
+    return Grid(spec, shape, axis, scale_codes, zero_codes, scale_ranges, matrix_range)
 
 
-def _reachable(
+def reachable(
     groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The fitted scale and zero, replaced where zero is more than a grid's width off its grid or scale is wasteful.
+    """The first half of `encode`, which may be taken some groups [groups, group_size] at a time.
+
+    The fitted scale and zero, replaced where zero is more than a grid's width off its grid or scale is wasteful.
 
     The replacement is the smallest grid with zero in [-top, 2 top] that covers the group; a group of zeros gets
     scale 0.

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from lmq.formats.groups import decode_grid, from_groups
-from lmq.formats.packing import unpack
+from lmq.formats.packing import unpack, unpack_at
 from lmq.formats.spec import QuantSpec
 from lmq.numerics import linear, without_base
 
@@ -80,6 +80,22 @@ class PackedWeight:
         for rows, block in self._row_blocks(_FEW_TOKENS_BLOCK) if self.axis == 1 else self.blocks():
             weight[rows] = block
         return weight
+
+    def rows(self, numbers: Tensor) -> Tensor:
+        """Rows of Ŵ, float32 [rows, in_features], of a grid with axis 1; only theirs is unpacked."""
+        in_features, group_size = self.shape[1], self.spec.group_size
+        positions = numbers.to(self.codes.device).long()[:, None] * in_features
+        positions = positions + torch.arange(in_features, device=positions.device)
+        groups = positions // group_size
+        scale, zero = decode_grid(
+            self.scale_codes[groups].view(-1),
+            self.zero_codes[groups].view(-1),
+            self.scale_ranges[groups // self.spec.meta_group_size].view(-1, 2),
+            self.matrix_range,
+            1,
+        )
+        codes = unpack_at(self.codes, self.spec.bits, positions).to(torch.float32)
+        return codes.sub_(zero.view_as(codes)).mul_(scale.view_as(codes))
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """Blocks of Ŵ: the rows, and their weights float32 [rows, in_features], good until the next block is asked for.

@@ -76,6 +76,18 @@ def unpack(
     return codes
 
 
+def unpack_at(packed: torch.Tensor, bits: int, positions: torch.Tensor) -> torch.Tensor:
+    """Codes at `positions` (int64, any shape) among the flattened ones: uint8 in the shape of the positions.
+
+    The positions must be there: they are not looked at.
+    """
+    codes = torch.zeros(positions.shape, dtype=torch.uint8, device=packed.device)
+    for plane, width, shift in _planes(packed, _plane_widths(bits)):
+        field = plane[positions % len(plane)] >> (positions // len(plane) * width).to(torch.uint8)
+        codes |= (field & 2**width - 1) << shift
+    return codes
+
+
 def _pack_plane(runs: torch.Tensor, shift: int, width: int, plane: torch.Tensor) -> None:
     """Fill the plane of the field of `width` bits at `shift` from the codes [8 / width, bytes of the plane]."""
     mask = 2**width - 1

@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -18,8 +18,8 @@ from torch import nn
 from lmq.errors import UnsupportedModel
 from lmq.model.source import ModelSource, locate, source_digest
 from lmq.model.stored import StoredModel, read_stored_model
-from lmq.model.structure import DTYPE_BYTES, KeptTensor, ModelStructure, ModuleId, ModuleInfo
-from lmq.model.tensors import size_bytes
+from lmq.model.structure import DTYPE_BYTES, EMBEDDINGS, KeptTensor, ModelStructure, ModuleId, ModuleInfo
+from lmq.model.tensors import StoredTensor, size_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,8 +27,16 @@ if TYPE_CHECKING:
 _FLOAT_TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
-def discover(model_dir: Path, *, weights_sha256: str | None = None, kept: Collection[ModuleId] = ()) -> ModelStructure:
+def discover(
+    model_dir: Path,
+    *,
+    weights_sha256: str | None = None,
+    kept: Collection[ModuleId] = (),
+    embeddings: bool = False,
+) -> ModelStructure:
     """Discover the structure of a safetensors checkpoint from its configuration and headers.
+
+    With `embeddings` the input embedding and the output head are to be quantized too.
 
     `weights_sha256` is the digest of the model, computed here when it is not given. Modules that are `kept` are not
     quantized, as if they were no nn.Linear. Raises UnsupportedModel naming what cannot be quantized (blocks most of
@@ -43,13 +51,15 @@ def discover(model_dir: Path, *, weights_sha256: str | None = None, kept: Collec
     linear = [_linear_modules(block, layer, kept) for layer, block in enumerate(blocks.children())]
     kept_tensors = tuple(_kept(blocks, linear, layers_path))
     modules = tuple(_modules(blocks, linear, layers_path, hidden_size))
+    tied = any(stored.tensors[name] == stored.tensors[source] for name, source in model.all_tied_weights_keys.items())
+    around = tuple(_embeddings(stored, hidden_size)) if embeddings else ()
     quantized = [f"{layers_path}.{info.id.layer}.{info.id.kind}.weight" for info in modules]
     dtype = _common_dtype(stored, quantized)
+    quantized += [f"{info.id.kind}.weight" for info in around]
     source_bytes = sum(size_bytes(stored.tensors[name]) for name in quantized)
-    is_mixed = source_bytes != DTYPE_BYTES[dtype] * sum(info.parameters for info in modules)
-    replaced = {stored.tensors[name].name for name in quantized}
+    is_mixed = source_bytes != DTYPE_BYTES[dtype] * sum(info.parameters for info in modules + around)
+    replaced = stored.stored_names(quantized)
     others = [tensor for name, tensor in stored.headers.items() if name not in replaced]
-    tied = any(stored.tensors[name] == stored.tensors[source] for name, source in model.all_tied_weights_keys.items())
     if weights_sha256 is None:
         weights_sha256 = source_digest(locate(ModelSource(kind="directory", place=str(model_dir))))
     return ModelStructure(
@@ -66,12 +76,55 @@ def discover(model_dir: Path, *, weights_sha256: str | None = None, kept: Collec
         weights_sha256=weights_sha256,
         kept=kept_tensors,
         stored_bytes=source_bytes if is_mixed else None,
+        embeddings=around,
     )
 
 
 def embedding_shape(model: PreTrainedModel) -> torch.Size:
-    """Shape [vocabulary, embedding] of the table of token embeddings."""
-    return model.get_input_embeddings().get_parameter("weight").shape
+    """Shape [vocabulary, embedding] of the table of token embeddings, dense or quantized."""
+    table: Any = model.get_input_embeddings()
+    return torch.Size((table.num_embeddings, table.embedding_dim))
+
+
+def embed_scale(table: nn.Module) -> float:
+    """What a table of token embeddings multiplies its rows by, as those of Gemma do; 1 for others."""
+    return float(getattr(table, "scalar_embed_scale", getattr(table, "embed_scale", 1.0)))
+
+
+def _embeddings(stored: StoredModel, hidden_size: int) -> Iterator[ModuleInfo]:
+    """Input embedding and output head as modules; one where they are one matrix.
+
+    Raises UnsupportedModel for tables that are looked up or multiplied in another way than nn.Embedding, with a scale
+    at most, and nn.Linear do it, or that something else shares.
+    """
+    model = stored.model
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    paths = {id(module): path for path, module in model.named_modules()}
+    scaled = type(table).forward is not nn.Embedding.forward and not hasattr(table, "embed_scale")
+    if not isinstance(table, nn.Embedding) or scaled or table.max_norm is not None:
+        raise UnsupportedModel(
+            f"{paths[id(table)]} is a {type(table).__name__}, which looks rows up in its own way; leave out embeddings"
+        )
+    if not isinstance(head, nn.Linear) or id(head) not in paths:
+        raise UnsupportedModel(
+            f"the output head of {type(model).__name__} is a {type(head).__name__}, no nn.Linear; leave out embeddings"
+        )
+    names = {f"{paths[id(table)]}.weight": "embedding", f"{paths[id(head)]}.weight": "head"}
+    _common_dtype(stored, list(names))
+    by_tensor: dict[StoredTensor, list[str]] = {}
+    for name in names:
+        by_tensor.setdefault(stored.tensors[name], []).append(name)
+    for tensor, members in by_tensor.items():
+        sharing = [name for name, found in stored.tensors.items() if found == tensor and name not in names]
+        if sharing:
+            raise UnsupportedModel(f"{sharing[0]} shares the matrix of {members[0]}; leave out embeddings")
+        shape = model.get_parameter(members[0]).shape
+        if shape[1] != hidden_size:
+            raise UnsupportedModel(
+                f"{members[0]} has rows of {shape[1]} where the hidden size is {hidden_size}; leave out embeddings"
+            )
+        part = "tied" if len(members) > 1 else names[members[0]]
+        yield ModuleInfo(ModuleId(EMBEDDINGS, members[0].removesuffix(".weight")), shape[0], shape[1], part)
 
 
 def find_layers(model: PreTrainedModel) -> str:

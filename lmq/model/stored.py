@@ -66,6 +66,12 @@ class StoredModel:
         """Stored tensors that the model's class does not have, such as layers that predict further tokens."""
         return {name: tensor for name, tensor in self.headers.items() if name not in self.owner}
 
+    def stored_names(self, names: Iterable[str]) -> set[str]:
+        """Stored names of tensors that are stored as the model uses them; a tied one may be stored under several."""
+        wanted = {self.tensors[name] for name in names}
+        owners = {name for name, tensor in self.tensors.items() if tensor in wanted}
+        return {tensor.name for tensor in wanted} | {name for name, owner in self.owner.items() if owner in owners}
+
     def holds(self, name: str) -> bool:
         """Whether a tensor of the model comes from the files."""
         return name in self.tensors or name in self.conversions

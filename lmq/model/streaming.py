@@ -16,20 +16,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lmq.errors import InputError, UnsupportedModel
-from lmq.model.discovery import embedding_shape
+from lmq.model.discovery import embed_scale, embedding_shape
 from lmq.model.stored import StoredModel, read_stored_model
-from lmq.model.structure import ModelStructure
+from lmq.model.structure import ModelStructure, ModuleInfo
 from lmq.model.stubs import BlockStub, StopForward, StubHandler, StubSwitch
-from lmq.model.tensors import weight_files
+from lmq.model.tensors import StoredTensor, weight_files
 from lmq.numerics import OneDnnProducts, require_finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_MATRIX_ELEMENTS_AT_ONCE = 1 << 22
+"""Weights of an embedding that are held in float32 at a time."""
 _LOGITS_AT_ONCE = 1 << 24
 """Logits held at a time (64 MB in float32), whatever the vocabulary."""
 
@@ -69,6 +72,16 @@ class LossGradient(NamedTuple):
     gradient: Tensor
     loss_sum: float
     tokens: int
+
+
+class HeadTrace(NamedTuple):
+    """What goes through the head: its `inputs` [tokens, hidden], the `probabilities` that are predicted [tokens,
+    vocabulary], and `slopes` like them, the derivative of every logit by the output of the head that it comes from.
+    """
+
+    inputs: Tensor
+    probabilities: Tensor
+    slopes: Tensor
 
 
 class StreamedModel:
@@ -209,6 +222,66 @@ class StreamedModel:
         gradient[:, :-1] = torch.cat(pieces).view_as(gradient[:, :-1])
         return LossGradient(gradient, loss_sum, len(states))
 
+    def put_embedding(self, module: ModuleInfo, weight: Tensor) -> None:
+        """Put `weight` [vocabulary, hidden] in the place of an embedding of the structure; of both where tied."""
+        names = [f"{self.structure.path(module.id)}.weight"]
+        if module.part == "tied":
+            names = sorted(self._table_names())
+        self._model.load_state_dict(dict.fromkeys(names, weight.to(self.device, self.dtype)), strict=False, assign=True)
+
+    def head_trace(self, hidden: Tensor) -> HeadTrace:
+        """What goes through the head for states that leave the last block [tokens, hidden].
+
+        What follows the head is taken to work on every logit by itself, as scaling and soft-capping do.
+        """
+        found: dict[str, Tensor] = {}
+
+        def keep(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            found["inputs"] = args[0].detach().flatten(0, -2)
+            found["outputs"] = output.detach().requires_grad_(True)
+            return found["outputs"]
+
+        handle = self._model.get_output_embeddings().register_forward_hook(keep)
+        try:
+            with torch.enable_grad():
+                logits = self.head_logits(hidden)
+                (slopes,) = torch.autograd.grad(logits.sum(), found["outputs"])
+        finally:
+            handle.remove()
+        return HeadTrace(found["inputs"], logits.detach().float().softmax(-1), slopes.float().view_as(logits))
+
+    def embedding_gradient(self, token_ids: Tensor, gradient: Tensor) -> Tensor:
+        """Gradient at the row of the embedding that every token looked up, from that at the states that enter block 0.
+
+        `token_ids` [sequences, sequence_length], `gradient` [draws · sequences, sequence_length, hidden], sequences
+        fastest; the result is like it in shape, float32.
+        """
+        self._load_tables()
+        table = self._model.get_input_embeddings()
+        found: dict[str, Tensor] = {}
+
+        def keep(*args: Any) -> Tensor:
+            found["rows"] = args[-1].detach().requires_grad_(True)
+            return found["rows"]
+
+        def stop(_: int, entering: Tensor, *__: Any) -> Any:
+            raise StopForward(entering)
+
+        scale = embed_scale(table)
+        result = torch.empty_like(gradient, dtype=torch.float32)
+        handle = table.register_forward_hook(keep)
+        try:
+            for sequence, row in enumerate(token_ids.to(self.device).long().split(1)):
+                with torch.enable_grad():
+                    entering = self._run_until_stopped(stop, input_ids=row)
+                for draw in range(sequence, len(gradient), len(token_ids)):
+                    of_states = gradient[draw : draw + 1].to(entering)
+                    (of_rows,) = torch.autograd.grad(entering, found["rows"], of_states, retain_graph=True)
+                    result[draw] = of_rows[0].float() * scale
+        finally:
+            handle.remove()
+        return result
+
     def _load_around_blocks(self) -> None:
         """Read what lies around the blocks, but for the tables, and put what is computed on the device."""
         for module in self._model.modules():
@@ -223,8 +296,9 @@ class StreamedModel:
 
     def _table_names(self) -> set[str]:
         tables = (self._model.get_input_embeddings(), self._model.get_output_embeddings())
-        names = {id(module): path for path, module in self._model.named_modules()}
-        return {f"{names[id(table)]}.weight" for table in tables if table is not None}
+        paths = {path for path, module in self._model.named_modules() if any(module is table for table in tables)}
+        names = (name for name in self._model.state_dict() if not name.endswith(".bias"))
+        return {name for name in names if name.rpartition(".")[0] in paths}
 
     def _assign(self, names: Iterable[str]) -> None:
         self._model.load_state_dict(self._read(names), strict=False, assign=True)
@@ -303,8 +377,7 @@ def load_layer_weights(model_dir: Path, structure: ModelStructure, layer: int) -
 
     Raises NotFiniteError naming layer and module, InputError for a tensor that is not in the checkpoint.
     """
-    files = (model_dir / "config.json", *weight_files(model_dir))
-    stored = _stored_model_of(model_dir, tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
+    stored = _stored_model(model_dir)
     names = {info.id.kind: f"{structure.path(info.id)}.weight" for info in structure.in_layer(layer)}
     lacking = [kind for kind, name in names.items() if not stored.holds(name)]
     if lacking:
@@ -313,6 +386,48 @@ def load_layer_weights(model_dir: Path, structure: ModelStructure, layer: int) -
     for kind, name in names.items():
         require_finite(values[name], f"the weight of layer {layer} {kind}")
     return {kind: values[name].float() for kind, name in names.items()}
+
+
+class StoredMatrix:
+    """One matrix of a model directory, read some rows at a time: an embedding may be too large for float32."""
+
+    def __init__(self, tensor: StoredTensor, name: str):
+        self._tensor = tensor
+        self._name = name
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        rows, columns = self._tensor.shape
+        return rows, columns
+
+    def blocks(self, multiple: int = 1) -> Iterator[tuple[slice, Tensor]]:
+        """The rows and their values, float32 [rows, columns], block by block, each but the last a `multiple` of rows.
+
+        Raises NotFiniteError naming the matrix.
+        """
+        rows, columns = self.shape
+        step = multiple * max(1, _MATRIX_ELEMENTS_AT_ONCE // (columns * multiple))
+        with safe_open(self._tensor.file, framework="pt") as file:
+            stored = file.get_slice(self._tensor.name)
+            for first in range(0, rows, step):
+                block = stored[first : min(first + step, rows)]
+                require_finite(block, self._name)
+                yield slice(first, first + len(block)), block.float()
+
+
+def stored_matrix(model_dir: Path, structure: ModelStructure, module: ModuleInfo) -> StoredMatrix:
+    """The weight of a module as stored. Raises InputError for one that is not in the checkpoint."""
+    name = f"{structure.path(module.id)}.weight"
+    tensors = _stored_model(model_dir).tensors
+    if name not in tensors:
+        raise InputError(f"{model_dir} has no {name}; is it the model of this structure?")
+    return StoredMatrix(tensors[name], f"the weight of {module.id}")
+
+
+def _stored_model(model_dir: Path) -> StoredModel:
+    files = (model_dir / "config.json", *weight_files(model_dir))
+    return _stored_model_of(model_dir, tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
 
 
 @functools.lru_cache(maxsize=2)

@@ -12,21 +12,31 @@ DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 PARTS = ("attn_in", "attn_out", "mlp_gate", "mlp_down")
 
+EMBEDDINGS = -1
+"""Layer of what lies around the decoder blocks and can be quantized too: the input embedding and the output head."""
+
 
 @dataclass(frozen=True, order=True)
 class ModuleId:
-    """One weight matrix: its 0-based decoder layer and its name inside the block, such as `self_attn.q_proj`."""
+    """One weight matrix: its 0-based decoder layer and its name inside the block, such as `self_attn.q_proj`.
+
+    Input embedding and output head have the layer `EMBEDDINGS` and their whole path, such as `model.embed_tokens`.
+    """
 
     layer: int
     kind: str
 
     def __str__(self) -> str:
-        return f"layer {self.layer} {self.kind}"
+        return self.kind if self.layer == EMBEDDINGS else f"layer {self.layer} {self.kind}"
 
 
 @dataclass(frozen=True)
 class ModuleInfo:
-    """A module with its weight's shape `[out_features, in_features]` and the part it is measured with."""
+    """A module with its weight's shape `[out_features, in_features]` and the part it is measured with.
+
+    The rows of an input embedding are its outputs here, as they are those of a head: [vocabulary, hidden]. Its part is
+    `embedding`, that of a head `head`, and `tied` that of one matrix which is both.
+    """
 
     id: ModuleId
     out_features: int
@@ -61,10 +71,12 @@ class ModelStructure:
     """The structure of one model, discovered from the model itself.
 
     `layers_path` is the path of the list of decoder blocks, as `model.layers`: module (3, `mlp.up_proj`)
-    is the submodule `model.layers.3.mlp.up_proj`. `other_bytes` counts every stored tensor that is not
-    quantized (embeddings, head, norms, biases) at `dtype`. `weights_sha256` identifies the content. `kept` are the
-    tensors of blocks that are among them though they are no vectors, as a hybrid has. `dtype` is the type that most
-    modules are stored in; `stored_bytes` is what all of them take where some are stored in another one, else None.
+    is the submodule `model.layers.3.mlp.up_proj`. `modules` are those of the blocks; `embeddings` are the input
+    embedding and the output head (tied: one) where they are to be quantized too. `other_bytes` counts every stored
+    tensor that is not quantized (norms, biases, embeddings and head unless they are) at `dtype`. `weights_sha256`
+    identifies the content. `kept` are the tensors of blocks that are among them though they are no vectors, as a hybrid
+    has. `dtype` is the type that most modules are stored in; `stored_bytes` is what all of them take where some are
+    stored in another one, else None.
     """
 
     architecture: str
@@ -80,6 +92,12 @@ class ModelStructure:
     weights_sha256: str
     kept: tuple[KeptTensor, ...] = ()
     stored_bytes: int | None = None
+    embeddings: tuple[ModuleInfo, ...] = ()
+
+    @property
+    def quantized(self) -> tuple[ModuleInfo, ...]:
+        """Every module that gets a configuration: those of the blocks, then the embeddings."""
+        return self.modules + self.embeddings
 
     @property
     def source_bytes(self) -> int:
@@ -89,7 +107,7 @@ class ModelStructure:
     @property
     def parameters(self) -> int:
         """Weights in all quantizable modules."""
-        return sum(module.parameters for module in self.modules)
+        return sum(module.parameters for module in self.quantized)
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -97,12 +115,12 @@ class ModelStructure:
         return tuple(dict.fromkeys(module.id.kind for module in self.modules))
 
     def in_layer(self, layer: int) -> tuple[ModuleInfo, ...]:
-        """Modules of one layer, in model order."""
-        return tuple(module for module in self.modules if module.id.layer == layer)
+        """Modules of one layer, in model order; those of the layer `EMBEDDINGS` are the embeddings."""
+        return tuple(module for module in self.quantized if module.id.layer == layer)
 
     def path(self, module: ModuleId) -> str:
         """Dotted path of the module inside the model."""
-        return f"{self.layers_path}.{module.layer}.{module.kind}"
+        return module.kind if module.layer == EMBEDDINGS else f"{self.layers_path}.{module.layer}.{module.kind}"
 
     @property
     def kept_notes(self) -> list[str]:
@@ -113,20 +131,27 @@ class ModelStructure:
         return [f"{name} {list(shape)} of {layer_ranges(found)}" for (name, shape), found in layers.items()]
 
     def to_json(self) -> dict[str, Any]:
-        """JSON-ready form; `kept` and `stored_bytes` are there for models that need them."""
+        """JSON-ready form; `kept`, `stored_bytes` and `embeddings` are there for models that need them."""
         data = asdict(self)
-        needed = {"kept": bool(self.kept), "stored_bytes": self.stored_bytes is not None}
+        needed = {
+            "kept": bool(self.kept),
+            "stored_bytes": self.stored_bytes is not None,
+            "embeddings": bool(self.embeddings),
+        }
         return {name: value for name, value in data.items() if needed.get(name, True)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ModelStructure:
         """Inverse of `to_json`."""
-        modules = tuple(
-            ModuleInfo(ModuleId(**item["id"]), item["out_features"], item["in_features"], item["part"])
-            for item in data["modules"]
+        modules, embeddings = (
+            tuple(
+                ModuleInfo(ModuleId(**item["id"]), item["out_features"], item["in_features"], item["part"])
+                for item in data.get(name, ())
+            )
+            for name in ("modules", "embeddings")
         )
         kept = tuple(KeptTensor(item["layer"], item["name"], tuple(item["shape"])) for item in data.get("kept", ()))
-        return cls(**{**data, "modules": modules, "kept": kept})
+        return cls(**{**data, "modules": modules, "embeddings": embeddings, "kept": kept})
 
 
 def layer_ranges(layers: Sequence[int]) -> str:

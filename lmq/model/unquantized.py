@@ -35,11 +35,11 @@ def unquantized_parts(model_dir: Path, structure: ModelStructure) -> tuple[Unqua
     Raises InputError, UnsupportedModel as `lmq.model.discovery.discover` does.
     """
     stored = read_stored_model(model_dir)
-    quantized = {f"{structure.path(module.id)}.weight" for module in structure.modules}
+    replaced = stored.stored_names(f"{structure.path(module.id)}.weight" for module in structure.quantized)
     members: dict[str, list[StoredTensor]] = {part: [] for part in UNQUANTIZED_PARTS}
     for name, tensor in stored.headers.items():
-        owner = stored.owner.get(name)
-        if owner not in quantized:
+        if name not in replaced:
+            owner = stored.owner.get(name)
             members["surplus" if owner is None else _part_of(stored.model, owner)].append(tensor)
     return tuple(
         UnquantizedPart(

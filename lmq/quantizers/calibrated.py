@@ -21,12 +21,20 @@ _WEIGHTS_AT_ONCE, _WEIGHTS_AT_ONCE_ON_GPU = 1 << 26, 1 << 28
 
 def fitted_grid(weight: Tensor, importance: Tensor, spec: QuantSpec, axis: int, *, integer_zeros: bool) -> Grid:
     """The stored grid of `weight` [out_features, in_features] of least error weighted by `importance` [in_features]."""
+    scale, zero = fitted_values(weight, importance, spec, axis, integer_zeros=integer_zeros)
+    return encode(weight, scale, zero, spec, axis, integer_zeros=integer_zeros)
+
+
+def fitted_values(
+    weight: Tensor, importance: Tensor, spec: QuantSpec, axis: int, *, integer_zeros: bool
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero float32 [groups] of that grid before they are stored."""
     scale, zero = fit_weighted(weight, importance, spec, axis)
     if integer_zeros:
         groups = to_groups(weight, spec.group_size, axis)
         scale, zero = whole_zeros(groups, scale, zero, spec.bits)
         scale = refit_scale(groups, scale, zero, spec.bits)
-    return encode(weight, scale, zero, spec, axis, integer_zeros=integer_zeros)
+    return scale, zero
 
 
 @dataclass(frozen=True, kw_only=True)

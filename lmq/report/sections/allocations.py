@@ -132,8 +132,8 @@ def _legend(scale: Sequence[QuantSpec], any_boosted: bool) -> str:
 
 
 def _kind_table(model: ModelReport, allocations: Mapping[str, Allocation]) -> str:
-    kinds = model.structure.kinds
-    parameters = {module.id: module.parameters for module in model.structure.modules}
+    kinds = (*model.structure.kinds, *(module.id.kind for module in model.structure.embeddings))
+    parameters = {module.id: module.parameters for module in model.structure.quantized}
     columns = [Column("Variant"), *(Column(short_kind(kind, kinds), True, kind) for kind in kinds)]
     rows = []
     for label, allocation in allocations.items():

@@ -13,7 +13,7 @@ from lmq.formats.spec import QuantSpec
 from lmq.layers.importance.correlation import rank_correlations
 from lmq.measurement.base import CostColumn
 from lmq.measurement.registry import COSTS as REGISTERED
-from lmq.model.structure import ModuleId
+from lmq.model.structure import EMBEDDINGS, ModuleId
 from lmq.outliers import FEWEST_LAYERS_OF_KIND, find_outlier_layers
 from lmq.report.data import ModelReport
 from lmq.report.figures.allocation_map import short_kind
@@ -118,6 +118,12 @@ def cost_figures(model: ModelReport, name: str) -> list[Figure]:
     ]
 
 
+def _name(module: ModuleId, model: ModelReport) -> str:
+    if module.layer == EMBEDDINGS:
+        return escape(module.kind)
+    return f"layer {module.layer} {escape(short_kind(module.kind, model.structure.kinds))}"
+
+
 def _kinds(model: ModelReport, costs: ErrorTable) -> list[str]:
     return [kind for kind in model.structure.kinds if any(module.kind == kind for module in costs.modules)]
 
@@ -167,7 +173,7 @@ def _costliest(model: ModelReport, name: str) -> str:
         module, cost = costs.modules[row], float(column[row])
         share = cost / total if total > 0 else None
         cells = [
-            Cell(f"layer {module.layer} {escape(short_kind(module.kind, model.structure.kinds))}", str(module)),
+            Cell(_name(module, model), str(module)),
             number(significant(cost), cost),
             number(format_percent(share), share),
         ]
