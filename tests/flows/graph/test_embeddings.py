@@ -12,6 +12,7 @@ from torch import nn
 import lmq
 from lmq.checkpoint.verify import find_damage, quantized_bytes
 from lmq.errors import InputError
+from lmq.evaluation.perplexity import Window
 from lmq.evaluation.windows import WINDOWS_SCHEMA, summarize
 from lmq.formats.packed_layer import QuantizedEmbedding, QuantizedLinear, TiedHead
 from lmq.measurement.grids import load_grids
@@ -19,6 +20,7 @@ from lmq.measurement.sequence_fisher import SEQUENCE_FISHER
 from lmq.model.streaming import stored_matrix
 from lmq.model.structure import EMBEDDINGS
 from lmq.tables import read_rows
+from lmq.text.calibration import TextSource, documents, load_tokenizer, token_stream
 from lmq_flows.config.run import RunConfig
 from lmq_flows.graph.build import build_graph
 from lmq_flows.graph.node import Node
@@ -94,15 +96,13 @@ def test_a_checkpoint_holds_them_packed_and_computes_what_was_judged(
 
 def _loss(model: nn.Module, config: RunConfig, row: dict[str, object]) -> float:
     """Summed loss of the last tokens of the first window, by a plain forward."""
-    from lmq.text.calibration import TextSource, documents, load_tokenizer, token_stream
-
     tokenizer = load_tokenizer(Path(config.models[0].source))
     source = TextSource(source="pydoc-topics", part="second", seed=42)
     stream = token_stream(documents(source, tokenizer), tokenizer, config.evaluation.tokens)
     seen = torch.tensor([*row["prefix"], *stream[row["start"] : row["end"]].tolist()])
     with torch.no_grad():
         logits = model(seen[None]).logits[0].double()
-    scored = len(seen) - 1 if not row["start"] else row["fresh"]
+    scored = Window(row["start"], row["end"], row["fresh"]).scored
     losses = nn.functional.cross_entropy(logits[:-1], seen[1:], reduction="none")
     return float(losses[-scored:].sum())
 
