@@ -58,7 +58,7 @@ class QuantizedCheckpoint:
         Where embedding and head are quantized too, only vectors are left, and config.json says it if it can.
         """
         named = getattr(torch, str(self.model_config.get("dtype", self.model_config.get("torch_dtype"))), None)
-        if self.embeddings and named in FLOAT_TYPES.values():
+        if self.embeddings and isinstance(named, torch.dtype) and named in FLOAT_TYPES.values():
             return named
         weights: Counter[torch.dtype] = Counter()
         for tensor in self.unquantized.values():
