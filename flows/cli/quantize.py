@@ -27,6 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--size", metavar="BYTES", help="size of the whole checkpoint, embeddings and tokenizer included, as in 400MB"
     )
     how_small.add_argument("--bits", type=float, help="bits per weight of the quantized matrices, as in 4.25")
+    how_small.add_argument(
+        "--plan",
+        metavar="RUN_OR_FILE",
+        help="the configurations that a run gave to a model of the same structure, such as the base model of a "
+        "fine-tune: the run, or its allocation-*.csv; nothing is measured but what the quantizer needs",
+    )
     parser.add_argument(
         "-o", "--output", type=Path, metavar="DIR", help="directory to write (default: named after model and size)"
     )
@@ -52,6 +58,7 @@ def quantize_command(arguments: argparse.Namespace) -> int:
         model=arguments.model,
         size=arguments.size,
         bits=arguments.bits,
+        plan=arguments.plan,
         output=arguments.output,
         effort=arguments.effort,
         store=arguments.store,

@@ -19,6 +19,7 @@ from lmq.report.results import UNIFORM, VariantResult, full_precision_of, read_r
 from lmq.text.calibration import load_tokenizer, text_prefix
 from lmq_flows.config.names import slug
 from lmq_flows.config.run import RunConfig, parse_run_config
+from lmq_flows.run.given_plan import STRATEGY, read_plan
 from lmq_flows.run.plan import InspectedModel, inspect_model
 from lmq_flows.run.prepare import check_directory
 
@@ -54,21 +55,26 @@ _TENSORS_PER_MODULE = 5
 class Goal:
     """What is asked for: a model, how small it should be, and where to.
 
-    `size` is that of the whole directory, as in "400 MB"; `bits` per weight are those of the quantized matrices.
-    Exactly one of them is given. `output` None: a directory named after both, here.
+    `size` is that of the whole directory, as in "400 MB"; `bits` per weight are those of the quantized matrices; `plan`
+    is the file or run of `lmq_flows.run.given_plan.read_plan`. Exactly one of them is given. `output` None: a directory
+    named after both, here.
     """
 
     model: str
     size: str | None = None
     bits: float | None = None
+    plan: str | None = None
     output: Path | None = None
     effort: str = "normal"
     store: str = "store"
     runs_dir: str = "runs"
 
     def __post_init__(self) -> None:
-        if (self.size is None) == (self.bits is None):
-            raise InputError("give one of size and bits: how large the whole checkpoint may be, or bits per weight")
+        if sum(given is not None for given in (self.size, self.bits, self.plan)) != 1:
+            raise InputError(
+                "give one of size, bits and plan: how large the whole checkpoint may be, bits per weight, or the plan "
+                "of another run"
+            )
         if self.effort not in EFFORTS:
             raise unknown_name("effort", self.effort, EFFORTS)
         if self.size is not None and Budget.parse(self.size).size_bytes is None:
@@ -85,7 +91,9 @@ class Goal:
     @property
     def title(self) -> str:
         """`smollm2-400mb`: the model and how small."""
-        return slug(f"{self.name}-{self.size}" if self.size else f"{self.name}-{self.bits:g}-bits").lower()
+        if self.plan is not None:
+            return slug(f"{self.name}-by-{Path(self.plan).stem}")
+        return slug(f"{self.name}-{self.size}" if self.size else f"{self.name}-{self.bits:g}-bits")
 
     @property
     def directory(self) -> Path:
@@ -95,9 +103,13 @@ class Goal:
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedGoal:
-    """A goal with the run that reaches it. `beside_bytes` are those of the checkpoint beside its quantized matrices."""
+    """A goal with the run that reaches it by a `strategy`.
+
+    `beside_bytes` are those of the checkpoint beside its quantized matrices.
+    """
 
     goal: Goal
+    strategy: str
     config: RunConfig
     structure: ModelStructure
     model_dir: Path
@@ -121,22 +133,35 @@ class MadeModel:
 def prepare_goal(goal: Goal) -> PreparedGoal:
     """Look at the model, reading no weights (a GGUF file is converted), and plan the run.
 
-    Raises InputError for a model that is not there, and for a size below the smallest or not below the model's own.
+    Raises InputError for a model that is not there, for a size below the smallest or not below the model's own, and for
+    the plan of a model of another structure.
     """
     effort = EFFORTS[goal.effort]
+    plan = None if goal.plan is None else read_plan(goal.plan, goal.runs_dir)
     dtype = "float16" if goal.model.endswith(".gguf") else "exact"
     inspected = inspect_model(goal.model, goal.store, dtype)
     beside_bytes = _beside_bytes(inspected)
     sizes = LayoutRange.of(inspected.structure.modules, STOPS, "paper")
+    menu = set(sizes.uniform_bytes)
+    if plan is None:
+        budget = _budget(goal, inspected.structure, sizes, beside_bytes)
+    else:
+        plan_bytes = plan.size_bytes(inspected.structure)
+        budget = f"{plan_bytes} B"
+        uniform, _ = sizes.uniform_around(plan_bytes)
+        menu = {*plan.specs.values(), *([] if uniform is None else [uniform])}
+    strategy = effort.strategy if plan is None else STRATEGY
     config = parse_run_config(
         {
             "name": f"{goal.title}-{goal.effort}",
             "models": [{"name": goal.name, "source": goal.model, "dtype": dtype}],
-            "budgets": [_budget(goal, inspected.structure, sizes, beside_bytes)],
+            "strategies": [UNIFORM, strategy],
+            "budgets": [budget],
             "measure": {
-                "menu": [spec.name for spec in sizes.uniform_bytes],
+                "menu": [spec.name for spec in sorted(menu, key=lambda spec: spec.bits_per_weight)],
                 "label_draws": effort.label_draws,
             },
+            "constraints": {"fixed": plan.fixed} if plan is not None else {},
             "polish": {"steps": effort.polish_steps} if effort.polish_steps else None,
             "store": goal.store,
             "runs_dir": goal.runs_dir,
@@ -146,6 +171,7 @@ def prepare_goal(goal: Goal) -> PreparedGoal:
     )
     return PreparedGoal(
         goal=goal,
+        strategy=strategy,
         config=config,
         structure=inspected.structure,
         model_dir=inspected.model_dir,
@@ -154,12 +180,11 @@ def prepare_goal(goal: Goal) -> PreparedGoal:
 
 
 def _texts(effort: Effort, model_dir: Path) -> dict[str, Any]:
-    """Strategies and texts of the run, within what the model sees at once."""
+    """Texts of the run, within what the model sees at once."""
     positions = getattr(read_model_config(model_dir).get_text_config(), "max_position_embeddings", None)
     most = positions if isinstance(positions, int) and positions > 0 else _WINDOW
     window = min(_WINDOW, most - len(text_prefix(load_tokenizer(model_dir))))
     return {
-        "strategies": [UNIFORM, effort.strategy],
         "calibration": {"sequences": effort.sequences, "sequence_length": min(_SEQUENCE_LENGTH, most)},
         "evaluation": {"tokens": effort.evaluation_tokens, "window": window, "stride": max(1, window // 2)},
     }
@@ -214,7 +239,7 @@ def reach_goal(prepared: PreparedGoal) -> MadeModel:
     if not state.is_completed() and state.name != SOME_VARIANTS_FAILED:
         raise_failure(state)
     results = read_results(config.run_dir / "results.json")
-    chosen = next(item for item in results if item.strategy == EFFORTS[goal.effort].strategy)
+    chosen = next(item for item in results if item.strategy == prepared.strategy)
     full_precision = full_precision_of(goal.name, results)
     if chosen.error or chosen.checkpoint is None or full_precision is None:
         raise LmqError(chosen.error or f"no checkpoint came of the run; see {config.run_dir / 'report.html'}")

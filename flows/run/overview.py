@@ -5,13 +5,16 @@ One Markdown artifact of Prefect, updated in place, and the same table on the te
 
 from __future__ import annotations
 
+import base64
 import logging
+import platform
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
+from pathlib import Path
 from uuid import UUID
 
 import httpx
@@ -22,9 +25,11 @@ from prefect.client.schemas.actions import ArtifactUpdate
 from rich.console import Console
 from rich.table import Table
 
-from lmq.report.results import format_bytes
+from lmq.report.results import format_bytes, read_results
 from lmq.report.results_table import markdown_rows
+from lmq_flows.config.names import slug
 from lmq_flows.graph.progress import StageProgress
+from lmq_tasks.report import FIGURES_FOLDER
 
 _log = logging.getLogger(__name__)
 
@@ -171,3 +176,33 @@ def overview_of(name: str, key: str) -> Iterator[Overview]:
         _current.reset(token)
         console = Console() if sys.stdout.isatty() else Console(width=_WIDTH)
         console.print(overview.table())
+
+
+def summary(run_dir: Path) -> str:
+    """The end of a run in Markdown: the table, what could not be made and why, the figures, where everything lies."""
+    results = read_results(run_dir / "results.json")
+    parts = ["## Results", (run_dir / "summary.md").read_text().strip()]
+    failed = [f"- **{result.model} {result.label}**: {result.error}" for result in results if result.error]
+    if failed:
+        parts += ["## Not made", "\n".join(failed)]
+    pictures = sorted((run_dir / FIGURES_FOLDER).glob("*.svg"))
+    if pictures:
+        parts += ["## Figures", *map(_picture, pictures)]
+    files = [_link(run_dir / name) for name in ("report.html", "results.json", "config.yaml")]
+    files += [_link(run_dir / result.checkpoint) for result in results if result.checkpoint]
+    return "\n\n".join([*parts, f"## Files on {platform.node()}", "\n".join(files)]) + "\n"
+
+
+def _picture(path: Path) -> str:
+    """An image that needs no server to come from."""
+    return f"![{path.stem}](data:image/svg+xml;base64,{base64.b64encode(path.read_bytes()).decode()})"
+
+
+def _link(path: Path) -> str:
+    """A line with the path as text too: browsers follow no link from a page of a server to a file."""
+    return f"- [{path.name}]({path.absolute().as_uri()}) `{path.absolute()}`"
+
+
+def artifact_key(text: str) -> str:
+    """A text as a key of an artifact, which holds lower-case letters, digits and dashes only."""
+    return slug(text).replace(".", "-").replace("_", "-")

@@ -62,7 +62,7 @@ def test_a_finished_run_shows_models_report_and_artifacts(
     assert (tmp_path / "run.png").stat().st_size > 50_000
     summaries = page(f"{prefect.address}/artifacts/key/seen", tmp_path / "summary.png", settled="stages done")
     assert "loss-aware" in summaries
-    page(f"{prefect.address}/artifacts", tmp_path / "artifacts.png", settled="seen-results")
+    page(f"{prefect.address}/artifacts", tmp_path / "artifacts.png", settled="stages done")
 
 
 def test_stages_from_the_cache_are_shown_as_cached(prefect: Server, finished: tuple[Any, Any], tmp_path: Path) -> None:

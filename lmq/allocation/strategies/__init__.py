@@ -12,6 +12,7 @@ from lmq.allocation.strategies.importance_weighted import AvssWeighted, BiWeight
 from lmq.allocation.strategies.kl import Kl
 from lmq.allocation.strategies.loss_aware import LossAware
 from lmq.allocation.strategies.mxq import KurtMilp, KurtScaled, Mxq, SensiMilp
+from lmq.allocation.strategies.plan import Plan
 from lmq.allocation.strategies.structural import Structural
 from lmq.allocation.strategies.uniform import Uniform
 from lmq.errors import InputError, unknown_name
@@ -34,6 +35,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
         BiWeighted,
         LossAware,
         Kl,
+        Plan,
         Auto,
     )
 }

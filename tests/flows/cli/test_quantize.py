@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,11 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 from prefect.settings import PREFECT_API_URL
+from safetensors.torch import load_file, save_file
 
 import lmq
-from lmq.checkpoint.write import quantized_bytes
+from lmq.checkpoint.write import quantized_bytes, read_quantization_config
+from lmq.formats.spec import QuantSpec
+from lmq.model.discovery import discover
+from lmq.model.structure import ModelStructure
 from lmq.report.results import format_measured, read_results
 from lmq_flows.cli import main
+from lmq_flows.run.given_plan import read_plan
 from lmq_flows.run.one_model import Goal, prepare_goal
 from tests.flows.cli.conftest import refusal
 from tests.flows.processes import LAYERS, Runner, finished_work, forking_runner, save_small_llama, wait_until
@@ -119,3 +126,85 @@ def test_a_directory_that_is_there_is_never_touched(tiny_llama, tmp_path, capsys
 def test_how_small_is_said_once(options, tiny_llama, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["quantize", str(tiny_llama), *options])
+
+
+def write_plan(path: Path, structure: ModelStructure, **changes: str) -> dict[str, QuantSpec]:
+    """A plan with the configurations in turn, as a table; the configuration of every matrix by its path."""
+    menu = [QuantSpec.parse(name) for name in ("b3g64", "b8g64", "b2g64")]
+    plan = dict(zip([info.id for info in structure.modules], itertools.cycle(menu)))
+    lines = [f"{module.kind},{module.layer},{spec.bits},{spec.group_size}" for module, spec in plan.items()]
+    text = "\n".join(["kind,layer,bits,group_size", *lines])
+    for before, after in changes.items():
+        text = text.replace(before, after)
+    path.write_text(text)
+    return {structure.path(module): spec for module, spec in plan.items()}
+
+
+@pytest.fixture
+def fine_tune(tiny_qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model with other weights."""
+    path = tmp_path_factory.mktemp("tuned") / "fine-tune"
+    shutil.copytree(tiny_qwen, path)
+    tensors = {name: tensor * 1.01 for name, tensor in load_file(path / "model.safetensors").items()}
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
+@pytest.mark.slow
+def test_a_plan_of_another_model_is_kept_and_only_the_quantizer_measures(
+    server: None, tiny_qwen: Path, fine_tune: Path, tmp_path: Path
+) -> None:
+    expected = write_plan(tmp_path / "plan.csv", discover(tiny_qwen, weights_sha256="0"))
+    assert main(["quantize", str(fine_tune), "--plan", "plan.csv", "--effort", "quick", "-o", "small"]) == 0
+    assert read_quantization_config(tmp_path / "small").specs == expected
+    made = {path.name for path in (tmp_path / "store" / "manifests").iterdir()}
+    assert "second-moments" in made
+    assert not {"sequence-fisher", "fisher", "sensitivity", "kurtosis", "divergence"} & made
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    again = read_plan(run_dir.name)
+    assert again.size_bytes(discover(fine_tune, weights_sha256="0")) == quantized_bytes(tmp_path / "small")
+    assert again.specs == read_plan("plan.csv").specs
+
+
+def test_a_plan_that_does_not_fit_is_refused_before_anything_is(
+    tiny_qwen: Path, tiny_phi: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    structure = discover(tiny_qwen, weights_sha256="0")
+    place, line = tmp_path / "plan.csv", ("quantize", tiny_qwen, "--plan", "plan.csv")
+    assert "there is no plan plan.csv" in refusal(capsys, *line)
+    write_plan(place, structure)
+    other = refusal(capsys, "quantize", tiny_phi, "--plan", "plan.csv")
+    assert "is not a plan for this model (28 matrices, the model has 16)" in other
+    assert "the plan lacks layer 0 self_attn.qkv_proj" in other
+    assert "the model lacks layer 0 self_attn.q_proj" in other
+    for change, words in (
+        (
+            {"k_proj,3,": "k_proj,7,"},
+            "the plan lacks layer 3 self_attn.k_proj; the model lacks layer 7 self_attn.k_proj",
+        ),
+        ({"k_proj,3,": "k_proj,2,"}, "layer 2 self_attn.k_proj is there a second time"),
+        ({"q_proj,0,3,": "q_proj,0,five,"}, "line 2 of plan.csv: invalid literal"),
+        ({"q_proj,0,3,": "q_proj,0,9,"}, "line 2 of plan.csv: bits = 9 is not a weight width"),
+        ({"group_size": "groups"}, "is not a plan: it has no group_size"),
+    ):
+        write_plan(place, structure, **change)
+        assert words in refusal(capsys, *line)
+    rows = [f"{info.id.layer},{info.id.kind},4,64,{2 * info.parameters}" for info in structure.modules]
+    place.write_text("\n".join(["layer,kind,bits,group_size,parameters", *rows]))
+    assert "of another size are layer 0 self_attn.q_proj, " in refusal(capsys, *line)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_with_several_plans_names_them(
+    tiny_qwen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    structure = discover(tiny_qwen, weights_sha256="0")
+    run_dir = tmp_path / "runs" / "base"
+    run_dir.mkdir(parents=True)
+    assert "holds no allocation-*.csv" in refusal(capsys, "quantize", tiny_qwen, "--plan", "base")
+    for name in ("one", "two"):
+        write_plan(run_dir / f"allocation-{name}.csv", structure)
+    message = refusal(capsys, "quantize", tiny_qwen, "--plan", "base")
+    assert "has 2 plans; give one of the files runs/base/allocation-one.csv, runs/base/allocation-two.csv" in message
+    (run_dir / "allocation-two.csv").write_text("layer,kind,bits,group_size\n0,self_attn.q_proj,4,64\n")
+    assert len(read_plan("base").specs) == len(structure.modules)

@@ -18,10 +18,10 @@ import lmq_tasks.engine
 from lmq.errors import InputError, LmqError
 from lmq.report.results import read_results
 from lmq_flows.cli import main
+from lmq_flows.run.overview import summary
 from lmq_flows.run.plan import plan_run
 from lmq_flows.run.prepare import failure_of_all
 from lmq_flows.run.quantize import run_tags, run_title
-from lmq_flows.run.ui import summary
 from lmq_storage import StoreError
 from lmq_tasks.retries import RETRIES, STORE_RETRIES, STORE_UNAVAILABLE, is_transient
 from lmq_tasks.stage import Site
