@@ -16,6 +16,8 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["DO_NOT_TRACK"] = "1"
+os.environ["TORCHDYNAMO_DISABLE"] = "1"  # hqq compiles at import what nothing here calls: a second in every process
 
 import pytest
 import torch

@@ -26,9 +26,10 @@ PATIENCE_S = 300
 """Only a hang takes longer, also on a busy machine."""
 
 
-def save_small_llama(tokenizer: Path, path: Path, layers: int = LAYERS) -> Path:
+def save_small_llama(tokenizer: Path, path: Path, layers: int = LAYERS, width: int = 256) -> Path:
     """A model large enough that a layer takes tens of milliseconds: time to be killed between layers."""
-    shape = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": layers, "num_attention_heads": 4}
+    shape = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": layers}
+    shape["num_attention_heads"] = 4
     LlamaForCausalLM(LlamaConfig(vocab_size=512, max_position_embeddings=256, **shape)).save_pretrained(path)
     AutoTokenizer.from_pretrained(tokenizer).save_pretrained(path)
     return path
@@ -97,7 +98,7 @@ class Run:
 
     def wait(self) -> int:
         """Its exit code, once it has ended."""
-        wait_until(lambda: self.is_over, f"process {self.pid} to end", lambda: self.output)
+        wait_until(lambda: self.is_over, f"process {self.pid} to end", lambda: self.output, look_every_s=0.05)
         return self.runner._ask({"wait": self.pid})
 
     def finish(self) -> str:
@@ -131,12 +132,14 @@ def forking_runner(**environment: str) -> Iterator[Runner]:
             server.wait()
 
 
-def wait_until(condition: Callable[[], bool], what: str, otherwise: Callable[[], str] = str) -> None:
+def wait_until(
+    condition: Callable[[], bool], what: str, otherwise: Callable[[], str] = str, look_every_s: float = 0.002
+) -> None:
     """Wait for something that a working program does in the end."""
     deadline = time.monotonic() + PATIENCE_S
     while not condition():
         assert time.monotonic() < deadline, f"waited in vain for {what}\n{otherwise()}"
-        time.sleep(0.002)
+        time.sleep(look_every_s)
 
 
 def content(run_dir: Path) -> dict[str, str]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from lmq_flows.run.prepare import identify_models, identify_texts, preparation_g
 from lmq_storage import ArtifactStore
 from lmq_storage.verify import verify
 from tests.flows.conftest import tiny_config
+from tests.flows.processes import Runner, forking_runner
 
 Refuse = Callable[..., str]
 
@@ -224,34 +225,47 @@ def test_a_short_text_stops_its_stage_and_leaves_nothing_of_it(tiny_llama: Path,
     assert list(ArtifactStore(config.store).manifests("calibration")) == []
 
 
-def lmq_run(config: RunConfig, place: Path) -> subprocess.CompletedProcess[str]:
-    """`lmq run` in a process and a Prefect of its own."""
+@pytest.fixture(scope="module")
+def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
+    """Starts `lmq run` in processes that have no Prefect server but one of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("PREFECT_API_URL", raising=False)
+        with forking_runner(PREFECT_HOME=str(tmp_path_factory.mktemp("prefect"))) as runner:
+            yield runner
+
+
+def lmq_run(runner: Runner, config: RunConfig, place: Path) -> tuple[int, str]:
+    """Exit code of `lmq run`, and what it printed."""
     path = place / "run.yaml"
     path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    environment = {**os.environ, "PREFECT_HOME": str(place / "prefect")}
-    environment.pop("PREFECT_API_URL", None)
-    command = [sys.executable, "-m", "lmq_flows.cli", "run", str(path)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    run = runner.run(path)
+    try:
+        return run.wait(), run.output
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGTERM)  # a forked process leaves its server behind
 
 
 @pytest.mark.slow
-def test_a_short_text_ends_the_command_with_2_and_one_message(tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_short_text_ends_the_command_with_2_and_one_message(
+    runner: Runner, tiny_llama: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     (tmp_path / "short.txt").write_text("A few.\n\nWords only.")
-    done = lmq_run(tiny_config(tiny_llama, tmp_path, calibration__source=str(tmp_path / "short.txt")), tmp_path)
-    assert done.returncode == 2, done.stderr
-    assert done.stdout == ""
-    assert done.stderr.count("lmq: the calibration text has") == 1
-    assert "Traceback" not in done.stderr
+    config = tiny_config(tiny_llama, tmp_path, calibration__source=str(tmp_path / "short.txt"))
+    code, printed = lmq_run(runner, config, tmp_path)
+    assert code == 2, printed
+    assert printed.startswith("lmq: the calibration text has")
+    assert printed.count("\n") == 1
     assert not (tmp_path / "runs").exists()
-    assert not list((tmp_path / "prefect").glob("*.db"))
+    assert not list(tmp_path_factory.getbasetemp().glob("prefect*/*.db"))
 
 
 @pytest.mark.slow
-def test_nan_in_a_weight_ends_the_run_with_2_and_one_message(broken: Path, tmp_path: Path) -> None:
-    done = lmq_run(tiny_config(broken, tmp_path, strategies=["mxq"]), tmp_path)
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert (done.stdout + done.stderr).count("mlp.up_proj holds 3 elements") == 1
-    assert "Traceback" not in done.stdout + done.stderr
+def test_nan_in_a_weight_ends_the_run_with_2_and_one_message(runner: Runner, broken: Path, tmp_path: Path) -> None:
+    code, printed = lmq_run(runner, tiny_config(broken, tmp_path, strategies=["mxq"]), tmp_path)
+    assert code == 2, printed
+    assert printed.count("mlp.up_proj holds 3 elements") == 1
+    assert "Traceback" not in printed
     assert not (tmp_path / "runs").exists()
 
 

@@ -109,7 +109,8 @@ def test_autocast_computes_as_a_dense_layer_under_autocast(tokens: int) -> None:
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-def test_one_graph_under_a_compiler(axis: int) -> None:
+def test_one_graph_under_a_compiler(axis: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE")
     layer, inputs = _layer(96, 64, QuantSpec(3, 32), axis), torch.randn(2, 64)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     assert torch.allclose(compiled(inputs), layer(inputs), atol=1e-5)
