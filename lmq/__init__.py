@@ -69,6 +69,8 @@ def quantize(
     size: str | None = None,
     bits: float | None = None,
     plan: str | PathLike[str] | None = None,
+    fit_gpu: str | None = None,
+    context: str | None = None,
     output: str | PathLike[str] | None = None,
     effort: str = "normal",
     store: str = "store",
@@ -77,13 +79,24 @@ def quantize(
 
     `model` is a hub id, a directory, a .gguf file or package:NAME/FILE; `size` that of the whole checkpoint, as in
     "400MB", or `bits` per weight of its quantized matrices, or the `plan` of a run (its directory, name or
-    allocation-*.csv) of a model of the same structure; `effort` quick, normal or best. `output` is named after
+    allocation-*.csv) of a model of the same structure, or `fit_gpu` the memory of a GPU, as in "24GB", that is to hold
+    it beside the cache of `context` tokens, as in "32k"; `effort` quick, normal or best. `output` is named after
     model and size where it is not given. What is measured is kept in `store`, and the report in `runs/`. Raises
     InputError for what cannot be made, such as a size below the smallest, which it names.
     """
     one_model = import_module("lmq_flows.run.one_model")  # flows are built on this library, which knows nothing of them
     where = None if output is None else Path(output)
     given = None if plan is None else str(plan)
-    goal = one_model.Goal(model=str(model), size=size, bits=bits, plan=given, output=where, effort=effort, store=store)
+    goal = one_model.Goal(
+        model=str(model),
+        size=size,
+        bits=bits,
+        plan=given,
+        fit_gpu=fit_gpu,
+        context=context,
+        output=where,
+        effort=effort,
+        store=store,
+    )
     made: Path = one_model.reach_goal(one_model.prepare_goal(goal)).path
     return made

@@ -33,6 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the configurations that a run gave to a model of the same structure, such as the base model of a "
         "fine-tune: the run, or its allocation-*.csv; nothing is measured but what the quantizer needs",
     )
+    how_small.add_argument(
+        "--fit-gpu",
+        metavar="BYTES",
+        help="memory of a GPU, as in 24GB, for the checkpoint, the cache of --context and activations",
+    )
+    parser.add_argument("--context", metavar="TOKENS", help="tokens at once for --fit-gpu, as in 32k")
     parser.add_argument(
         "-o", "--output", type=Path, metavar="DIR", help="directory to write (default: named after model and size)"
     )
@@ -59,6 +65,8 @@ def quantize_command(arguments: argparse.Namespace) -> int:
         size=arguments.size,
         bits=arguments.bits,
         plan=arguments.plan,
+        fit_gpu=arguments.fit_gpu,
+        context=arguments.context,
         output=arguments.output,
         effort=arguments.effort,
         store=arguments.store,
@@ -84,6 +92,10 @@ def _may_start(prepared: PreparedGoal, *, yes: bool) -> bool:
     expected = expect(config, prepared.structure, plan_run(config).nodes)
     minutes = expected.seconds / 60
     say(f"{prepared.goal.name}: {summary(prepared.structure)}")
+    if prepared.gpu:
+        say(f"{prepared.goal.fit_gpu} of a GPU are divided into")
+        for what, size_bytes in prepared.gpu:
+            say(f"  {size_bytes / 1e6:>12,.1f} MB  {what}")
     say(
         f"run {config.name}: about {_minutes(minutes)} and {expected.memory_bytes / 1e9:.1f} GB of memory with "
         f"{config.runner.workers * config.runner.threads_per_worker} threads; "

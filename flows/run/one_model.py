@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from lmq.errors import InputError, LmqError, unknown_name
 from lmq.formats.spec import STOPS
 from lmq.model.companions import companion_files
 from lmq.model.directory import complete_directory
+from lmq.model.memory import activation_bytes, cache_of
 from lmq.model.skeleton import read_model_config
-from lmq.model.structure import ModelStructure
+from lmq.model.structure import DTYPE_BYTES, ModelStructure
 from lmq.report.results import UNIFORM, VariantResult, full_precision_of, read_results
 from lmq.text.calibration import load_tokenizer, text_prefix
 from lmq_flows.config.names import slug
@@ -49,6 +51,7 @@ _TENSOR_TEXT_BYTES = 420
 """The most that headers, checksums and configuration say of a tensor, beside its name, which is in all three."""
 _CARD_BYTES = 32_000
 _TENSORS_PER_MODULE = 5
+_GPU_SET_ASIDE_BYTES = 1_000_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,29 +59,37 @@ class Goal:
     """What is asked for: a model, how small it should be, and where to.
 
     `size` is that of the whole directory, as in "400 MB"; `bits` per weight are those of the quantized matrices; `plan`
-    is the file or run of `lmq_flows.run.given_plan.read_plan`. Exactly one of them is given. `output` None: a directory
-    named after both, here.
+    is the file or run of `lmq_flows.run.given_plan.read_plan`; `fit_gpu` is the memory of a GPU, as in "24GB", that is
+    to hold the checkpoint, the cache of `context` tokens, as in 32k, and the activations. Exactly one of them is given.
+    `output` None: a directory named after both, here.
     """
 
     model: str
     size: str | None = None
     bits: float | None = None
     plan: str | None = None
+    fit_gpu: str | None = None
+    context: str | None = None
     output: Path | None = None
     effort: str = "normal"
     store: str = "store"
     runs_dir: str = "runs"
 
     def __post_init__(self) -> None:
-        if sum(given is not None for given in (self.size, self.bits, self.plan)) != 1:
+        if sum(given is not None for given in (self.size, self.bits, self.plan, self.fit_gpu)) != 1:
             raise InputError(
-                "give one of size, bits and plan: how large the whole checkpoint may be, bits per weight, or the plan "
-                "of another run"
+                "give one of size, bits, plan and fit_gpu: how large the whole checkpoint may be, bits per weight, the "
+                "plan of another run, or the memory of a GPU"
+            )
+        if (self.context is None) != (self.fit_gpu is None):
+            raise InputError(
+                "fit_gpu and context go together: the memory of a GPU, and the tokens it is to hold beside"
             )
         if self.effort not in EFFORTS:
             raise unknown_name("effort", self.effort, EFFORTS)
-        if self.size is not None and Budget.parse(self.size).size_bytes is None:
-            raise InputError(f"the size {self.size!r} is not a number of bytes; write it as in 400MB, 1.2GB or 900MiB")
+        for size in (self.size, self.fit_gpu):
+            if size is not None and Budget.parse(size).size_bytes is None:
+                raise InputError(f"the size {size!r} is not a number of bytes; write it as in 400MB, 1.2GB or 900MiB")
         check_directory(self.directory.parent, "output")
         if self.directory.exists():
             raise InputError(f"{self.directory} exists already; remove it, or choose another place")
@@ -93,6 +104,8 @@ class Goal:
         """`smollm2-400mb`: the model and how small."""
         if self.plan is not None:
             return slug(f"{self.name}-by-{Path(self.plan).stem}")
+        if self.fit_gpu is not None:
+            return slug(f"{self.name}-fit-{self.fit_gpu}-{self.context}")
         return slug(f"{self.name}-{self.size}" if self.size else f"{self.name}-{self.bits:g}-bits")
 
     @property
@@ -105,7 +118,8 @@ class Goal:
 class PreparedGoal:
     """A goal with the run that reaches it by a `strategy`.
 
-    `beside_bytes` are those of the checkpoint beside its quantized matrices.
+    `beside_bytes` are those of the checkpoint beside its quantized matrices. `gpu` says what the memory of a GPU is
+    given to, with the bytes of each, the last of which are left for the checkpoint; empty where none was named.
     """
 
     goal: Goal
@@ -114,6 +128,7 @@ class PreparedGoal:
     structure: ModelStructure
     model_dir: Path
     beside_bytes: int
+    gpu: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,8 +158,10 @@ def prepare_goal(goal: Goal) -> PreparedGoal:
     beside_bytes = _beside_bytes(inspected)
     sizes = LayoutRange.of(inspected.structure.modules, STOPS, "paper")
     menu = set(sizes.uniform_bytes)
+    gpu = _gpu_shares(goal, inspected)
     if plan is None:
-        budget = _budget(goal, inspected.structure, sizes, beside_bytes)
+        asked = replace(goal, size=f"{gpu[-1][1]}B", fit_gpu=None, context=None) if gpu else goal
+        budget = _budget(asked, inspected.structure, sizes, beside_bytes)
     else:
         plan_bytes = plan.size_bytes(inspected.structure)
         budget = f"{plan_bytes} B"
@@ -176,7 +193,47 @@ def prepare_goal(goal: Goal) -> PreparedGoal:
         structure=inspected.structure,
         model_dir=inspected.model_dir,
         beside_bytes=beside_bytes,
+        gpu=gpu,
     )
+
+
+def _gpu_shares(goal: Goal, inspected: InspectedModel) -> tuple[tuple[str, int], ...]:
+    """What the memory of a GPU is given to, in bytes; last what is left for the checkpoint. Raises InputError."""
+    if goal.fit_gpu is None or goal.context is None:
+        return ()
+    tokens, memory = _tokens(goal.context), Budget.parse(goal.fit_gpu).size_bytes
+    assert memory is not None
+    structure, config = inspected.structure, read_model_config(inspected.model_dir)
+    number_bytes = DTYPE_BYTES[structure.dtype]
+    cache = cache_of(config, tokens, number_bytes)
+    largest = max(info.parameters for info in structure.modules)
+    taken = {
+        "set aside for CUDA and fragments (an assumption, not measured)": _GPU_SET_ASIDE_BYTES,
+        str(cache): cache.size_bytes,
+        f"activations of {tokens:,} tokens at once (estimated)": activation_bytes(config, tokens, number_bytes),
+        "the largest matrix, unpacked": largest * number_bytes,
+    }
+    left = memory - sum(taken.values())
+    if left <= 0:
+        named = "; ".join(f"{_megabytes(size)} {what}" for what, size in taken.items())
+        raise InputError(
+            f"nothing of {goal.fit_gpu} is left for {goal.model}: {named}; give more memory or a shorter context"
+        )
+    own = structure.source_bytes + structure.other_bytes
+    if own <= left:
+        raise InputError(
+            f"{goal.model} takes {_megabytes(own)} and fits as it is: {_megabytes(left)} of {goal.fit_gpu} are "
+            f"left for it beside {goal.context} tokens; it need not be quantized"
+        )
+    return (*taken.items(), ("left for the checkpoint", left))
+
+
+def _tokens(context: str) -> int:
+    """Tokens of `32k` (times 1,024) or `32768`. Raises InputError for anything else."""
+    match = re.fullmatch(r"(\d+)\s*(k?)", context.strip(), re.IGNORECASE)
+    if match is None or int(match[1]) == 0:
+        raise InputError(f"context = {context!r} is not a number of tokens; write it as in 32k or 32768")
+    return int(match[1]) * (1024 if match[2] else 1)
 
 
 def _texts(effort: Effort, model_dir: Path) -> dict[str, Any]:

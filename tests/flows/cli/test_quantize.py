@@ -209,3 +209,29 @@ def test_a_run_with_several_plans_names_them(
     assert "has 2 plans; give one of the files runs/base/allocation-one.csv, runs/base/allocation-two.csv" in message
     (run_dir / "allocation-two.csv").write_text("layer,kind,bits,group_size\n0,self_attn.q_proj,4,64\n")
     assert len(read_plan("base").specs) == len(structure.modules)
+
+
+def test_what_a_gpu_holds_beside_is_taken_off_its_memory(tiny_qwen: Path, tmp_path: Path) -> None:
+    prepared = prepare_goal(Goal(model=str(tiny_qwen), fit_gpu="1001.3MB", context="200"))
+    shares = dict(prepared.gpu)
+    assert sum(shares.values()) == 1_001_300_000
+    assert shares["cache of 200 tokens: 4 layers × 2 heads × 16 × 2 × 4 bytes"] == 200 * 4 * 2 * 16 * 2 * 4
+    assert shares["the largest matrix, unpacked"] == 64 * 128 * 4
+    left = shares["left for the checkpoint"]
+    assert prepared.config.budgets == (f"{left - prepared.beside_bytes} B",)
+    assert prepared.config.budgets == prepare_goal(Goal(model=str(tiny_qwen), size=f"{left}B")).config.budgets
+
+
+def test_what_does_not_fit_a_gpu_is_refused(
+    tiny_qwen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ("quantize", tiny_qwen, "--fit-gpu")
+    assert "nothing of 900MB is left" in refusal(capsys, *line, "900MB", "--context", "200")
+    assert "fits as it is" in refusal(capsys, *line, "24GB", "--context", "200")
+    assert "sees 256 tokens at once, not 32,768" in refusal(capsys, *line, "24GB", "--context", "32k")
+    assert "is not a number of tokens" in refusal(capsys, *line, "24GB", "--context", "long")
+    assert "write it as in 400MB" in refusal(capsys, *line, "24", "--context", "200")
+    assert "fit_gpu and context go together" in refusal(capsys, *line, "24GB")
+    assert "fit_gpu and context go together" in refusal(
+        capsys, "quantize", tiny_qwen, "--size", "1MB", "--context", "200"
+    )
