@@ -226,11 +226,16 @@ def test_a_short_text_stops_its_stage_and_leaves_nothing_of_it(tiny_llama: Path,
 
 
 @pytest.fixture(scope="module")
-def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
+def prefect_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("prefect")
+
+
+@pytest.fixture(scope="module")
+def runner(prefect_home: Path) -> Iterator[Runner]:
     """Starts `lmq run` in processes that have no Prefect server but one of their own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("PREFECT_API_URL", raising=False)
-        with forking_runner(PREFECT_HOME=str(tmp_path_factory.mktemp("prefect"))) as runner:
+        with forking_runner(PREFECT_HOME=str(prefect_home)) as runner:
             yield runner
 
 
@@ -246,18 +251,24 @@ def lmq_run(runner: Runner, config: RunConfig, place: Path) -> tuple[int, str]:
             os.killpg(run.pid, signal.SIGTERM)  # a forked process leaves its server behind
 
 
+def written_at(prefect_home: Path) -> dict[Path, int]:
+    """Files of Prefect's database with the times they were written at."""
+    return {path: path.stat().st_mtime_ns for path in prefect_home.glob("*.db*")}
+
+
 @pytest.mark.slow
 def test_a_short_text_ends_the_command_with_2_and_one_message(
-    runner: Runner, tiny_llama: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+    runner: Runner, tiny_llama: Path, tmp_path: Path, prefect_home: Path
 ) -> None:
     (tmp_path / "short.txt").write_text("A few.\n\nWords only.")
+    before = written_at(prefect_home)
     config = tiny_config(tiny_llama, tmp_path, calibration__source=str(tmp_path / "short.txt"))
     code, printed = lmq_run(runner, config, tmp_path)
     assert code == 2, printed
     assert printed.startswith("lmq: the calibration text has")
     assert printed.count("\n") == 1
     assert not (tmp_path / "runs").exists()
-    assert not list(tmp_path_factory.getbasetemp().glob("prefect*/*.db"))
+    assert written_at(prefect_home) == before, "Prefect was started"
 
 
 @pytest.mark.slow
