@@ -73,6 +73,37 @@ def grid_tensor_shapes(spec: QuantSpec, parameters: int) -> dict[str, tuple[tupl
 
 
 @dataclass(frozen=True, eq=False)
+class StoredLevels:
+    """Every scale and zero that the groups of a grid can store while its ranges stay.
+
+    `bottom` and `step` float32 [groups]: a scale of code k is `unit * exp(bottom + (k - 1) * step)`.
+    """
+
+    bottom: torch.Tensor
+    step: torch.Tensor
+    unit: torch.Tensor
+    zero_low: torch.Tensor
+    zero_step: torch.Tensor
+
+    def scale_codes(self, scale: torch.Tensor) -> torch.Tensor:
+        """Codes from 1 to 255 of the levels nearest to positive scales, as float32."""
+        steps = ((scale / self.unit).log() - self.bottom) / self.step
+        return steps.nan_to_num(nan=0.0).round().clamp(0, _SCALE_STEPS) + 1
+
+    def scale(self, codes: torch.Tensor) -> torch.Tensor:
+        """Scales of codes, float32; code 0 is a scale of 0."""
+        return ((codes - 1) * self.step + self.bottom).exp_().mul_(self.unit).masked_fill_(codes == 0, 0)
+
+    def zero_codes(self, zero: torch.Tensor) -> torch.Tensor:
+        """Codes of the levels nearest to zeros, as float32."""
+        return ((zero - self.zero_low) / self.zero_step).nan_to_num(nan=0.0).round().clamp(0, _ZERO_STEPS)
+
+    def zero(self, codes: torch.Tensor) -> torch.Tensor:
+        """Zeros of codes, float32."""
+        return codes * self.zero_step + self.zero_low
+
+
+@dataclass(frozen=True, eq=False)
 class Grid:
     """Quantization grid of one matrix of `shape` [out_features, in_features]; see the module for each tensor."""
 
@@ -120,6 +151,14 @@ class Grid:
         return decode_grid(
             self.scale_codes, self.zero_codes, self.scale_ranges, self.matrix_range, self.spec.meta_group_size
         )
+
+    def levels(self) -> StoredLevels:
+        """What else its groups could store."""
+        ranges = self.scale_ranges.to(torch.float32).repeat_interleave(self.spec.meta_group_size, dim=0)
+        low, high = ranges[: len(self.scale_codes)].unbind(1)
+        unit, zero_low, zero_high = self.matrix_range.unbind()
+        step = (high / low).log() / _SCALE_STEPS
+        return StoredLevels(low.log(), step, unit, zero_low, (zero_high - zero_low) / _ZERO_STEPS)
 
     def codes(self, weight: torch.Tensor) -> torch.Tensor:
         """Nearest code of every weight, uint8 [groups, group_size]; `weight` [out_features, in_features]."""

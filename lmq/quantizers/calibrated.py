@@ -11,7 +11,8 @@ from torch import Tensor
 from lmq.errors import InputError
 from lmq.formats.groups import Grid, encode, require_axis, to_groups
 from lmq.formats.spec import QuantSpec
-from lmq.quantizers.error_feedback import Order, feedback_of, round_with_feedback
+from lmq.quantizers.coordinate_descent import descend
+from lmq.quantizers.error_feedback import Order, damped_moments, feedback_of, round_with_feedback
 from lmq.quantizers.integer_zeros import refit_scale, whole_zeros
 from lmq.quantizers.weighted_grid import fit_weighted
 
@@ -42,7 +43,8 @@ class ErrorFeedback:
     """Options of the quantizers with error feedback.
 
     `damping` is λ of `lmq.quantizers.error_feedback`, a share of the mean diagonal of H; `order` in which columns are
-    rounded. `weighted_grid` weights the squared error that grids are fitted to by the diagonal of H.
+    rounded. `weighted_grid` weights the squared error that grids are fitted to by the diagonal of H. `sweeps` of
+    `lmq.quantizers.coordinate_descent` follow.
     """
 
     axis: int = 1
@@ -50,6 +52,7 @@ class ErrorFeedback:
     order: Order = "descending"
     weighted_grid: bool = True
     integer_zeros: bool = False
+    sweeps: int = 0
 
     def __post_init__(self) -> None:
         require_axis(self.axis)
@@ -57,6 +60,8 @@ class ErrorFeedback:
             raise InputError(f"damping = {self.damping} is not allowed; give a share of the mean diagonal from 0 to 1")
         if self.order not in ("descending", "stored"):
             raise InputError(f"order = {self.order!r} is not allowed; allowed: descending, stored")
+        if self.sweeps < 0:
+            raise InputError(f"sweeps = {self.sweeps} is not allowed; give 0 or more")
 
     def quantize(self, weights: Tensor, moments: Tensor, menu: Sequence[QuantSpec]) -> list[dict[QuantSpec, Grid]]:
         """Grid and codes of every matrix for every configuration.
@@ -65,17 +70,24 @@ class ErrorFeedback:
         """
         feedbacks = [feedback_of(matrix, damping=self.damping, order=self.order) for matrix in moments]
         found: list[dict[QuantSpec, Grid]] = [{} for _ in weights]
-        pairs = [(number, spec) for number in range(len(weights)) for spec in menu]
         limit = _WEIGHTS_AT_ONCE_ON_GPU if weights.is_cuda else _WEIGHTS_AT_ONCE
         at_once = max(1, limit // weights[0].numel())
-        for start in range(0, len(pairs), at_once):
-            together = pairs[start : start + at_once]
-            numbers = [number for number, _ in together]
-            grids = [self._grid(weights[number], moments[number], spec) for number, spec in together]
-            coded = round_with_feedback(weights[numbers], grids, [feedbacks[number] for number in numbers])
-            for (number, spec), grid in zip(together, coded, strict=True):
-                found[number][spec] = grid
-        return found
+        for group_size in sorted({spec.group_size for spec in menu}):
+            alike = [spec for spec in menu if spec.group_size == group_size]
+            pairs = [(number, spec) for number in range(len(weights)) for spec in alike]
+            for start in range(0, len(pairs), at_once):
+                together = pairs[start : start + at_once]
+                numbers = [number for number, _ in together]
+                grids = [self._grid(weights[number], moments[number], spec) for number, spec in together]
+                coded = round_with_feedback(weights[numbers], grids, [feedbacks[number] for number in numbers])
+                if self.sweeps:
+                    damped = torch.stack([damped_moments(moments[number], self.damping) for number in numbers])
+                    coded = descend(
+                        weights[numbers], coded, damped, sweeps=self.sweeps, tune_zeros=not self.integer_zeros
+                    )
+                for (number, spec), grid in zip(together, coded, strict=True):
+                    found[number][spec] = grid
+        return [{spec: by_spec[spec] for spec in menu} for by_spec in found]
 
     def _grid(self, weight: Tensor, moments: Tensor, spec: QuantSpec) -> Grid:
         """The grid that a matrix is rounded on."""

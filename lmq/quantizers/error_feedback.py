@@ -62,6 +62,14 @@ def feedback_of(moments: Tensor, *, damping: float, order: Order = "descending")
     return Feedback(columns, _inverse_factor(ordered, damping).float())
 
 
+def damped_moments(moments: Tensor, damping: float) -> Tensor:
+    """H divided by its mean diagonal, plus λ I, float32 [in_features, in_features]; λ I where nothing comes in."""
+    mean = moments.diagonal().double().mean().item()
+    damped = moments.float() / mean if mean > 0 else torch.zeros_like(moments, dtype=torch.float32)
+    damped.diagonal().add_(damping)
+    return damped
+
+
 def _inverse_factor(matrix: Tensor, damping: float) -> Tensor:
     """U, upper triangular with UᵀU = (matrix + λ I)⁻¹, for a matrix whose mean diagonal is about 1.
 
@@ -90,27 +98,25 @@ def round_with_feedback(weights: Tensor, grids: Sequence[Grid], feedbacks: Seque
     """
     order = torch.stack([feedback.order for feedback in feedbacks])
     factor = torch.stack([feedback.factor for feedback in feedbacks])
-    lattices = [_Lattice.of(grid) for grid in grids]
+    lattices = [Lattice.of(grid) for grid in grids]
     top = torch.tensor([float(2**grid.spec.bits - 1) for grid in grids], device=weights.device)[:, None]
-    matrices, out_features, in_features = weights.shape
-    remaining = weights.float().gather(2, order[:, None].expand(weights.shape))
-    codes = torch.empty(weights.shape, dtype=torch.uint8, device=weights.device)
+    in_features = weights.shape[2]
+    remaining = torch.stack([weight.float().t()[of] for weight, of in zip(weights, order, strict=True)])
+    codes = torch.empty(remaining.shape, dtype=torch.uint8, device=weights.device)
     for start in range(0, in_features, _COLUMNS_AT_ONCE):
         columns = slice(start, min(start + _COLUMNS_AT_ONCE, in_features))
         stored = order[:, columns]
         by_matrix = [lattice.at(of_matrix) for lattice, of_matrix in zip(lattices, stored, strict=True)]
         scale, zero = (torch.stack(values) for values in zip(*by_matrix, strict=True))
-        block = remaining[:, :, columns].transpose(1, 2).contiguous()
-        chosen, errors = _round_block(block, scale, zero, factor[:, columns, columns], top)
-        index = stored[:, None].expand(matrices, out_features, -1)
-        codes.scatter_(2, index, chosen.transpose(1, 2).to(torch.uint8))
+        block = remaining[:, columns]
+        errors = _round_block(block, scale, zero, factor[:, columns, columns], top, codes[:, columns])
         rest = slice(columns.stop, in_features)
-        remaining[:, :, rest] -= errors.transpose(1, 2) @ factor[:, columns, rest]
-    return [CodedGrid.of(grid, matrix) for grid, matrix in zip(grids, codes, strict=True)]
+        remaining[:, rest].baddbmm_(factor[:, columns, rest].transpose(1, 2), errors, alpha=-1)
+    return [CodedGrid.of(grid, matrix[of.argsort()].t()) for grid, matrix, of in zip(grids, codes, order, strict=True)]
 
 
 @dataclass(frozen=True, eq=False)
-class _Lattice:
+class Lattice:
     """Scale and zero float32 [groups] of one matrix, and where its weights find theirs."""
 
     grid: Grid
@@ -118,7 +124,8 @@ class _Lattice:
     zero: Tensor
 
     @classmethod
-    def of(cls, grid: Grid) -> _Lattice:
+    def of(cls, grid: Grid) -> Lattice:
+        """Those of a grid."""
         return cls(grid, *grid.decode())
 
     def at(self, columns: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,13 +137,14 @@ class _Lattice:
         return self.scale[groups], self.zero[groups]
 
 
-def _round_block(block: Tensor, scale: Tensor, zero: Tensor, factor: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes and errors / U_jj float32 [matrices, columns, out_features] of a block of columns, which is used up.
+def _round_block(block: Tensor, scale: Tensor, zero: Tensor, factor: Tensor, top: Tensor, codes: Tensor) -> Tensor:
+    """Errors / U_jj float32 [matrices, columns, out_features] of a block of columns; its `codes` are written.
 
-    `factor` [matrices, columns, columns] is U within the block, `top` [matrices, 1] the largest code.
+    `block`, in that shape, is used up; `factor` [matrices, columns, columns] is U within it, `top` [matrices, 1] the
+    largest code.
     """
     inverse = torch.where(scale > 0, 1 / scale, 0)
-    codes, errors = torch.empty_like(block), torch.empty_like(block)
+    errors = torch.empty_like(block)
     lowest = torch.zeros_like(top)
     for column in range(block.shape[1]):
         weight = block[:, column]
@@ -145,5 +153,5 @@ def _round_block(block: Tensor, scale: Tensor, zero: Tensor, factor: Tensor, top
         error = (weight - (code - zero[:, column]).mul_(scale[:, column])).div_(factor[:, column, column, None])
         errors[:, column] = error
         following = slice(column + 1, None)
-        block[:, following] -= factor[:, column, following, None] * error[:, None]
-    return codes, errors
+        block[:, following].addcmul_(factor[:, column, following, None], error[:, None], value=-1)
+    return errors

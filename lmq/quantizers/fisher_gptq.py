@@ -1,4 +1,4 @@
-"""Error feedback on weighted grids, with second moments weighted by what the loss feels of every token."""
+"""Error feedback and coordinate descent on weighted grids, with second moments weighted by what the loss feels."""
 
 from __future__ import annotations
 
@@ -14,10 +14,15 @@ class FisherGptq(ErrorFeedback):
 
     g_t are the gradients at the module's outputs of the loss for labels that the model draws. ½ tr(E H Eᵀ) is then the
     token-wise Fisher cost of the error E, up to the mean over outputs: one matrix serves scales, codes and costs.
+
+    Sweeps of coordinate descent follow. `damping` is larger than GPTQ's 0.01: what is gained on the calibration text
+    beyond that is lost on other text (docs/decisions/0009-calibrated-codes.md).
     """
 
     name: ClassVar[str] = "fisher-gptq"
     fisher_weighted: ClassVar[bool] = True
+    damping: float = 0.2
+    sweeps: int = 2
 
     def describe(self) -> dict[str, Any]:
         """Options as JSON."""
