@@ -1,46 +1,52 @@
-"""Divergence of every quantizer at the same bytes: a table of quantizer × configuration for small models.
+"""Divergence of every quantizer at the same bytes, and of plans made with its codes, for small models.
 
-Run `python -m benchmarks.quantizers MODEL … --calibration TEXT --evaluation TEXT`. One configuration for all block
-matrices, so that nothing but the codes differs; embedding, head and norms stay. Second moments are those of a run:
-states and gradients of the unquantized model, with labels that it draws itself. Everything is computed in float32.
+Run `python -m benchmarks.quantizers MODEL … --calibration TEXT --evaluation TEXT --work DIR`. Embedding, head and norms
+stay. First every configuration of `--uniform` for all block matrices, so that nothing but the codes differs; then
+`--menu` is given out within each of `--budgets` (bits per weight) by `loss-aware` on the codes of the last quantizer;
+with `--polish 60` each of these plans is polished in 60 steps. Second moments and costs are those of a run: states and
+gradients of the unquantized model, with labels that it draws itself. Models are judged in float32.
 
-With `--budgets 3.254,4.254` (bits per weight) the menu is also given out within each of them, for the least sum of
-½ tr(E H Eᵀ), the Fisher cost of the last quantizer's own errors; with `--polish 60` each plan is polished in 60 steps.
+Grids and costs are kept in `--work`, one folder per model and quantizer, and are not made again.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from lmq.allocation import solve
-from lmq.allocation.budget import module_sizes
+from lmq.allocation.error_table import ErrorTable
+from lmq.allocation.strategies import Measurements, strategy
 from lmq.checkpoint.polish import Polish, PolishSchedule
 from lmq.formats.spec import QuantSpec
+from lmq.measurement.base import cost_row
 from lmq.measurement.divergence import divergence
-from lmq.measurement.grids import Allocation, LayerGrids, quantize_modules
+from lmq.measurement.grids import Allocation, LayerGrids, load_grids, quantize_modules, save_grids
 from lmq.measurement.quantized_model import GridsOfLayer, QuantizedPoint
-from lmq.measurement.quantizer_moments import fisher_moments, input_moments
+from lmq.measurement.quantizer_moments import token_weights
 from lmq.measurement.replay import backward_block, forward_block
-from lmq.measurement.sequence_fisher import sampled_loss_gradient
+from lmq.measurement.sequence_fisher import sampled_loss_gradient, sequence_fisher, sequence_loss_changes
+from lmq.measurement.traces import ModuleTrace, trace_modules
 from lmq.measurement.upper_triangle import UpperTriangle
 from lmq.model.discovery import discover
 from lmq.model.streaming import StreamedModel, load_layer_weights
+from lmq.model.structure import ModuleId
+from lmq.numerics import fast_matmul_dtype, fast_products
 from lmq.quantizers import QUANTIZERS, CalibratedQuantizer, Quantizer, quantizer
 
 SEQUENCE_LENGTH, WINDOW = 512, 1024
-Moments = Sequence[Mapping[str, UpperTriangle]]
-"""Second moments of every module by layer and kind."""
+COSTS_FILE = "costs.json"
 
 
 def main() -> None:
@@ -56,13 +62,15 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("model", nargs="+", help="directories of unquantized models")
     parser.add_argument("--calibration", required=True, type=Path, help="text that the quantizers see")
     parser.add_argument("--evaluation", required=True, type=Path, help="text to evaluate on")
+    parser.add_argument("--work", required=True, type=Path, help="folder for grids and costs")
     parser.add_argument("--sequences", type=int, default=32, help="calibration sequences of 512 tokens (default 32)")
-    parser.add_argument("--draws", type=int, default=1, help="draws of labels per sequence (default 1)")
+    parser.add_argument("--draws", type=int, default=2, help="draws of labels per sequence (default 2)")
     parser.add_argument("--windows", type=int, default=8, help="evaluation windows of 1,024 tokens (default 8)")
-    parser.add_argument("--menu", default="b3g64,b4g64", help="configurations (default b3g64,b4g64)")
+    parser.add_argument("--uniform", default="b3g64,b4g64", help="for all matrices (default b3g64,b4g64)")
+    parser.add_argument("--menu", default="", help="what plans choose from (default: what is measured uniform)")
     names = [name for name in QUANTIZERS if name != "hqq-package"]
     parser.add_argument("--quantizers", default=",".join(names), help=f"default {','.join(names)}")
-    parser.add_argument("--budgets", default="", help="bits per weight to give the menu out within, as in 3.254,4.254")
+    parser.add_argument("--budgets", default="", help="bits per weight of plans, as in 3.254,4.254")
     parser.add_argument("--polish", type=int, default=0, help="steps of polish after that (default 0)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--bos", action="store_true", help="begin every sequence and window with the model's BOS")
@@ -78,32 +86,110 @@ def _table(directory: Path, options: argparse.Namespace) -> None:
     tokens, further = read[: options.sequences], read[options.sequences :]
     judge = _Judge.of(model, _read(tokenizer, options.evaluation, options.windows, WINDOW, bos))
     _row(directory.name, "full precision", "", 16, judge.scores(None))
-    menu = [QuantSpec.parse(name) for name in options.menu.split(",")]
-    quantizers = [quantizer(name) for name in options.quantizers.split(",")]
-    fisher, plain = _measure(model, tokens, options.draws)
-    for chosen in quantizers:
-        moments = None
-        if isinstance(chosen, CalibratedQuantizer):
-            moments = fisher if chosen.fisher_weighted else plain
-        grids = [_quantize(directory, model, layer, menu, chosen, moments) for layer in range(model.structure.layers)]
-        for spec in menu:
+    uniform = [QuantSpec.parse(name) for name in options.uniform.split(",")]
+    menu = [QuantSpec.parse(name) for name in (options.menu or options.uniform).split(",")]
+    folders = {name: options.work / directory.name / name for name in options.quantizers.split(",")}
+    missing = {name: folder for name, folder in folders.items() if not (folder / COSTS_FILE).exists()}
+    if missing:
+        _measure(directory, model, tokens, options.draws, sorted({*uniform, *menu}), missing)
+    for name, folder in folders.items():
+        grids = _grids_in(folder)
+        for spec in uniform:
             same = {module.id: spec for module in model.structure.modules}
-            _row(directory.name, chosen.name, spec.name, _bits(model, same), judge.scores(grids.__getitem__, same))
+            _row(directory.name, name, spec.name, _bits(model, same), judge.scores(grids, same))
     if not options.budgets:
         return
-    costs = _costs(directory, model, menu, grids, fisher)
-    sizes = module_sizes(model.structure.modules, menu)
     for bits in map(float, options.budgets.split(",")):
-        solution = solve(costs, sizes, int(bits * sum(m.parameters for m in model.structure.modules) / 8))
-        given = {
-            module.id: menu[column] for module, column in zip(model.structure.modules, solution.choice, strict=True)
-        }
+        given = _plan(model, folder, menu, bits)
         what = f"given out within {bits:g}"
-        _row(directory.name, chosen.name, what, _bits(model, given), judge.scores(grids.__getitem__, given))
+        _row(directory.name, name, what, _bits(model, given), judge.scores(grids, given))
         if options.polish:
             polished = f"{what}, polished {options.polish} steps"
             with _polished(model, grids, given, further, options.polish) as tuned:
-                _row(directory.name, chosen.name, polished, _bits(model, given), judge.scores(tuned, given))
+                _row(directory.name, name, polished, _bits(model, given), judge.scores(tuned, given))
+
+
+def _measure(
+    directory: Path,
+    model: StreamedModel,
+    tokens: Tensor,
+    draws: int,
+    menu: Sequence[QuantSpec],
+    folders: Mapping[str, Path],
+) -> None:
+    """Keep grids of every layer and quantizer, and the rows of their costs, in a folder per quantizer.
+
+    One pass forward and one back: what a block's modules see and the gradients at their outputs serve every quantizer.
+    """
+    layers, inputs = model.structure.layers, model.block_inputs(tokens.shape[1])
+    hidden = [model.embed(tokens)]
+    for layer in range(layers):
+        with model.block(layer) as block:
+            hidden.append(forward_block(block, inputs[layer], hidden[-1], layer=layer))
+    with fast_products(model.device):
+        gradient = sampled_loss_gradient(model, hidden.pop(), draws=draws, seed=0)
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in folders}
+    for folder in folders.values():
+        folder.mkdir(parents=True, exist_ok=True)
+    for layer in reversed(range(layers)):
+        entering = hidden.pop()
+        kinds = [module.id.kind for module in model.structure.in_layer(layer)]
+        with model.block(layer) as block, fast_products(model.device):
+            dtype = fast_matmul_dtype(model.device)
+            traces = trace_modules(block, inputs[layer], entering, gradient, kinds, dtype)
+            if layer:
+                gradient = backward_block(block, inputs[layer], entering, gradient, layer=layer)
+        by_kind = load_layer_weights(directory, model.structure, layer)
+        weights = {module.id: by_kind[module.id.kind].to(model.device) for module in model.structure.in_layer(layer)}
+        for name, folder in folders.items():
+            grids = _quantize(weights, menu, quantizer(name), traces)
+            save_grids(folder / f"{layer}.safetensors", grids)
+            rows[name] += _costs(model, weights, grids, traces)
+    for name, folder in folders.items():
+        (folder / COSTS_FILE).write_text(json.dumps(rows[name]))
+
+
+def _quantize(
+    weights: Mapping[ModuleId, Tensor], menu: Sequence[QuantSpec], chosen: Quantizer, traces: Mapping[str, ModuleTrace]
+) -> LayerGrids:
+    if not isinstance(chosen, CalibratedQuantizer):
+        return quantize_modules(weights, menu, chosen)
+    moments = {}
+    for module in weights:
+        trace = traces[module.kind]
+        every = torch.ones(len(trace.inputs), device=trace.inputs.device)
+        triangle = UpperTriangle.zeros(trace.inputs.shape[1], trace.inputs.device)
+        triangle.add_products(trace.inputs, token_weights(trace) if chosen.fisher_weighted else every)
+        moments[module] = triangle
+    return quantize_modules(weights, menu, chosen, moments)
+
+
+def _costs(
+    model: StreamedModel, weights: Mapping[ModuleId, Tensor], grids: LayerGrids, traces: Mapping[str, ModuleTrace]
+) -> Iterator[dict[str, Any]]:
+    """Rows of the sequence-wise Fisher cost of a layer."""
+    for info in (module for module in model.structure.modules if module.id in weights):
+        weight, trace = weights[info.id], traces[info.id.kind]
+        errors = {spec: (grid.round_trip(weight) - weight).to(trace.inputs) for spec, grid in grids[info.id].items()}
+        for spec, changes in sequence_loss_changes(trace, errors, sequence_length=SEQUENCE_LENGTH).items():
+            yield cost_row(info, spec, fisher=sequence_fisher(changes, tokens_per_sequence=SEQUENCE_LENGTH - 1))
+
+
+def _grids_in(folder: Path) -> GridsOfLayer:
+    return lru_cache(maxsize=1)(lambda layer: load_grids(folder / f"{layer}.safetensors"))
+
+
+def _plan(model: StreamedModel, folder: Path, menu: Sequence[QuantSpec], bits: float) -> Allocation:
+    """What `loss-aware` gives every module within so many bits per weight."""
+    rows = [row for row in json.loads((folder / COSTS_FILE).read_text()) if _spec(row) in menu]
+    costs = {"sequence_fisher": ErrorTable.from_rows(rows, "fisher")}
+    measurements = Measurements(modules=model.structure.modules, menu=tuple(menu), costs=costs)
+    weights = sum(module.parameters for module in model.structure.modules)
+    return strategy("loss-aware").allocate(measurements, int(bits * weights / 8)).specs
+
+
+def _spec(row: Mapping[str, Any]) -> QuantSpec:
+    return QuantSpec(row["bits"], row["group_size"])
 
 
 def _read(tokenizer: AutoTokenizer, path: Path, rows: int, length: int, bos: int | None) -> Tensor:
@@ -114,64 +200,14 @@ def _read(tokenizer: AutoTokenizer, path: Path, rows: int, length: int, bos: int
     return torch.cat([torch.full((rows, 1), bos), ids[: rows * (length - 1)].view(rows, -1)], dim=1)
 
 
-def _measure(model: StreamedModel, tokens: Tensor, draws: int) -> tuple[Moments, Moments]:
-    """Fisher-weighted and plain second moments of every module."""
-    layers, inputs = model.structure.layers, model.block_inputs(tokens.shape[1])
-    hidden = [model.embed(tokens)]
-    for layer in range(layers):
-        with model.block(layer) as block:
-            hidden.append(forward_block(block, inputs[layer], hidden[-1], layer=layer))
-    gradient = sampled_loss_gradient(model, hidden.pop(), draws=draws, seed=0)
-    fisher: list[Mapping[str, UpperTriangle]] = []
-    plain: list[Mapping[str, UpperTriangle]] = []
-    for layer in reversed(range(layers)):
-        kinds = [module.id.kind for module in model.structure.in_layer(layer)]
-        entering = hidden.pop()
-        with model.block(layer) as block:
-            fisher.append(fisher_moments(block, inputs[layer], entering, gradient, kinds))
-            plain.append(input_moments(block, inputs[layer], entering, kinds))
-            if layer:
-                gradient = backward_block(block, inputs[layer], entering, gradient, layer=layer)
-    return fisher[::-1], plain[::-1]
-
-
-def _quantize(
-    directory: Path,
-    model: StreamedModel,
-    layer: int,
-    menu: Sequence[QuantSpec],
-    chosen: Quantizer,
-    moments: Moments | None,
-) -> LayerGrids:
-    by_kind = load_layer_weights(directory, model.structure, layer)
-    weights = {module.id: by_kind[module.id.kind].to(model.device) for module in model.structure.in_layer(layer)}
-    of_layer = None if moments is None else {module: moments[layer][module.kind] for module in weights}
-    return quantize_modules(weights, menu, chosen, of_layer)
-
-
-def _costs(
-    directory: Path, model: StreamedModel, menu: Sequence[QuantSpec], grids: Sequence[LayerGrids], moments: Moments
-) -> np.ndarray:
-    """½ tr(E H Eᵀ) of every module and configuration in nats per token, float64 [modules, configurations]."""
-    rows = []
-    for layer in range(model.structure.layers):
-        by_kind = load_layer_weights(directory, model.structure, layer)
-        for module in model.structure.in_layer(layer):
-            weight = by_kind[module.id.kind].to(model.device)
-            matrix = moments[layer][module.id.kind].matrix()
-            errors = (grids[layer][module.id][spec].round_trip(weight) - weight for spec in menu)
-            rows.append([0.5 * float(((error @ matrix) * error).sum(dtype=torch.float64)) for error in errors])
-    return np.array(rows)
-
-
 @contextmanager
 def _polished(
-    model: StreamedModel, grids: Sequence[LayerGrids], allocation: Allocation, tokens: Tensor, steps: int
+    model: StreamedModel, grids: GridsOfLayer, allocation: Allocation, tokens: Tensor, steps: int
 ) -> Iterator[GridsOfLayer]:
     """The grids of an allocation after so many steps of polish on `tokens`, as stored."""
     with tempfile.TemporaryDirectory() as folder:
         polish = Polish(model, allocation, Path(folder), PolishSchedule(steps=steps))
-        polish.start(grids.__getitem__)
+        polish.start(grids)
         reference = QuantizedPoint(model, lambda _: {}, matmul_dtype=torch.float32).last_states(tokens)
         for _ in polish.run(0, steps, tokens, reference):
             pass

@@ -39,6 +39,7 @@ def write_config(model: Path, place: Path, name: str, **changes: Any) -> Path:
     """A configuration file for a run of the small model with its store and results below `place`."""
     changes = {
         "strategies": ["uniform", "loss-aware"],
+        "measure__menu": ["b3g64", "b4g64", "b5g64"],
         "calibration__sequences": 16,
         "calibration__sequence_length": 128,
         "evaluation__tokens": 1024,

@@ -59,9 +59,15 @@ def _divergence(model: StreamedModel, source, tokens: Tensor, reference: Tensor)
 
 
 def test_one_step_is_that_of_autograd_and_of_adam(
-    model: StreamedModel, grids: Grids, tokens: Tensor, tiny_llama: Path, tmp_path: Path
+    model: StreamedModel,
+    grids: Grids,
+    tokens: Tensor,
+    tiny_llama: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The whole model in memory, weights made of scales and zeros by plain operations."""
+    """The whole model in memory, weights made of scales and zeros by plain operations, all in float32."""
+    monkeypatch.setattr("lmq.numerics.fast_matmul_dtype", lambda _: torch.float32)
     schedule = PolishSchedule(steps=10, sequences_per_step=8, rate=0.004)
     reference_model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
     full = reference_model(input_ids=tokens).logits[:, :-1].log_softmax(-1).detach()
