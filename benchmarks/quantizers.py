@@ -34,9 +34,15 @@ from lmq.measurement.base import cost_row
 from lmq.measurement.divergence import divergence
 from lmq.measurement.grids import Allocation, LayerGrids, load_grids, quantize_modules, save_grids
 from lmq.measurement.quantized_model import GridsOfLayer, QuantizedPoint
-from lmq.measurement.quantizer_moments import token_weights
+from lmq.measurement.quantizer_moments import fisher_moments_of, token_weights
 from lmq.measurement.replay import backward_block, forward_block
-from lmq.measurement.sequence_fisher import sampled_loss_gradient, sequence_fisher, sequence_loss_changes
+from lmq.measurement.sequence_fisher import (
+    pooled_costs,
+    sampled_loss_gradient,
+    sequence_fisher,
+    sequence_loss_changes,
+    token_cost,
+)
 from lmq.measurement.traces import ModuleTrace, trace_modules
 from lmq.measurement.upper_triangle import UpperTriangle
 from lmq.model.discovery import discover
@@ -171,8 +177,14 @@ def _costs(
     for info in (module for module in model.structure.modules if module.id in weights):
         weight, trace = weights[info.id], traces[info.id.kind]
         errors = {spec: (grid.round_trip(weight) - weight).to(trace.inputs) for spec, grid in grids[info.id].items()}
-        for spec, changes in sequence_loss_changes(trace, errors, sequence_length=SEQUENCE_LENGTH).items():
-            yield cost_row(info, spec, fisher=sequence_fisher(changes, tokens_per_sequence=SEQUENCE_LENGTH - 1))
+        by_sequence = {
+            spec: sequence_fisher(changes, tokens_per_sequence=SEQUENCE_LENGTH - 1)
+            for spec, changes in sequence_loss_changes(trace, errors, sequence_length=SEQUENCE_LENGTH).items()
+        }
+        moments = fisher_moments_of(trace)
+        by_token = {spec: token_cost(error, moments) for spec, error in errors.items()}
+        for spec, fisher in pooled_costs(by_sequence, by_token).items():
+            yield cost_row(info, spec, fisher=fisher)
 
 
 def _grids_in(folder: Path) -> GridsOfLayer:

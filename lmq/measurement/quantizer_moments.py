@@ -56,6 +56,14 @@ def fisher_moments(
     return found
 
 
+def fisher_moments_of(trace: ModuleTrace) -> Tensor:
+    """Fisher-weighted H of one module from what went through it, float32 [in_features, in_features]."""
+    triangle = UpperTriangle.zeros(trace.inputs.shape[1], trace.inputs.device)
+    triangle.add_products(trace.inputs, token_weights(trace))
+    triangle.divide(len(trace.inputs))
+    return triangle.matrix()
+
+
 def token_weights(trace: ModuleTrace) -> Tensor:
     """w_t: mean over outputs and draws of g_t², float32 [tokens]."""
     squares = trace.gradients.float().square().mean(1)

@@ -12,6 +12,7 @@ add up. A sum of squares over single tokens misses half and more of what errors 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import pyarrow as pa
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from lmq.errors import InputError
 from lmq.formats.spec import QuantSpec
 from lmq.measurement.base import Cost, CostColumn, LayerReplay, Need, Row, cost_row, cost_schema
+from lmq.measurement.quantizer_moments import fisher_moments_of
 from lmq.measurement.traces import ModuleTrace
 from lmq.model.streaming import StreamedModel
 from lmq.model.structure import ModuleInfo
@@ -32,7 +34,7 @@ SEQUENCE_FISHER_SCHEMA = cost_schema(
     pa.field("fisher", pa.float64()),
     pa.field("loss_changes", pa.list_(pa.float64()), nullable=False),
 )
-"""`fisher` in nats per token, from `loss_changes`: one per draw of labels and sequence, sequences fastest."""
+"""`fisher` in nats per token; `loss_changes` one per draw of labels and sequence, sequences fastest."""
 
 _ERROR_BYTES_AT_ONCE = 5 << 28
 """Bytes of the errors of one module that are held together: a gradient of its weight serves them all."""
@@ -101,28 +103,51 @@ def sequence_fisher(loss_changes: Tensor, *, tokens_per_sequence: int, around: T
     return 0.5 * change.square().mean().item() / tokens_per_sequence
 
 
+def pooled_costs(by_sequence: Mapping[QuantSpec, float], by_token: Mapping[QuantSpec, float]) -> dict[QuantSpec, float]:
+    """Costs of a module that differ between configurations as `by_token` do, at the level of `by_sequence`.
+
+    Few sequences make `by_sequence` vary by a fifth and more from one configuration to the next, and a program that
+    looks for the least of them takes what is small by chance. How much more than its tokens a sequence costs is mostly
+    a matter of the module: it is the geometric mean of the ratio over all configurations.
+    """
+    logs = [math.log(cost / by_token[spec]) for spec, cost in by_sequence.items() if cost > 0 and by_token[spec] > 0]
+    if not logs:
+        return dict(by_sequence)
+    level = math.exp(math.fsum(logs) / len(logs))
+    return {spec: level * by_token[spec] for spec in by_sequence}
+
+
 def measure_sequence_fisher(layer: LayerReplay) -> Iterator[Row]:
-    """Sequence-wise Fisher cost of every module of one layer under every configuration of the menu.
+    """Sequence-wise Fisher cost of every module of one layer, pooled over the configurations of the menu.
 
     Matrix products are taken in bfloat16 where the processor is fast at it: the draws vary far more than its rounding.
     """
     length = layer.hidden.shape[1]
     for module, trace in layer.traces(fast_matmul_dtype(layer.device), fast_block=True):
-        for spec, changes in _loss_changes(layer, module, trace, length).items():
-            fisher = sequence_fisher(changes, tokens_per_sequence=length - 1)
-            yield cost_row(module, spec, fisher=fisher, loss_changes=changes.tolist())
+        changes, by_token = _module_costs(layer, module, trace, length)
+        by_sequence = {spec: sequence_fisher(of, tokens_per_sequence=length - 1) for spec, of in changes.items()}
+        for spec, fisher in pooled_costs(by_sequence, by_token).items():
+            yield cost_row(module, spec, fisher=fisher, loss_changes=changes[spec].tolist())
 
 
-def _loss_changes(
+def _module_costs(
     layer: LayerReplay, module: ModuleInfo, trace: ModuleTrace, sequence_length: int
-) -> dict[QuantSpec, Tensor]:
-    """`sequence_loss_changes` of the whole menu, with as many errors at a time as fit into memory together."""
+) -> tuple[dict[QuantSpec, Tensor], dict[QuantSpec, float]]:
+    """`sequence_loss_changes` and `token_cost` of the whole menu, as many errors at a time as fit into memory."""
     changes: dict[QuantSpec, Tensor] = {}
+    by_token: dict[QuantSpec, float] = {}
+    moments = fisher_moments_of(trace)
     for specs in _batches(layer.menu, module.parameters * trace.inputs.element_size()):
         errors = {spec: error.to(trace.inputs.dtype) for spec, error in layer.errors(module, specs)}
         changes |= sequence_loss_changes(trace, errors, sequence_length=sequence_length)
+        by_token |= {spec: token_cost(error, moments) for spec, error in errors.items()}
         del errors  # before the next are made
-    return changes
+    return changes, by_token
+
+
+def token_cost(error: Tensor, moments: Tensor) -> float:
+    """½ tr(E H Eᵀ) in nats per token, for E [out_features, in_features] and H [in_features, in_features]."""
+    return 0.5 * float(((error @ moments.to(error)) * error).sum(dtype=torch.float64))
 
 
 def _batches(menu: Sequence[QuantSpec], error_bytes: int) -> Iterator[Sequence[QuantSpec]]:
@@ -137,7 +162,7 @@ SEQUENCE_FISHER = Cost(
     schema=SEQUENCE_FISHER_SCHEMA,
     needs=frozenset({Need.GRIDS, Need.STATES, Need.DRAWN_GRADIENTS}),
     settings=("menu",),
-    version=4,
+    version=5,
     measure=measure_sequence_fisher,
     columns=(
         CostColumn(

@@ -77,13 +77,18 @@ def test_costs_of_a_layer_come_from_the_gradients_of_every_draw(
     )
     rows = read_rows(runner.store.path(found, "sequence-fisher.parquet"), SEQUENCE_FISHER_SCHEMA)
     assert len(rows) == 7 * len(MENU)
-    for row in (row for row in rows if row["kind"] == "self_attn.v_proj"):
-        changes = _by_the_library(runner, tiny_qwen, hidden[LAYER], gradient, grids, row)
+    of_values = [row for row in rows if row["kind"] == "self_attn.v_proj"]
+    by_sequence, by_token = [], []
+    for row in of_values:
+        changes, token_cost = _by_the_library(runner, tiny_qwen, hidden[LAYER], gradient, grids, row)
         assert len(changes) == DRAWS * SEQUENCES
         assert row["loss_changes"] == pytest.approx(changes.tolist(), rel=1e-4, abs=1e-5 * float(changes.abs().max()))
-        expected = sequence_fisher(changes, tokens_per_sequence=LENGTH - 1)
-        assert row["fisher"] == pytest.approx(expected, rel=1e-4)
-        assert row["fisher"] > 0
+        by_sequence.append(sequence_fisher(changes, tokens_per_sequence=LENGTH - 1))
+        by_token.append(token_cost)
+    # apart from one another as token by token, and in the geometric mean as sequence by sequence
+    costs = [row["fisher"] for row in of_values]
+    assert costs[0] / costs[1] == pytest.approx(by_token[0] / by_token[1], rel=1e-4)
+    assert costs[0] * costs[1] == pytest.approx(by_sequence[0] * by_sequence[1], rel=1e-4)
 
 
 def _by_the_library(
@@ -93,7 +98,8 @@ def _by_the_library(
     gradients: ArtifactRef,
     grids: ArtifactRef,
     row: dict[str, int],
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, float]:
+    """Changes of the loss, and ½ mean over tokens of w ‖E x‖², w being the mean square of the token's gradients."""
     model = StreamedModel.open(model_dir, discover(model_dir, weights_sha256="0"))
     module = next(m for m in model.structure.in_layer(LAYER) if m.id.kind == row["kind"])
     spec = QuantSpec(row["bits"], row["group_size"])
@@ -104,8 +110,11 @@ def _by_the_library(
         error = {spec: grid.round_trip(weight) - weight}
         every_draw = read_gradients(runner.store.path(gradients, GRADIENTS_FILE)).split(SEQUENCES)
         inputs = model.block_inputs(LENGTH)[LAYER]
-        changes = []
+        changes, squares = [], []
         for draw in every_draw:
             trace = trace_modules(block, inputs, states, draw, [module.id.kind], torch.float32)[module.id.kind]
             changes.append(sequence_loss_changes(trace, error, sequence_length=LENGTH)[spec])
-    return torch.cat(changes)
+            squares.append(trace.gradients.double().square().mean(1))
+        moved = (trace.inputs.double() @ error[spec].double().t()).square().sum(1)
+        token_cost = 0.5 * float((torch.stack(squares).mean(0) * moved).mean())
+    return torch.cat(changes), token_cost

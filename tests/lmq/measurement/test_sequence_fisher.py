@@ -7,7 +7,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lmq.errors import InputError
 from lmq.formats.spec import QuantSpec
-from lmq.measurement.sequence_fisher import sampled_loss_gradient, sequence_fisher, sequence_loss_changes
+from lmq.measurement.sequence_fisher import (
+    pooled_costs,
+    sampled_loss_gradient,
+    sequence_fisher,
+    sequence_loss_changes,
+)
 from lmq.measurement.traces import ModuleTrace, trace_modules
 from lmq.model.discovery import discover
 from lmq.model.streaming import StreamedModel
@@ -96,6 +101,17 @@ def test_drawn_gradients_average_to_zero_and_depend_on_the_seed_alone(tiny_model
     assert not first[:, -1].any()
     draws = sampled_loss_gradient(streamed, hidden, draws=200, seed=3).view(200, *hidden.shape)
     assert draws.mean(dim=0).norm() < 3 * draws.flatten(1).norm(dim=1).mean() / 200**0.5
+
+
+def test_pooled_costs_keep_the_level_of_sequences_and_the_steps_of_tokens() -> None:
+    menu = [QuantSpec(bits, 64) for bits in (2, 3, 4, 8)]
+    by_sequence = dict(zip(menu, (8.0, 1.0, 0.5, 0.0), strict=True))
+    by_token = dict(zip(menu, (4.0, 1.0, 0.25, 0.0), strict=True))
+    pooled = pooled_costs(by_sequence, by_token)
+    level = (2.0 * 1.0 * 2.0) ** (1 / 3)  # the exact one tells nothing about the level
+    assert list(pooled.values()) == pytest.approx([4 * level, level, level / 4, 0])
+    assert pooled_costs({SMALL: 3.0}, {SMALL: 2.0}) == pytest.approx({SMALL: 3.0})
+    assert pooled_costs({SMALL: 0.0}, {SMALL: 0.0}) == {SMALL: 0.0}
 
 
 def test_mean_cost_over_draws_is_the_divergence_of_a_small_error(tiny_model: Path) -> None:
