@@ -24,28 +24,38 @@ from lmq.measurement.second_moments import capture_second_moments
 from lmq.measurement.traces import ModuleTrace, trace_modules
 from lmq.measurement.upper_triangle import UpperTriangle
 from lmq.model.streaming import BlockInputs
+from lmq.numerics import fast_products
 
 _TOKENS_AT_ONCE = 2048
 _METADATA_KEY = "lmq.moments"
 
 
 def fisher_moments(
-    block: nn.Module, block_inputs: BlockInputs, hidden: Tensor, gradient: Tensor, kinds: Sequence[str]
+    block: nn.Module,
+    block_inputs: BlockInputs,
+    hidden: Tensor,
+    gradient: Tensor,
+    kinds: Sequence[str],
+    *,
+    fast_block: bool = False,
 ) -> dict[str, UpperTriangle]:
     """Fisher-weighted H of every module, in nats per token.
 
     `hidden` [sequences, sequence_length, hidden] enters the block, `gradient` [draws · sequences, sequence_length,
     hidden] leaves `lmq.measurement.sequence_fisher.sampled_loss_gradient` and the backward passes that follow it. The
     block is replayed a few sequences at a time, and no inputs are kept: memory is half of one H per module.
+    `fast_block` runs the block itself in the faster type where there is one (`lmq.numerics.fast_products`).
     """
     sequences, sequence_length = hidden.shape[:2]
+    device = next(block.parameters()).device
     by_draw = gradient.view(-1, *hidden.shape)
     found: dict[str, UpperTriangle] = {}
     at_once = max(1, _TOKENS_AT_ONCE // sequence_length)
     for start in range(0, sequences, at_once):
         piece = slice(start, start + at_once)
         gradients = by_draw[:, piece].flatten(0, 1)
-        traces = trace_modules(block, block_inputs, hidden[piece], gradients, kinds, torch.float32)
+        with fast_products(device, None if fast_block else torch.float32):
+            traces = trace_modules(block, block_inputs, hidden[piece], gradients, kinds, torch.float32)
         for kind in kinds:
             trace = traces.pop(kind)
             if kind not in found:
