@@ -77,6 +77,8 @@ def quantize(
 ) -> Path:
     """Make a smaller checkpoint of a model, and return its path: what `lmq quantize` does, as a run that can go on.
 
+    A notebook shows the path with the report of the run.
+
     `model` is a hub id, a directory, a .gguf file or package:NAME/FILE; `size` that of the whole checkpoint, as in
     "400MB", or `bits` per weight of its quantized matrices, or the `plan` of a run (its directory, name or
     allocation-*.csv) of a model of the same structure, or `fit_gpu` the memory of a GPU, as in "24GB", that is to hold
@@ -98,5 +100,5 @@ def quantize(
         effort=effort,
         store=store,
     )
-    made: Path = one_model.reach_goal(one_model.prepare_goal(goal)).path
+    made: Path = one_model.reach_in_notebook(goal)
     return made

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 from dataclasses import dataclass, replace
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ _TENSOR_TEXT_BYTES = 420
 _CARD_BYTES = 32_000
 _TENSORS_PER_MODULE = 5
 _GPU_SET_ASIDE_BYTES = 1_000_000_000
+_FRAME_STYLE = "width: 100%; height: 80vh; border: 0"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +145,22 @@ class MadeModel:
     result: VariantResult
     full_precision: VariantResult
     uniform: VariantResult | None
+
+
+_PATH: Any = type(Path())
+
+
+class CheckpointPath(_PATH):
+    """Path of a checkpoint that notebooks show with the `report` of its run; else a path like any other."""
+
+    report: Path | None = None
+
+    def _repr_html_(self) -> str | None:
+        """The path and the report in a frame of its own, whose style and scripts leave the notebook alone."""
+        if self.report is None or not self.report.is_file():
+            return None
+        page = escape(self.report.read_text("utf-8"))
+        return f'<p><code>{escape(str(self))}</code></p><iframe srcdoc="{page}" style="{_FRAME_STYLE}"></iframe>'
 
 
 def prepare_goal(goal: Goal) -> PreparedGoal:
@@ -282,6 +300,14 @@ def _beside_bytes(inspected: InspectedModel) -> int:
     )
     companions = sum(path.stat().st_size for path in companion_files(inspected.model_dir))
     return structure.other_bytes + companions + texts + _CARD_BYTES
+
+
+def reach_in_notebook(goal: Goal) -> CheckpointPath:
+    """The checkpoint of a goal, as a path that shows its report in a notebook. Raises as `reach_goal`."""
+    prepared = prepare_goal(goal)
+    path = CheckpointPath(reach_goal(prepared).path)
+    path.report = (prepared.config.run_dir / "report.html").absolute()
+    return path
 
 
 def reach_goal(prepared: PreparedGoal) -> MadeModel:

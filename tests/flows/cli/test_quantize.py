@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import itertools
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -23,7 +25,7 @@ from lmq.model.structure import ModelStructure
 from lmq.report.results import format_measured, read_results
 from lmq_flows.cli import main
 from lmq_flows.run.given_plan import read_plan
-from lmq_flows.run.one_model import Goal, prepare_goal
+from lmq_flows.run.one_model import CheckpointPath, Goal, prepare_goal
 from tests.flows.cli.conftest import refusal
 from tests.flows.processes import Runner, finished_work, forking_runner, save_small_llama, wait_until
 
@@ -75,6 +77,13 @@ def content(directory: Path) -> dict[str, bytes]:
 def test_python_gives_the_path_of_what_the_command_makes(server, tiny_llama, tmp_path):
     path = lmq.quantize(tiny_llama, bits=4.5, effort="quick", output=tmp_path / "made")
     assert path == tmp_path / "made"
+    assert isinstance(path, Path)
+    assert (path / "config.json").is_file()
+    (report,) = (tmp_path / "runs").glob("*/report.html")
+    shown = re.search(r'<iframe srcdoc="([^"]*)"', path._repr_html_())
+    assert shown is not None
+    assert html.unescape(shown[1]) == report.read_text()
+    assert str(path) in path._repr_html_()
     assert quantized_bytes(path) * 8 <= 4.5 * prepare_goal(Goal(model=str(tiny_llama), bits=4.5)).structure.parameters
 
 
@@ -235,3 +244,18 @@ def test_what_does_not_fit_a_gpu_is_refused(
     assert "fit_gpu and context go together" in refusal(
         capsys, "quantize", tiny_qwen, "--size", "1MB", "--context", "200"
     )
+
+
+def test_a_path_shows_a_report_only_where_there_is_one(tmp_path: Path) -> None:
+    path = CheckpointPath(tmp_path / "made & <done>")
+    assert path == tmp_path / "made & <done>"
+    assert os.fspath(path) == str(tmp_path / "made & <done>")
+    assert path._repr_html_() is None
+    path.report = tmp_path / "report.html"
+    assert path._repr_html_() is None
+    path.report.write_text('<h1 class="title">"A" & B</h1>')
+    shown = path._repr_html_()
+    assert "made &amp; &lt;done&gt;" in shown
+    assert 'srcdoc="&lt;h1 class=&quot;title&quot;&gt;&quot;A&quot; &amp; B&lt;/h1&gt;"' in shown
+    assert (path / "config.json")._repr_html_() is None
+    assert pickle.loads(pickle.dumps(path)) == path
