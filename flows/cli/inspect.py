@@ -51,7 +51,7 @@ def summary(structure: ModelStructure) -> str:
         f"{structure.architecture}: {structure.layers} layers, hidden size {structure.hidden_size}, "
         f"vocabulary {structure.vocabulary_size:,}, {structure.dtype}, "
         f"{'tied' if structure.tied_embeddings else 'untied'} embeddings; "
-        f"{len(structure.modules)} modules of {structure.parameters:,} weights"
+        f"{len(structure.quantized)} modules of {structure.parameters:,} weights"
     )
 
 

@@ -24,9 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     how_small = parser.add_mutually_exclusive_group(required=True)
     how_small.add_argument(
-        "--size", metavar="BYTES", help="size of the whole checkpoint, embeddings and tokenizer included, as in 400MB"
+        "--size",
+        metavar="BYTES",
+        help="size of the whole checkpoint, tokenizer included, as in 400MB; embedding and head are quantized too",
     )
-    how_small.add_argument("--bits", type=float, help="bits per weight of the quantized matrices, as in 4.25")
+    how_small.add_argument("--bits", type=float, help="bits per weight of the matrices in the blocks, as in 4.25")
     how_small.add_argument(
         "--plan",
         metavar="RUN_OR_FILE",

@@ -50,6 +50,8 @@ _HEAD_RATE = 24.0
 """Picoseconds per weight of the head and token of the gradient of a loss."""
 _MODEL_RATE = 25.0
 """Picoseconds per weight of the model and token of a window that is judged."""
+_HEAD_SAMPLE_BYTES = 600_000_000
+"""What the model predicts at the positions that the head is judged at, soft-capped."""
 _TRIALS = 60
 """Plans that `refine` tries, about."""
 
@@ -134,6 +136,8 @@ def _memory_bytes(config: RunConfig, structure: ModelStructure) -> int:
     tokens = config.calibration.sequences * config.calibration.sequence_length
     states = _FLOAT32_BYTES * tokens * structure.hidden_size
     embeddings = _FLOAT32_BYTES * structure.hidden_size * structure.vocabulary_size
-    if structure.embeddings:  # those of the variant beside the model's own while it is judged
-        embeddings += _FLOAT32_BYTES * sum(module.parameters for module in structure.embeddings)
+    if (
+        structure.embeddings
+    ):  # those of the variant beside the model's own while it is judged, or what the head predicts
+        embeddings += _FLOAT32_BYTES * sum(module.parameters for module in structure.embeddings) + _HEAD_SAMPLE_BYTES
     return _PROCESS_BYTES + config.runner.workers * (4 * block + 3 * states) + embeddings

@@ -16,7 +16,7 @@ from lmq.allocation.strategies.plan import Plan
 from lmq.errors import InputError
 from lmq.formats.spec import QuantSpec
 from lmq.model.source import nearest_sibling
-from lmq.model.structure import ModelStructure, ModuleId
+from lmq.model.structure import EMBEDDINGS, ModelStructure, ModuleId
 
 STRATEGY = Plan.name
 _COLUMNS = ("layer", "kind", "bits", "group_size")
@@ -36,13 +36,18 @@ class GivenPlan:
         """The plan as the constraint `fixed` of a run."""
         return {module_name(module): spec.name for module, spec in self.specs.items()}
 
+    @property
+    def has_embeddings(self) -> bool:
+        """Whether the plan is about input embedding and output head too."""
+        return any(module.layer == EMBEDDINGS for module in self.specs)
+
     def size_bytes(self, structure: ModelStructure) -> int:
         """Bytes of the quantized modules of a model under this plan.
 
         Raises InputError for a model of other modules or shapes, and naming the module that a configuration does not
         fit.
         """
-        modules = {info.id: info for info in structure.modules}
+        modules = {info.id: info for info in structure.quantized}
         known = {module: count for module, count in self.parameters.items() if module in modules}
         problems = {
             "the plan lacks": [module for module in modules if module not in self.specs],

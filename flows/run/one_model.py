@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lmq.allocation.budget import Budget, LayoutRange
-from lmq.errors import InputError, LmqError, unknown_name
+from lmq.errors import InputError, LmqError, UnsupportedModel, unknown_name
 from lmq.formats.spec import STOPS
 from lmq.model.companions import companion_files
 from lmq.model.directory import complete_directory
@@ -25,6 +26,8 @@ from lmq_flows.config.run import RunConfig, parse_run_config
 from lmq_flows.run.given_plan import STRATEGY, read_plan
 from lmq_flows.run.plan import InspectedModel, inspect_model
 from lmq_flows.run.prepare import check_directory
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +63,10 @@ _FRAME_STYLE = "width: 100%; height: 80vh; border: 0"
 class Goal:
     """What is asked for: a model, how small it should be, and where to.
 
-    `size` is that of the whole directory, as in "400 MB"; `bits` per weight are those of the quantized matrices; `plan`
-    is the file or run of `lmq_flows.run.given_plan.read_plan`; `fit_gpu` is the memory of a GPU, as in "24GB", that is
-    to hold the checkpoint, the cache of `context` tokens, as in 32k, and the activations. Exactly one of them is given.
+    `size` is that of the whole directory, as in "400 MB", where embedding and head are quantized too; `bits` per weight
+    are those of the matrices in the blocks; `plan` is the file or run of `lmq_flows.run.given_plan.read_plan`;
+    `fit_gpu` is the memory of a GPU, as in "24GB", that is to hold the checkpoint, the cache of `context` tokens, as in
+    32k, and the activations. Exactly one of them is given.
     `output` None: a directory named after both, here.
     """
 
@@ -172,9 +176,10 @@ def prepare_goal(goal: Goal) -> PreparedGoal:
     effort = EFFORTS[goal.effort]
     plan = None if goal.plan is None else read_plan(goal.plan, goal.runs_dir)
     dtype = "float16" if goal.model.endswith(".gguf") else "exact"
-    inspected = inspect_model(goal.model, goal.store, dtype)
+    around = goal.size is not None or (plan is not None and plan.has_embeddings)
+    inspected = _inspect(goal, dtype, embeddings=around)
     beside_bytes = _beside_bytes(inspected)
-    sizes = LayoutRange.of(inspected.structure.modules, STOPS, "paper")
+    sizes = LayoutRange.of(inspected.structure.quantized, STOPS, "paper")
     menu = set(sizes.uniform_bytes)
     gpu = _gpu_shares(goal, inspected)
     if plan is None:
@@ -192,6 +197,7 @@ def prepare_goal(goal: Goal) -> PreparedGoal:
             "models": [{"name": goal.name, "source": goal.model, "dtype": dtype}],
             "strategies": [UNIFORM, strategy],
             "budgets": [budget],
+            "embeddings": bool(inspected.structure.embeddings),
             "measure": {
                 "menu": [spec.name for spec in sorted(menu, key=lambda spec: spec.bits_per_weight)],
                 "label_draws": effort.label_draws,
@@ -254,6 +260,16 @@ def _tokens(context: str) -> int:
     return int(match[1]) * (1024 if match[2] else 1)
 
 
+def _inspect(goal: Goal, dtype: str, *, embeddings: bool) -> InspectedModel:
+    """The model, with its embeddings where they are to be quantized and can be."""
+    if embeddings:
+        try:
+            return inspect_model(goal.model, goal.store, dtype, embeddings=True)
+        except UnsupportedModel as error:
+            _log.info("embeddings and head stay as they are: %s", error)
+    return inspect_model(goal.model, goal.store, dtype)
+
+
 def _texts(effort: Effort, model_dir: Path) -> dict[str, Any]:
     """Texts of the run, within what the model sees at once."""
     positions = getattr(read_model_config(model_dir).get_text_config(), "max_position_embeddings", None)
@@ -276,10 +292,11 @@ def _budget(goal: Goal, structure: ModelStructure, sizes: LayoutRange, beside_by
     size_bytes = Budget.parse(goal.size).size_bytes
     assert size_bytes is not None
     smallest = beside_bytes + sizes.smallest_bytes
+    kept = "norms and the like" if structure.embeddings else "embeddings, head and norms"
     if size_bytes < smallest:
         raise InputError(
             f"{goal.size} is too small for {goal.model}: the smallest checkpoint takes {_megabytes(smallest)}, of "
-            f"which {_megabytes(structure.other_bytes)} are embeddings, head and norms, which are not quantized"
+            f"which {_megabytes(structure.other_bytes)} are {kept}, which are not quantized"
         )
     own = structure.source_bytes + structure.other_bytes
     if size_bytes >= own:
@@ -296,7 +313,7 @@ def _beside_bytes(inspected: InspectedModel) -> int:
     """Bytes of a checkpoint beside its quantized matrices, at most: other weights, tokenizer, headers, checksums."""
     structure = inspected.structure
     texts = sum(
-        _TENSORS_PER_MODULE * (_TENSOR_TEXT_BYTES + 3 * len(structure.path(info.id))) for info in structure.modules
+        _TENSORS_PER_MODULE * (_TENSOR_TEXT_BYTES + 3 * len(structure.path(info.id))) for info in structure.quantized
     )
     companions = sum(path.stat().st_size for path in companion_files(inspected.model_dir))
     return structure.other_bytes + companions + texts + _CARD_BYTES

@@ -45,10 +45,13 @@ class InspectedModel:
     model_dir: Path
 
 
-def inspect_model(source: str, store: str, dtype: str = "exact") -> InspectedModel:
-    """Inspect a model, reading no weights; a GGUF file is converted into the store first, to `dtype`."""
+def inspect_model(source: str, store: str, dtype: str = "exact", *, embeddings: bool = False) -> InspectedModel:
+    """Inspect a model, reading no weights; a GGUF file is converted into the store first, to `dtype`.
+
+    With `embeddings` they are to be quantized too. Raises UnsupportedModel where they cannot be.
+    """
     model = {"name": "model", "source": source, "dtype": dtype}
-    config = parse_request(MeasurementRequest, {"models": [model], "store": store})
+    config = parse_request(MeasurementRequest, {"models": [model], "store": store, "embeddings": embeddings})
     graph, structures = preparation_graph(config, identify_models(config))
     node = structures["model"]
     ref = execute_directly(graph)[node]

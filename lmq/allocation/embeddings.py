@@ -1,9 +1,9 @@
 """What the input embedding and the output head get, where they are quantized too.
 
-`uniform` and `loss-aware` decide about them as about any matrix: they have the same configuration as all, or a Fisher
-cost in the same unit. The measurements of the others are about blocks. There embedding and head get beforehand what
-`loss-aware` gives them at the same budget where the strategy looks at its costs (`auto`), else what `uniform` does; the
-strategy divides what is left over the matrices of the blocks. So the papers' strategies stay what they are.
+`uniform`, `plan` and `loss-aware` decide about them as about any matrix: they have the same configuration as all, one
+that is fixed, or a Fisher cost in the same unit. The measurements of the others are about blocks. There embedding and
+head get beforehand what `loss-aware` gives them at the same budget where the strategy looks at its costs (`auto`), else
+what `uniform` does; the strategy divides what is left over the blocks. So the papers' strategies stay what they are.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from dataclasses import replace
 from lmq.allocation.solver import Allocation, Assignment
 from lmq.allocation.strategies.base import Measurements, Strategy
 from lmq.allocation.strategies.loss_aware import LossAware
+from lmq.allocation.strategies.plan import Plan
 from lmq.allocation.strategies.uniform import Uniform
 from lmq.model.structure import EMBEDDINGS
 
-_WHOLE = (Uniform(), LossAware())
+_WHOLE = (Uniform(), LossAware(), Plan())
 
 
 def decides_on_embeddings(strategy: Strategy) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from lmq.checkpoint.config import LmqConfig
 from lmq.errors import UnsupportedModel
 from lmq.formats.packed_layer import QuantizedLinear
-from lmq.formats.spec import STOPS
+from lmq.formats.spec import STOPS, QuantSpec
 from lmq.model.causality import require_causal
 from lmq.model.skeleton import build_skeleton
 from lmq.model.streaming import BlockInputs, StreamedModel
@@ -114,11 +116,28 @@ def _try_reading(block: nn.Module, inputs: BlockInputs, structure: ModelStructur
         _log.debug("block 0 of %s does not run on stand-ins: %s", structure.architecture, error)
 
 
+def _put_embeddings(model: Any, structure: ModelStructure) -> None:
+    from lmq.checkpoint.hf import put_quantized_layers  # imports the quantizers of transformers
+
+    modules = {
+        module.id.kind: {"shape": [module.out_features, module.in_features], **asdict(spec)}
+        for module in structure.embeddings
+        if (spec := _fitting(module)) is not None
+    }
+    put_quantized_layers(model, LmqConfig(modules=modules, axis=1, quantizer={}))
+
+
+def _fitting(module: ModuleInfo) -> QuantSpec | None:
+    return next((spec for spec in STOPS if module.parameters % spec.group_size == 0), None)
+
+
 def _try_opening(model: Any, structure: ModelStructure) -> None:
-    """Put quantized layers in place of the linear ones and let the model's class set its weights, as on opening."""
+    """Put quantized layers in place of the dense ones and let the model's class set its weights, as on opening."""
+    if structure.embeddings:
+        _put_embeddings(model, structure)
     for module in structure.modules:
         path = structure.path(module.id)
-        spec = next((spec for spec in STOPS if module.parameters % spec.group_size == 0), None)
+        spec = _fitting(module)
         if spec is not None:
             has_bias = model.get_submodule(path).bias is not None
             layer = QuantizedLinear(module.in_features, module.out_features, spec, bias=has_bias, device="meta")

@@ -64,6 +64,7 @@ def measure_performance(
 @torch.no_grad()
 def _measure(path: Path, prompt_tokens: int, generated_tokens: int, device: str, threads: int) -> Performance:
     from lmq.checkpoint.open import open_model_directory
+    from lmq.model.discovery import embedding_shape
 
     torch.set_num_threads(threads)
     load = _load_average()
@@ -72,7 +73,7 @@ def _measure(path: Path, prompt_tokens: int, generated_tokens: int, device: str,
     model: Any = open_model_directory(path, device=device)
     _read_all(model)
     resident = memory.added()
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = embedding_shape(model)[0]
     prompt = torch.randint(vocabulary, (1, prompt_tokens), generator=torch.Generator().manual_seed(0)).to(device)
     memory.forget_peak()
     _generate(model, prompt[:, :2], 1)  # what is set up once is not timed

@@ -16,9 +16,11 @@ import pytest
 import torch
 from prefect.settings import PREFECT_API_URL
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
 
 import lmq
 from lmq.checkpoint.write import quantized_bytes, read_quantization_config
+from lmq.formats.packed_layer import QuantizedEmbedding
 from lmq.formats.spec import QuantSpec
 from lmq.model.discovery import discover
 from lmq.model.structure import ModelStructure
@@ -67,6 +69,7 @@ def test_one_line_makes_a_checkpoint_within_the_size_that_opens(server, request,
     assert said is not None
     assert said[1] == said[2] != "0"
     assert content(tmp_path / "again") == content(tmp_path / "small")
+    assert isinstance(lmq.load(tmp_path / "small").get_input_embeddings(), QuantizedEmbedding)
 
 
 def content(directory: Path) -> dict[str, bytes]:
@@ -110,6 +113,25 @@ def test_the_same_line_after_control_c_goes_on(runner: Runner, tiny_llama, tmp_p
     runner.start(*line, place=tmp_path).finish()
     assert {path: path.stat().st_mtime_ns for path in finished} == finished, "finished work was repeated"
     assert (tmp_path / "small" / "config.json").is_file()
+
+
+def test_tables_that_cannot_be_quantized_stay_as_they_are(tiny_llama, tmp_path):
+    """OPT-350M looks rows of another width up."""
+    config = OPTConfig(
+        vocab_size=512,
+        hidden_size=64,
+        word_embed_proj_dim=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        ffn_dim=64,
+        do_layer_norm_before=False,
+    )
+    OPTForCausalLM(config).save_pretrained(tmp_path / "opt")
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "opt")
+    prepared = prepare_goal(Goal(model=str(tmp_path / "opt"), size="750kB"))
+    assert not prepared.structure.embeddings
+    assert not prepared.config.embeddings
+    assert prepare_goal(Goal(model=str(tiny_llama), size="400kB")).config.embeddings
 
 
 def test_what_cannot_be_made_is_refused_before_anything_is(tiny_llama, tmp_path, capsys):

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 import lmq
+from lmq.checkpoint.dry_run import dry_run
 from lmq.checkpoint.verify import checkpoint_sizes, find_damage
 from lmq.checkpoint.write import write_checkpoint
 from lmq.errors import InputError, UnsupportedModel
@@ -124,3 +125,19 @@ def test_rows_of_another_width_are_refused(tmp_path: Path) -> None:
 
 def test_errors_name_them() -> None:
     assert str(ModuleId(EMBEDDINGS, "lm_head")) == "lm_head"
+
+
+@pytest.mark.parametrize("model", ["tiny_llama", "tiny_qwen", "tiny_gemma"])
+def test_a_model_is_tried_with_them_before_anything_is_measured(model: str, request: pytest.FixtureRequest) -> None:
+    source: Path = request.getfixturevalue(model)
+    assert dry_run(source, discover(source, weights_sha256="not needed", embeddings=True)) == ()
+
+
+def test_a_class_that_works_on_the_table_itself_is_refused(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def initialize(self: LlamaForCausalLM) -> None:
+        self.model.embed_tokens.weight.data[self.model.embed_tokens.padding_idx].zero_()
+
+    monkeypatch.setattr(LlamaForCausalLM, "initialize_weights", initialize)
+    structure = discover(tiny_llama, weights_sha256="not needed", embeddings=True)
+    with pytest.raises(UnsupportedModel, match="does not open with quantized layers"):
+        dry_run(tiny_llama, structure)
