@@ -40,6 +40,10 @@ _BLOCK_RATES = {
 }
 """Nanoseconds per weight of a block, picoseconds per weight and calibration token: with 12 configurations, 4 draws."""
 
+_EMBEDDING_RATES = {"embedding-grids": 630.0, "embedding-fisher": 600.0, "embedding-weights": 80.0}
+"""Nanoseconds per weight of embedding and head, with 12 configurations: timed once on SmolLM2-135M on a busy machine,
+less what the grids of its blocks took longer there than their rate says."""
+
 _CALIBRATED = 5.0
 """How much longer `grids` take where the quantizer looks at the calibration text: a rough factor, timed once on one
 matrix of 1536 × 576."""
@@ -93,6 +97,9 @@ def _reference_seconds(stage: str, config: RunConfig, structure: ModelStructure)
             per_weight *= _CALIBRATED
         block = _block_weights(structure) / structure.layers
         return block * (1e-9 * per_weight * configurations + 1e-12 * per_token * tokens * draws)
+    if stage in _EMBEDDING_RATES:
+        weights = sum(module.parameters for module in structure.embeddings)
+        return 1e-9 * _EMBEDDING_RATES[stage] * weights * len(config.measure.menu) / 12
     if stage in ("loss-gradient", "sampled-loss-gradient"):
         return 1e-12 * _HEAD_RATE * head * tokens * draws
     if stage in ("reference", "evaluate"):

@@ -133,13 +133,13 @@ class QuantizedBlocks:
         verify_checkpoint(path)
         self._structure = structure
         config = read_quantization_config(path)
-        self._specs, self._axis = config.specs, config.axis
+        self.specs, self._axis = config.specs, config.axis
         self._headers = read_headers(path)
 
     @property
     def embeddings(self) -> tuple[ModuleInfo, ...]:
         """The input embedding and the head where they are quantized."""
-        return tuple(info for info in self._structure.embeddings if self._structure.path(info.id) in self._specs)
+        return tuple(info for info in self._structure.embeddings if self._structure.path(info.id) in self.specs)
 
     def put_around(self, model: StreamedModel) -> None:
         """Give a streamed source model the checkpoint's embeddings, dequantized."""
@@ -152,7 +152,7 @@ class QuantizedBlocks:
         Modules that the checkpoint keeps unquantized stay as they are.
         """
         for module in self._structure.in_layer(layer):
-            if self._structure.path(module.id) not in self._specs:
+            if self._structure.path(module.id) not in self.specs:
                 continue
             linear = block.get_submodule(module.id.kind)
             weight = self._weight(module).to(linear.get_parameter("weight"))
@@ -161,7 +161,7 @@ class QuantizedBlocks:
     def _weight(self, module: ModuleInfo) -> Tensor:
         path = self._structure.path(module.id)
         stored = read_tensors(self._headers[f"{path}.{name}"] for name in QUANTIZED_TENSORS)
-        quantized = QuantizedMatrix(module.in_features, module.out_features, self._specs[path], axis=self._axis)
+        quantized = QuantizedMatrix(module.in_features, module.out_features, self.specs[path], axis=self._axis)
         quantized.load_state_dict({name: stored[f"{path}.{name}"] for name in QUANTIZED_TENSORS})
         return quantized.dequantize()
 
