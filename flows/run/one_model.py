@@ -65,8 +65,8 @@ class Goal:
 
     `size` is that of the whole directory, as in "400 MB", where embedding and head are quantized too; `bits` per weight
     are those of the matrices in the blocks; `plan` is the file or run of `lmq_flows.run.given_plan.read_plan`;
-    `fit_gpu` is the memory of a GPU, as in "24GB", that is to hold the checkpoint, the cache of `context` tokens, as in
-    32k, and the activations. Exactly one of them is given.
+    `fit_gpu` is the memory of a GPU, as in "24GB", that is to hold the checkpoint, as small as a `size`, the cache of
+    `context` tokens, as in 32k, and the activations. Exactly one of them is given.
     `output` None: a directory named after both, here.
     """
 
@@ -176,7 +176,8 @@ def prepare_goal(goal: Goal) -> PreparedGoal:
     effort = EFFORTS[goal.effort]
     plan = None if goal.plan is None else read_plan(goal.plan, goal.runs_dir)
     dtype = "float16" if goal.model.endswith(".gguf") else "exact"
-    around = goal.size is not None or (plan is not None and plan.has_embeddings)
+    of_all = goal.size is not None or goal.fit_gpu is not None
+    around = of_all or (plan is not None and plan.has_embeddings)
     inspected = _inspect(goal, dtype, embeddings=around)
     beside_bytes = _beside_bytes(inspected)
     sizes = LayoutRange.of(inspected.structure.quantized, STOPS, "paper")

@@ -105,7 +105,9 @@ def overview_of(done):
     """The one artifact of a run: its text, and the rows of its table of stages by stage."""
     with get_client(sync_client=True) as client:
         own = FlowRunFilter(id=FlowRunFilterId(any_=[done.state.state_details.flow_run_id]))
-        (artifact,) = client.read_artifacts(flow_run_filter=own)
+        artifacts = client.read_artifacts(flow_run_filter=own)
+    # what a flow raised is an artifact too, without key and type, which the UI does not show
+    (artifact,) = (artifact for artifact in artifacts if artifact.key is not None)
     assert (artifact.key, artifact.type) == ("tiny", "markdown")
     table, _, _ = artifact.data.partition("## Results")
     rows = [[cell.strip() for cell in line[2:-2].split(" | ")] for line in table.splitlines() if "| " in line]
