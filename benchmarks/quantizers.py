@@ -34,7 +34,7 @@ from lmq.measurement.base import cost_row
 from lmq.measurement.divergence import divergence
 from lmq.measurement.grids import Allocation, LayerGrids, load_grids, quantize_modules, save_grids
 from lmq.measurement.quantized_model import GridsOfLayer, QuantizedPoint
-from lmq.measurement.quantizer_moments import fisher_moments_of, token_weights
+from lmq.measurement.quantizer_moments import fisher_moments_of
 from lmq.measurement.replay import backward_block, forward_block
 from lmq.measurement.sequence_fisher import (
     pooled_costs,
@@ -147,33 +147,42 @@ def _measure(
                 gradient = backward_block(block, inputs[layer], entering, gradient, layer=layer)
         by_kind = load_layer_weights(directory, model.structure, layer)
         weights = {module.id: by_kind[module.id.kind].to(model.device) for module in model.structure.in_layer(layer)}
+        fisher = {module: fisher_moments_of(traces[module.kind]) for module in weights}
         for name, folder in folders.items():
-            grids = _quantize(weights, menu, quantizer(name), traces)
+            grids = _quantize(weights, menu, quantizer(name), traces, fisher)
             save_grids(folder / f"{layer}.safetensors", grids)
-            rows[name] += _costs(model, weights, grids, traces)
+            rows[name] += _costs(model, weights, grids, traces, fisher)
     for name, folder in folders.items():
         (folder / COSTS_FILE).write_text(json.dumps(rows[name]))
 
 
 def _quantize(
-    weights: Mapping[ModuleId, Tensor], menu: Sequence[QuantSpec], chosen: Quantizer, traces: Mapping[str, ModuleTrace]
+    weights: Mapping[ModuleId, Tensor],
+    menu: Sequence[QuantSpec],
+    chosen: Quantizer,
+    traces: Mapping[str, ModuleTrace],
+    fisher: Mapping[ModuleId, UpperTriangle],
 ) -> LayerGrids:
     if not isinstance(chosen, CalibratedQuantizer):
         return quantize_modules(weights, menu, chosen)
-    moments = {}
+    if chosen.fisher_weighted:
+        return quantize_modules(weights, menu, chosen, fisher)
+    plain = {}
     for module in weights:
-        trace = traces[module.kind]
-        every = torch.ones(len(trace.inputs), device=trace.inputs.device)
-        triangle = UpperTriangle.zeros(trace.inputs.shape[1], trace.inputs.device)
-        triangle.add_products(trace.inputs, token_weights(trace) if chosen.fisher_weighted else every)
-        moments[module] = triangle
-    return quantize_modules(weights, menu, chosen, moments)
+        inputs = traces[module.kind].inputs
+        plain[module] = UpperTriangle.zeros(inputs.shape[1], inputs.device)
+        plain[module].add_products(inputs, torch.ones(len(inputs), device=inputs.device))
+    return quantize_modules(weights, menu, chosen, plain)
 
 
 def _costs(
-    model: StreamedModel, weights: Mapping[ModuleId, Tensor], grids: LayerGrids, traces: Mapping[str, ModuleTrace]
+    model: StreamedModel,
+    weights: Mapping[ModuleId, Tensor],
+    grids: LayerGrids,
+    traces: Mapping[str, ModuleTrace],
+    fisher: Mapping[ModuleId, UpperTriangle],
 ) -> Iterator[dict[str, Any]]:
-    """Rows of the sequence-wise Fisher cost of a layer."""
+    """Rows of the loss-aware cost of a layer, `fisher` being the second moments."""
     for info in (module for module in model.structure.modules if module.id in weights):
         weight, trace = weights[info.id], traces[info.id.kind]
         errors = {spec: (grid.round_trip(weight) - weight).to(trace.inputs) for spec, grid in grids[info.id].items()}
@@ -181,7 +190,7 @@ def _costs(
             spec: sequence_fisher(changes, tokens_per_sequence=SEQUENCE_LENGTH - 1)
             for spec, changes in sequence_loss_changes(trace, errors, sequence_length=SEQUENCE_LENGTH).items()
         }
-        moments = fisher_moments_of(trace)
+        moments = fisher[info.id].matrix()
         by_token = {spec: token_cost(error, moments) for spec, error in errors.items()}
         for spec, fisher in pooled_costs(by_sequence, by_token).items():
             yield cost_row(info, spec, fisher=fisher)

@@ -2,7 +2,7 @@
 
 The seconds of a stage follow from the sizes of the model and its texts by the rates of docs/benchmarks.md ("What a
 block costs"), which were measured on one machine, and by how fast this machine multiplies matrices, compared with that
-one. What is there already takes nothing. Expect them to be right within a factor of two where nothing else runs.
+one. What is there already takes nothing. These are rough figures: how far they are off was not measured.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ less what the grids of its blocks took longer there than their rate says."""
 
 _CALIBRATED = 5.0
 """How much longer `grids` take where the quantizer looks at the calibration text: a rough factor, timed once on one
-matrix of 1536 × 576."""
+matrix of 1536 × 576, before coordinate descent."""
 
 _DRAWN = ("sampled-backward", "sequence-fisher", "sampled-loss-gradient")
 _FOR_EVERY_CONFIGURATION = ("grids", "fisher", "sequence-fisher")

@@ -41,8 +41,9 @@ from lmq.quantizers import CalibratedQuantizer, Quantizer
 from lmq.quantizers.calibrated import fitted_values
 
 _HEAD_TOKENS = 1024
-"""Positions that the head is judged at, fewer for vocabularies whose predictions would take more memory than this: """
+"""Positions that the head is judged at, at most."""
 _PROBABILITIES = 1 << 27
+"""Predicted probabilities that are kept at most: with a large vocabulary those of fewer positions."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +102,7 @@ class HeadCost:
         )
 
     def add(self, rows: slice, error: Tensor) -> None:
-        """Add the rows of E, float32 [rows, hidden]."""
+        """Count in some rows of E, float32 [rows, hidden]."""
         sample = self._sample
         slopes = sample.slopes if sample.slopes.shape[1] == 1 else sample.slopes[:, rows]
         change = (sample.inputs @ error.t()).mul_(slopes.float())
@@ -131,7 +132,7 @@ class LookupChanges:
         self._errors = torch.zeros(len(self._seen), gradient.shape[-1])
 
     def add(self, rows: slice, error: Tensor) -> None:
-        """Add the rows of E, float32 [rows, hidden]."""
+        """Count in some rows of E, float32 [rows, hidden]."""
         bounds = torch.searchsorted(self._seen, torch.tensor([rows.start, rows.stop]))
         seen = slice(int(bounds[0]), int(bounds[1]))
         self._errors[seen] = error.cpu()[self._seen[seen] - rows.start]

@@ -66,12 +66,12 @@ def fisher_moments(
     return found
 
 
-def fisher_moments_of(trace: ModuleTrace) -> Tensor:
-    """Fisher-weighted H of one module from what went through it, float32 [in_features, in_features]."""
+def fisher_moments_of(trace: ModuleTrace) -> UpperTriangle:
+    """Fisher-weighted H of one module from what went through it."""
     triangle = UpperTriangle.zeros(trace.inputs.shape[1], trace.inputs.device)
     triangle.add_products(trace.inputs, token_weights(trace))
     triangle.divide(len(trace.inputs))
-    return triangle.matrix()
+    return triangle
 
 
 def token_weights(trace: ModuleTrace) -> Tensor:

@@ -136,7 +136,7 @@ def _module_costs(
     """`sequence_loss_changes` and `token_cost` of the whole menu, as many errors at a time as fit into memory."""
     changes: dict[QuantSpec, Tensor] = {}
     by_token: dict[QuantSpec, float] = {}
-    moments = fisher_moments_of(trace)
+    moments = fisher_moments_of(trace).matrix()
     for specs in _batches(layer.menu, module.parameters * trace.inputs.element_size()):
         errors = {spec: error.to(trace.inputs.dtype) for spec, error in layer.errors(module, specs)}
         changes |= sequence_loss_changes(trace, errors, sequence_length=sequence_length)

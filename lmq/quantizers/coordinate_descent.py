@@ -44,7 +44,7 @@ def descend(
     gradient = torch.bmm(moments, errors)
     del errors
     groups = _Groups.of(grids) if in_rows else None
-    lattices = [Lattice.of(grid) for grid in grids]
+    lattices = [] if in_rows else [Lattice.of(grid) for grid in grids]
     for _ in range(sweeps):
         for start in range(0, in_features, width):
             columns = slice(start, min(start + width, in_features))
