@@ -25,6 +25,7 @@ from uuid import UUID
 
 from prefect.client.schemas.objects import RunInput, TaskRunResult
 from prefect.context import FlowRunContext
+from prefect.exceptions import MissingResult
 from prefect.futures import PrefectFuture
 from prefect.states import State
 from prefect.task_engine import run_task
@@ -321,7 +322,7 @@ class Walk:
             for node, found in zip(chunk, outcomes, strict=True):
                 if node not in self.outcomes:
                     self._take(node, found)
-        elif len(chunk) > 1:
+        elif len(chunk) > 1 or (state.is_completed() and chunk[0] not in self._alone):
             self._try_one_by_one(chunk)
         else:
             message = f"{chunk[0].label}: its worker was lost ({state.name}: {state.message or 'without a message'})"
@@ -375,7 +376,10 @@ def _outcomes_of(state: State[Any]) -> list[dict[str, Any]] | None:
     """Outcomes of a task's items; None when the task was lost before it could tell."""
     if not state.is_final() or state.is_crashed():
         return None
-    found = state.result(raise_on_failure=False)
+    try:
+        found = state.result(raise_on_failure=False)
+    except MissingResult:  # a server that was told twice answers with a state of its own, which holds no data
+        return None
     return found if isinstance(found, list) else None
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
+from prefect.exceptions import MissingResult
 from prefect.states import Failed, State
 
 from lmq.errors import InputError, LmqError
@@ -33,7 +34,10 @@ def find_model(config: RunConfig, model: ModelConfig) -> IdentifiedModel:
     """Find a model's files in the current flow run. Raises InputError when it is missing or not what was expected."""
     state: State[Any] = _find(config.model_copy(update={"models": (model,)}), return_state=True)
     if state.is_completed():
-        return state.result()
+        try:
+            return state.result()
+        except MissingResult:  # the server answered with a state that holds no data
+            return identify_model(config, model)
     kind = InputError if state.name in (BAD_INPUT, UNAVAILABLE) else LmqError
     raise kind(state.message or f"{model.name} could not be found")
 

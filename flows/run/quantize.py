@@ -7,6 +7,7 @@ from uuid import UUID
 
 from prefect import flow, get_run_logger, tags
 from prefect.client.orchestration import get_client
+from prefect.exceptions import MissingResult
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed, State
 
@@ -83,7 +84,11 @@ def _quantize_alone(config: RunConfig, model: ModelConfig, runner: Any) -> Model
     configured = quantize_model.with_options(task_runner=runner)
     with tags(f"run:{config.name}", f"model:{model.name}"):
         state = configured(alone, return_state=True)
-    found = state.result(raise_on_failure=False)
+        try:
+            found = state.result(raise_on_failure=False)
+        except MissingResult:  # the server answered with a state that holds no data: all is in the store, once more
+            state = configured(alone, return_state=True)
+            found = state.result(raise_on_failure=False)
     if isinstance(found, ModelOutcome):
         return found
     if not isinstance(found, Exception):

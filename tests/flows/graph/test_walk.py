@@ -5,7 +5,7 @@ import time
 
 import pytest
 from prefect import flow, task
-from prefect.states import Crashed
+from prefect.states import Completed, Crashed
 from prefect.task_runners import ThreadPoolTaskRunner
 
 import lmq_tasks
@@ -224,6 +224,29 @@ def test_nodes_of_a_lost_chunk_are_tried_one_by_one(server, tmp_path, monkeypatc
     _, seen = walk(a_graph(tmp_path, 5, variant="v"), elsewhere, outcomes)
     assert [seen[f"m layer {layer}"] for layer in range(5)] == ["ran", "ran", "ran", "failed", "ran"]
     assert outcomes["m layer 3"].error == "m layer 3: its worker was lost (Crashed: out of memory)"
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+@pytest.mark.parametrize("layers", [1, 5])
+def test_what_a_task_made_is_found_where_its_state_came_back_without_data(
+    server, tmp_path, monkeypatch, elsewhere, layers
+):
+    """As when a server that was told of the end twice answers with a state of its own."""
+    whole, told = stage_task("alone"), []
+
+    def answered_by_the_server(label, items, total, tell=None):
+        found = whole.fn(label, items, total, tell)
+        told.append(label)
+        return Completed() if len(told) == 1 else found
+
+    carrier = task(answered_by_the_server, name="alone", task_run_name="{label}", persist_result=False)
+    monkeypatch.setattr(walk_module, "stage_task", lambda name: carrier)
+    outcomes = {}
+    state, seen = walk(a_graph(tmp_path, layers, variant="v"), elsewhere, outcomes)
+    assert state.is_completed()
+    assert len(seen) == layers
+    assert set(seen.values()) <= {"ran", "cached"}
+    assert all(outcome.ref is not None for outcome in outcomes.values())
 
 
 def test_a_walk_that_is_broken_off_ends_its_chunks_after_the_node_under_work(server, tmp_path, monkeypatch):

@@ -21,11 +21,34 @@ from lmq_flows.cli import main
 from lmq_flows.run.overview import summary
 from lmq_flows.run.plan import plan_run
 from lmq_flows.run.prepare import failure_of_all
-from lmq_flows.run.quantize import run_tags, run_title
+from lmq_flows.run.quantize import quantize_model, run_tags, run_title
 from lmq_storage import StoreError
 from lmq_tasks.retries import RETRIES, STORE_RETRIES, STORE_UNAVAILABLE, is_transient
 from lmq_tasks.stage import Site
 from tests.flows.conftest import run_and_look, tiny_config
+
+
+def test_a_model_whose_state_came_back_without_data_is_taken_from_the_store(server, tiny_llama, tmp_path, monkeypatch):
+    """As when a server that was told of the end twice answers with a state of its own."""
+    ends = []
+
+    class Answered:
+        def with_options(self, **options):
+            real = quantize_model.with_options(**options)
+
+            def run(config, return_state):
+                state = real(config, return_state=return_state)
+                ends.append(state)
+                return state.model_copy(update={"data": None}) if len(ends) == 1 else state
+
+            return run
+
+    monkeypatch.setattr("lmq_flows.run.quantize.quantize_model", Answered())
+    config = tiny_config(tiny_llama, tmp_path, strategies=["uniform"])
+    done = run_and_look(config)
+    assert done.state.is_completed()
+    assert len(ends) == 2
+    assert [result.error for result in read_results(config.run_dir / "results.json")] == [None, None]
 
 
 @pytest.fixture
