@@ -1,17 +1,7 @@
-"""Blocks of GGUF weights: a matrix on a grid becomes the bytes that llama.cpp multiplies with.
+"""Blocks of GGUF weights from a grid of lmq's own: a matrix is fitted anew to a type that llama.cpp multiplies with.
 
-A GGUF type stores a row as blocks of 32 or 256 weights (`block_size`), each with its own grid:
-
-| type | block | weight | stored beside the codes | bits per weight |
-|---|---|---|---|---|
-| Q4_1 | 32 | `d·q + m`, q in 0..15 | float16 d, m | 5 |
-| Q8_0 | 32 | `d·q`, q in -127..127 | float16 d | 8.5 |
-| Q2_K | 16 of 16 | `d·s·q - e·m`, q in 0..3 | 4-bit s, m each 16; float16 d, e | 2.625 |
-| Q3_K | 16 of 16 | `d·s·q`, q in -4..3 | 6-bit signed s each 16; float16 d | 3.4375 |
-| Q4_K | 8 of 32 | `d·s·q - e·m`, q in 0..15 | 6-bit s, m each 32; float16 d, e | 4.5 |
-
-Q4_1 holds any grid of up to 4 bits whose groups are made of whole blocks: only d and m are rounded. The others
-are fitted to the grid's weights, so they add an error of their own. The layouts are those that `gguf.quants` reads.
+Q4_1 holds any grid of up to 4 bits whose groups are made of whole blocks: only d and m are rounded. Q2_K, Q3_K and Q4_K
+are fitted to the grid's weights, so they add an error of their own. The types are those of `lmq.formats.gguf_types`.
 """
 
 from __future__ import annotations
@@ -20,8 +10,11 @@ from typing import Any
 
 import gguf
 import numpy as np
+import torch
 from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
+
+from lmq.formats.gguf_types import GGUF_TYPES, GgufGrid, pack_blocks
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
@@ -62,32 +55,32 @@ def _encode_q4_1(weight: Floats, scale: Floats, minimum: Floats, levels: int) ->
     # what rounding the scale moves is shared by both ends of the grid
     start = _float16(minimum + (scale - step) * np.float32((levels - 1) / 2))
     codes = _nearest(weight[:, None], step[..., None], start[..., None], 15)
-    return np.concatenate([_bytes(step), _bytes(start), _pack(codes.reshape(-1, 2, 16), 4)], axis=1)
+    return _pack("q4_1", [step, -start], np.ones_like(step), np.ones_like(step), codes)
 
 
 def _encode_q2_k(weight: Floats, scale: Floats, minimum: Floats, levels: int) -> Bytes:
-    units, scales, minima, codes = _fit_two_level(weight.reshape(-1, 16, 16), scale, minimum, levels, 15, 3)
-    return np.concatenate([scales | minima << 4, _pack_crumbs(codes), units], axis=1)
+    return _pack("q2_k", *_fit_two_level(weight.reshape(-1, 16, 16), scale, minimum, levels, 15, 3))
 
 
 def _encode_q4_k(weight: Floats, scale: Floats, minimum: Floats, levels: int) -> Bytes:
-    units, scales, minima, codes = _fit_two_level(weight.reshape(-1, 8, 32), scale, minimum, levels, 63, 15)
-    first = scales[:, :4] | scales[:, 4:] >> 4 << 6
-    second = minima[:, :4] | minima[:, 4:] >> 4 << 6
-    third = scales[:, 4:] & 15 | (minima[:, 4:] & 15) << 4
-    nibbles = _pack(codes.reshape(-1, 4, 2, 32), 4).reshape(-1, 128)
-    return np.concatenate([units, first, second, third, nibbles], axis=1)
+    return _pack("q4_k", *_fit_two_level(weight.reshape(-1, 8, 32), scale, minimum, levels, 63, 15))
 
 
 def _encode_q3_k(weight: Floats, scale: Floats, minimum: Floats, levels: int) -> Bytes:
     groups = weight.reshape(-1, 16, 16)
     unit, scales = _fit_symmetric(groups)
     step = unit[..., None] * scales[..., None]
-    codes = (_nearest(groups, step, -4 * step, 7)).reshape(-1, 256)
-    stored = (scales + 32).astype(np.uint8)
-    low, high = _pack((stored & 15).reshape(-1, 2, 8), 4), _pack((stored >> 4).reshape(-1, 4, 4), 2)
-    high_bits = _pack((codes >> 2).reshape(-1, 8, 32), 1)
-    return np.concatenate([high_bits, _pack_crumbs(codes & 3), low, high, _bytes(unit)], axis=1)
+    return _pack("q3_k", [unit], scales, None, _nearest(groups, step, -4 * step, 7))
+
+
+def _pack(name: str, units: list[Floats], scales: NDArray[Any], minima: NDArray[Any] | None, codes: Bytes) -> Bytes:
+    """The bytes of blocks, uint8 [blocks, bytes], from d and e [blocks, 1], s and m [blocks, groups], and codes."""
+    kind = GGUF_TYPES[name]
+    shape = (len(scales), kind.block_size)
+    unit, minimum_unit = (*(torch.from_numpy(each[:, 0]) for each in units), None)[:2]
+    s, m = (None if each is None else torch.from_numpy(each.astype(np.int16)) for each in (scales, minima))
+    assert s is not None
+    return pack_blocks(GgufGrid(kind, shape, unit, s, minimum_unit, m), torch.from_numpy(codes.reshape(shape))).numpy()
 
 
 _ENCODERS = {
@@ -100,8 +93,8 @@ _ENCODERS = {
 
 def _fit_two_level(
     groups: Floats, scale: Floats, minimum: Floats, levels: int, top_scale: int, top: int
-) -> tuple[Bytes, Bytes, Bytes, Bytes]:
-    """Integer scales and minima of `groups` [blocks, groups, size]: bytes of d and e, s, m, and codes.
+) -> tuple[list[Floats], Bytes, Bytes, Bytes]:
+    """Integer scales and minima of `groups` [blocks, groups, size]: d and e, s, m, and codes.
 
     The grid's own scale and minimum are rounded to multiples of d and e; of the integers nearest to them,
     the pair with the least squared error on the weights is kept.
@@ -124,7 +117,7 @@ def _fit_two_level(
             best = [np.where(better, new, old) for new, old in zip(moved, best, strict=True)]
             best_error = np.minimum(error, best_error)
     codes = _two_level_weights(groups, units, best, top)[1].reshape(-1, 256)
-    return np.concatenate([_bytes(unit) for unit in units], axis=1), best[0], best[1], codes
+    return units, best[0], best[1], codes
 
 
 def _two_level_weights(groups: Floats, units: list[Floats], integers: list[Bytes], top: int) -> tuple[Floats, Bytes]:
@@ -166,18 +159,3 @@ def _nearest(values: Floats, step: Floats, start: Floats, top: int) -> Bytes:
 
 def _float16(values: Floats) -> Floats:
     return values.astype(np.float16).astype(np.float32)
-
-
-def _bytes(values: Floats) -> Bytes:
-    return np.ascontiguousarray(values.astype("<f2")).view(np.uint8)
-
-
-def _pack(fields: NDArray[Any], width: int) -> Bytes:
-    """Fields [..., k, n] of `width` bits, k to a byte with the first lowest: [..., n]."""
-    shifts = (width * np.arange(fields.shape[-2], dtype=np.uint8))[:, None]
-    return np.bitwise_or.reduce(fields << shifts, axis=-2)
-
-
-def _pack_crumbs(codes: NDArray[Any]) -> Bytes:
-    """2-bit codes [blocks, 256] in the order of the K types: [blocks, 64]."""
-    return _pack(codes.reshape(-1, 2, 4, 32), 2).reshape(-1, 64)

@@ -1,0 +1,401 @@
+"""Types of weights in GGUF files, which llama.cpp computes with: their sizes, their bytes, and what these stand for.
+
+A row is made of blocks of `block_size` weights, and a block of groups of `group_size`. A weight is
+
+    scale · level − minimum,    scale = d · s,    minimum = e · m,
+
+with float16 d and e per block and, in blocks of 256, a small integer s and m per group. `level` is the code's entry in
+`levels`. Types without minima leave out e and m. Q4_1 and Q5_1 store −e.
+
+| type | bits per weight | group | levels | s | m |
+|---|---:|---:|---|---|---|
+| q4_0, q5_0, q8_0 | 4.5, 5.5, 8.5 | 32 | −8..7, −16..15, −128..127 | | |
+| q4_1, q5_1 | 5, 6 | 32 | 0..15, 0..31 | | |
+| iq4_nl, iq4_xs | 4.5, 4.25 | 32 | 16 of unequal steps | iq4_xs: −32..31 | |
+| q2_k | 2.625 | 16 | 0..3 | 0..15 | 0..15 |
+| q3_k | 3.4375 | 16 | −4..3 | −32..31 | |
+| q4_k, q5_k | 4.5, 5.5 | 32 | 0..15, 0..31 | 0..63 | 0..63 |
+| q6_k | 6.5625 | 16 | −32..31 | −128..127 | |
+
+Layouts, and the types of rows that are no multiple of 256, are those of llama.cpp (ggml-common.h and
+`tensor_type_fallback` in llama-quant.cpp, as of llama-cpp-python 0.3.36). The tests read them with the gguf package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lmq.errors import InputError
+
+SMALL_BLOCK, LARGE_BLOCK = 32, 256
+
+_UNEQUAL_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+_CPU_BLOCK_ELEMENTS = 1 << 20
+
+
+class _Field(NamedTuple):
+    """`width` bits of every code: a byte holds those of 8 / width codes that are `run` apart."""
+
+    width: int
+    run: int
+
+
+@dataclass(frozen=True)
+class GgufType:
+    """One type. `number` is that of GGUF files; `order` says which parts a block is made of, one after the other.
+
+    `scales` and `minima` are the smallest and largest of the integers that a group stores, None where it stores none.
+    `low` are the lowest bits of codes, `high` those above. `narrow` is the type of rows that are no multiple of 256.
+    """
+
+    name: str
+    number: int
+    bits: int
+    group_size: int
+    block_size: int
+    levels: tuple[int, ...]
+    order: tuple[str, ...]
+    low: _Field
+    high: _Field | None = None
+    scales: tuple[int, int] | None = None
+    minima: tuple[int, int] | None = None
+    narrow: str | None = None
+
+    @property
+    def has_minimum(self) -> bool:
+        """Whether its groups have a minimum."""
+        return "e" in self.order
+
+    @property
+    def is_even(self) -> bool:
+        """Whether its levels are whole numbers that follow each other."""
+        return self.levels != _UNEQUAL_LEVELS
+
+    @property
+    def groups_per_block(self) -> int:
+        """Groups of a block."""
+        return self.block_size // self.group_size
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block."""
+        return sum(self.part_bytes(part) for part in self.order)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per weight."""
+        return 8 * self.block_bytes / self.block_size
+
+    def of_rows(self, in_features: int) -> GgufType:
+        """The type that rows of `in_features` weights take: this one, or that of llama.cpp for rows it does not fit.
+
+        Raises InputError for rows that are not made of 32 weights.
+        """
+        if in_features % SMALL_BLOCK:
+            raise InputError(
+                f"{self.name} does not fit rows of {in_features:,} weights: llama.cpp quantizes rows that are a "
+                f"multiple of {SMALL_BLOCK}; keep the matrix unquantized"
+            )
+        if in_features % self.block_size == 0:
+            return self
+        return GGUF_TYPES[str(self.narrow)]
+
+    def size_bytes(self, out_features: int, in_features: int) -> int:
+        """Bytes of a matrix, in the type of its rows. Raises InputError as `of_rows` does."""
+        taken = self.of_rows(in_features)
+        return out_features * (in_features // taken.block_size) * taken.block_bytes
+
+    def part_bytes(self, part: str) -> int:
+        """Bytes that a part of `order` takes of a block."""
+        fields = {"low": self.low, "high": self.high}
+        if part in fields:
+            field = fields[part]
+            assert field is not None
+            return self.block_size * field.width // 8
+        return 2 if part in ("d", "e") else _SCALE_BYTES[self.name]
+
+
+_SCALE_BYTES = {"q2_k": 16, "q3_k": 12, "q4_k": 12, "q5_k": 12, "q6_k": 16, "iq4_xs": 6}
+
+
+def _small(name: str, number: int, bits: int, levels: Sequence[int], order: str) -> GgufType:
+    low, high = (_Field(8, 1), None) if bits == 8 else (_Field(4, 16), _Field(1, 1) if bits == 5 else None)
+    return GgufType(name, number, bits, 32, SMALL_BLOCK, tuple(levels), tuple(order.split()), low, high)
+
+
+GGUF_TYPES: Mapping[str, GgufType] = {
+    each.name: each
+    for each in (
+        _small("q4_0", 2, 4, range(-8, 8), "d low"),
+        _small("q4_1", 3, 4, range(16), "d e low"),
+        _small("q5_0", 6, 5, range(-16, 16), "d high low"),
+        _small("q5_1", 7, 5, range(32), "d e high low"),
+        _small("q8_0", 8, 8, range(-128, 128), "d low"),
+        _small("iq4_nl", 20, 4, _UNEQUAL_LEVELS, "d low"),
+        GgufType(
+            name="q2_k",
+            number=10,
+            bits=2,
+            group_size=16,
+            block_size=LARGE_BLOCK,
+            levels=tuple(range(4)),
+            order=("scales", "low", "d", "e"),
+            low=_Field(2, 32),
+            scales=(0, 15),
+            minima=(0, 15),
+            narrow="q4_0",
+        ),
+        GgufType(
+            name="q3_k",
+            number=11,
+            bits=3,
+            group_size=16,
+            block_size=LARGE_BLOCK,
+            levels=tuple(range(-4, 4)),
+            order=("high", "low", "scales", "d"),
+            low=_Field(2, 32),
+            high=_Field(1, 32),
+            scales=(-32, 31),
+            narrow="q4_0",
+        ),
+        GgufType(
+            name="iq4_xs",
+            number=23,
+            bits=4,
+            group_size=32,
+            block_size=LARGE_BLOCK,
+            levels=_UNEQUAL_LEVELS,
+            order=("d", "scales", "low"),
+            low=_Field(4, 16),
+            scales=(-32, 31),
+            narrow="iq4_nl",
+        ),
+        GgufType(
+            name="q4_k",
+            number=12,
+            bits=4,
+            group_size=32,
+            block_size=LARGE_BLOCK,
+            levels=tuple(range(16)),
+            order=("d", "e", "scales", "low"),
+            low=_Field(4, 32),
+            scales=(0, 63),
+            minima=(0, 63),
+            narrow="q5_0",
+        ),
+        GgufType(
+            name="q5_k",
+            number=13,
+            bits=5,
+            group_size=32,
+            block_size=LARGE_BLOCK,
+            levels=tuple(range(32)),
+            order=("d", "e", "scales", "high", "low"),
+            low=_Field(4, 32),
+            high=_Field(1, 32),
+            scales=(0, 63),
+            minima=(0, 63),
+            narrow="q5_1",
+        ),
+        GgufType(
+            name="q6_k",
+            number=14,
+            bits=6,
+            group_size=16,
+            block_size=LARGE_BLOCK,
+            levels=tuple(range(-32, 32)),
+            order=("low", "high", "scales", "d"),
+            low=_Field(4, 64),
+            high=_Field(2, 32),
+            scales=(-128, 127),
+            narrow="q8_0",
+        ),
+    )
+}
+
+
+@dataclass(frozen=True, eq=False)
+class GgufGrid:
+    """The grid of one matrix of `shape` [out_features, in_features], as `kind` stores it.
+
+    `unit` is d and `minimum_unit` e, float32 [blocks] of float16 values; `scales` and `minima` s and m, int16 [blocks,
+    groups of a block], ones for types that store none. Without minima both are None.
+    """
+
+    kind: GgufType
+    shape: tuple[int, int]
+    unit: Tensor
+    scales: Tensor
+    minimum_unit: Tensor | None = None
+    minima: Tensor | None = None
+
+    def scale(self) -> Tensor:
+        """d · s of every group, float32 [groups]; it may be negative."""
+        return (self.unit[:, None] * self.scales).view(-1)
+
+    def minimum(self) -> Tensor | None:
+        """e · m of every group, float32 [groups]."""
+        if self.minimum_unit is None or self.minima is None:
+            return None
+        return (self.minimum_unit[:, None] * self.minima).view(-1)
+
+    def decode(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero of every group, float32 [groups]: a weight is (level − zero) · scale.
+
+        The zero of a group whose scale is 0 is 0.
+        """
+        scale, minimum = self.scale(), self.minimum()
+        if minimum is None:
+            return scale, torch.zeros_like(scale)
+        return scale, torch.where(scale != 0, minimum / scale, 0)
+
+    def weights(self, codes: Tensor) -> Tensor:
+        """Weights float32 [out_features, in_features] of codes uint8 in the same order."""
+        scale, minimum = self.scale(), self.minimum()
+        levels = levels_of(codes.view(-1, self.kind.group_size), self.kind).mul_(scale[:, None])
+        return (levels if minimum is None else levels.sub_(minimum[:, None])).view(self.shape)
+
+
+def levels_of(codes: Tensor, kind: GgufType) -> Tensor:
+    """Levels of codes uint8, float32 in their shape."""
+    if kind.is_even:
+        return codes.to(torch.float32).add_(kind.levels[0])
+    return torch.tensor(kind.levels, dtype=torch.float32, device=codes.device)[codes.int()]
+
+
+def pack_blocks(grid: GgufGrid, codes: Tensor) -> Tensor:
+    """The bytes of a matrix, uint8 [out_features, bytes per row], from its grid and codes uint8 of its shape."""
+    kind = grid.kind
+    flat = codes.reshape(-1, kind.block_size)
+    parts = []
+    for part in kind.order:
+        if part == "d":
+            parts.append(_float16_bytes(grid.unit))
+        elif part == "e":
+            assert grid.minimum_unit is not None
+            parts.append(_float16_bytes(-grid.minimum_unit if kind.minima is None else grid.minimum_unit))
+        elif part == "scales":
+            parts.append(_pack_scales(kind.name, grid.scales, grid.minima))
+        elif part == "low":
+            # of 8 bits the level itself is stored, in two's complement
+            parts.append(flat ^ 128 if kind.low.width == 8 else _join(flat & 2**kind.low.width - 1, kind.low))
+        else:
+            assert kind.high is not None
+            parts.append(_join(flat >> kind.low.width, kind.high))
+    return torch.cat(parts, dim=1).view(grid.shape[0], -1)
+
+
+def unpack_blocks(stored: Tensor, kind: GgufType, shape: tuple[int, int]) -> tuple[GgufGrid, Tensor]:
+    """Inverse of `pack_blocks`: grid and codes uint8 of `shape`. Raises InputError where the bytes do not fit it."""
+    _check_blocks(stored, kind, shape)
+    blocks = stored.reshape(-1, kind.block_bytes)
+    sizes = [kind.part_bytes(part) for part in kind.order]
+    parts = dict(zip(kind.order, blocks.split(sizes, dim=1), strict=True))
+    unit = _float16_values(parts["d"])
+    grid = GgufGrid(kind, shape, unit, unit.new_ones(len(unit), kind.groups_per_block, dtype=torch.int16))
+    if "scales" in parts:
+        scales, minima = _unpack_scales(kind.name, parts["scales"])
+        grid = replace(grid, scales=scales, minima=minima)
+    if kind.has_minimum:
+        minimum_unit = _float16_values(parts["e"])
+        minima = torch.ones_like(grid.scales) if kind.minima is None else grid.minima
+        grid = replace(grid, minimum_unit=-minimum_unit if kind.minima is None else minimum_unit, minima=minima)
+    codes = parts["low"] ^ 128 if kind.low.width == 8 else _split(parts["low"], kind.low)
+    if kind.high is not None:
+        codes |= _split(parts["high"], kind.high) << kind.low.width
+    return grid, codes.view(shape)
+
+
+def _check_blocks(stored: Tensor, kind: GgufType, shape: tuple[int, int]) -> None:
+    expected = (shape[0], shape[1] // kind.block_size * kind.block_bytes)
+    if shape[1] % kind.block_size or tuple(stored.shape) != expected or stored.dtype != torch.uint8:
+        raise InputError(
+            f"blocks of a {kind.name} matrix {list(shape)} must be torch.uint8 {list(expected)}, "
+            f"not {stored.dtype} {list(stored.shape)}"
+        )
+
+
+def decode_blocks(stored: Tensor, kind: GgufType, shape: tuple[int, int]) -> Tensor:
+    """Weights float32 [out_features, in_features] of a matrix's bytes. Raises as `unpack_blocks` does."""
+    step = max(1, _CPU_BLOCK_ELEMENTS // shape[1]) if stored.device.type == "cpu" else shape[0]
+    weight = torch.empty(shape, device=stored.device)
+    _check_blocks(stored, kind, shape)
+    for start in range(0, shape[0], step):
+        rows = stored[start : start + step]
+        grid, codes = unpack_blocks(rows, kind, (len(rows), shape[1]))
+        weight[start : start + step] = grid.weights(codes)
+    return weight
+
+
+def _join(fields: Tensor, field: _Field) -> Tensor:
+    """Bytes uint8 [blocks, bytes] of fields uint8 [blocks, weights] below 2^width."""
+    per_byte = 8 // field.width
+    spread = fields.reshape(len(fields), -1, per_byte, field.run)
+    joined = spread[:, :, 0].clone()
+    for place in range(1, per_byte):
+        joined |= spread[:, :, place] << field.width * place
+    return joined.reshape(len(fields), -1)
+
+
+def _split(stored: Tensor, field: _Field) -> Tensor:
+    """Inverse of `_join`."""
+    spread = stored.reshape(len(stored), -1, 1, field.run)
+    places = [spread >> field.width * place for place in range(8 // field.width)]
+    return (torch.cat(places, dim=2) & 2**field.width - 1).view(len(stored), -1)
+
+
+def _float16_bytes(values: Tensor) -> Tensor:
+    return values.to(torch.float16)[:, None].contiguous().view(torch.uint8)
+
+
+def _float16_values(stored: Tensor) -> Tensor:
+    return stored.contiguous().view(torch.float16)[:, 0].to(torch.float32)
+
+
+_LOW_OF_Q3, _HIGH_OF_Q3 = _Field(4, 8), _Field(2, 4)
+_LOW_OF_XS, _HIGH_OF_XS = _Field(4, 1), _Field(2, 1)
+
+
+def _pack_scales(name: str, scales: Tensor, minima: Tensor | None) -> Tensor:
+    """The bytes of a block's integers."""
+    if name == "q6_k":
+        return scales.to(torch.int8).view(torch.uint8)
+    if minima is None:
+        stored = (scales + 32).to(torch.uint8)
+        if name == "q3_k":
+            return torch.cat([_join(stored & 15, _LOW_OF_Q3), _join(stored >> 4, _HIGH_OF_Q3)], dim=1)
+        return torch.cat([_join(stored >> 4, _HIGH_OF_XS), _join(stored & 15, _LOW_OF_XS)], dim=1)
+    first, second = scales.to(torch.uint8), minima.to(torch.uint8)
+    if name == "q2_k":
+        return first | second << 4
+    return torch.cat(
+        [
+            first[:, :4] | first[:, 4:] >> 4 << 6,
+            second[:, :4] | second[:, 4:] >> 4 << 6,
+            first[:, 4:] & 15 | (second[:, 4:] & 15) << 4,
+        ],
+        dim=1,
+    )
+
+
+def _unpack_scales(name: str, stored: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Inverse of `_pack_scales`, int16 each."""
+    if name == "q6_k":
+        return stored.contiguous().view(torch.int8).to(torch.int16), None
+    if name == "q3_k":
+        joined = _split(stored[:, :8], _LOW_OF_Q3) | _split(stored[:, 8:], _HIGH_OF_Q3) << 4
+        return joined.to(torch.int16) - 32, None
+    if name == "iq4_xs":
+        joined = _split(stored[:, 2:], _LOW_OF_XS) | _split(stored[:, :2], _HIGH_OF_XS) << 4
+        return joined.to(torch.int16) - 32, None
+    if name == "q2_k":
+        return (stored & 15).to(torch.int16), (stored >> 4).to(torch.int16)
+    first, second, third = stored.split(4, dim=1)
+    scales = torch.cat([first & 63, third & 15 | first >> 6 << 4], dim=1)
+    minima = torch.cat([second & 63, third >> 4 | second >> 6 << 4], dim=1)
+    return scales.to(torch.int16), minima.to(torch.int16)
