@@ -77,10 +77,16 @@ def _pack(name: str, units: list[Floats], scales: NDArray[Any], minima: NDArray[
     """The bytes of blocks, uint8 [blocks, bytes], from d and e [blocks, 1], s and m [blocks, groups], and codes."""
     kind = GGUF_TYPES[name]
     shape = (len(scales), kind.block_size)
-    unit, minimum_unit = (*(torch.from_numpy(each[:, 0]) for each in units), None)[:2]
-    s, m = (None if each is None else torch.from_numpy(each.astype(np.int16)) for each in (scales, minima))
-    assert s is not None
-    return pack_blocks(GgufGrid(kind, shape, unit, s, minimum_unit, m), torch.from_numpy(codes.reshape(shape))).numpy()
+    minimum_unit = torch.from_numpy(units[1][:, 0]) if len(units) > 1 else None
+    grid = GgufGrid(
+        kind,
+        shape,
+        torch.from_numpy(units[0][:, 0]),
+        torch.from_numpy(scales.astype(np.int16)),
+        minimum_unit,
+        None if minima is None else torch.from_numpy(minima.astype(np.int16)),
+    )
+    return pack_blocks(grid, torch.from_numpy(codes.reshape(shape))).numpy()
 
 
 _ENCODERS = {

@@ -36,6 +36,7 @@ SMALL_BLOCK, LARGE_BLOCK = 32, 256
 
 _UNEQUAL_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 _CPU_BLOCK_ELEMENTS = 1 << 20
+_LARGEST_FLOAT16, _SMALLEST_FLOAT16 = 65504.0, 2.0**-24
 
 
 class _Field(NamedTuple):
@@ -245,20 +246,73 @@ class GgufGrid:
         return (self.minimum_unit[:, None] * self.minima).view(-1)
 
     def decode(self) -> tuple[Tensor, Tensor]:
-        """Scale and zero of every group, float32 [groups]: a weight is (level − zero) · scale.
+        """Scale and zero of every group, float32 [groups]: a weight is (step − zero) · scale.
 
-        The zero of a group whose scale is 0 is 0.
+        The step is the code where levels are even, and the level where they are not.
         """
         scale, minimum = self.scale(), self.minimum()
+        lowest = float(-self.kind.levels[0]) if self.kind.is_even else 0.0
         if minimum is None:
-            return scale, torch.zeros_like(scale)
+            return scale, torch.full_like(scale, lowest)
         return scale, torch.where(scale != 0, minimum / scale, 0)
 
     def weights(self, codes: Tensor) -> Tensor:
         """Weights float32 [out_features, in_features] of codes uint8 in the same order."""
         scale, minimum = self.scale(), self.minimum()
-        levels = levels_of(codes.view(-1, self.kind.group_size), self.kind).mul_(scale[:, None])
+        levels = levels_of(codes.reshape(-1, self.kind.group_size), self.kind).mul_(scale[:, None])
         return (levels if minimum is None else levels.sub_(minimum[:, None])).view(self.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class GgufLevels:
+    """Every scale and zero that the groups of a grid can store while d and e stay.
+
+    `unit` and `minimum_unit` float32 are d and e of every group, in any shape that scales and zeros come in. A code is
+    s or m; of types whose groups have d and e of their own it is the float16 value.
+    """
+
+    kind: GgufType
+    unit: Tensor
+    minimum_unit: Tensor | None
+
+    def at(self, number: int) -> GgufLevels:
+        """Those of one group of every row, from [matrices, groups of a row, out_features]."""
+        return GgufLevels(
+            self.kind, self.unit[:, number], None if self.minimum_unit is None else self.minimum_unit[:, number]
+        )
+
+    def scale_codes(self, scale: Tensor) -> Tensor:
+        """Codes of the levels nearest to scales."""
+        if self.kind.scales is None:
+            return as_float16(scale)
+        low, high = self.kind.scales
+        # a scale of 0 holds no more than the smallest one where there is a minimum
+        return (scale / self.unit).nan_to_num(nan=0.0).round().clamp(1 if self.kind.has_minimum else low, high)
+
+    def scale(self, codes: Tensor) -> Tensor:
+        """Scales of codes."""
+        return codes.clone() if self.kind.scales is None else codes * self.unit
+
+    def zero_codes(self, zero: Tensor, scale: Tensor) -> Tensor:
+        """Codes of the levels nearest to zeros beside scales that are not 0."""
+        if self.kind.minima is None:
+            return as_float16(zero * scale)
+        assert self.minimum_unit is not None
+        low, high = self.kind.minima
+        return (zero * scale / self.minimum_unit).nan_to_num(nan=0.0).round().clamp(low, high)
+
+    def zero(self, codes: Tensor, scale: Tensor) -> Tensor:
+        """Zeros of codes beside scales; 0 where the scale is 0. Without minima codes are the zeros."""
+        if not self.kind.has_minimum:
+            return codes
+        minimum = codes if self.kind.minima is None or self.minimum_unit is None else codes * self.minimum_unit
+        return torch.where(scale != 0, minimum / scale, 0)
+
+
+def as_float16(values: Tensor) -> Tensor:
+    """The nearest float16 values other than infinity and 0, as float32; 0 stays 0."""
+    rounded = values.clamp(-_LARGEST_FLOAT16, _LARGEST_FLOAT16).to(torch.float16).to(torch.float32)
+    return torch.where((rounded == 0) & (values != 0), values.sign() * _SMALLEST_FLOAT16, rounded)
 
 
 def levels_of(codes: Tensor, kind: GgufType) -> Tensor:
@@ -330,6 +384,44 @@ def decode_blocks(stored: Tensor, kind: GgufType, shape: tuple[int, int]) -> Ten
         grid, codes = unpack_blocks(rows, kind, (len(rows), shape[1]))
         weight[start : start + step] = grid.weights(codes)
     return weight
+
+
+@dataclass(frozen=True, eq=False)
+class GgufMatrix:
+    """A matrix of `shape` [out_features, in_features] in a type: `blocks` uint8 [out_features, bytes per row].
+
+    It stands where a grid with codes does: the weight that `round_trip` is given is not looked at.
+    """
+
+    kind: GgufType
+    shape: tuple[int, int]
+    blocks: Tensor
+
+    def __post_init__(self) -> None:
+        _check_blocks(self.blocks, self.kind, self.shape)
+
+    @classmethod
+    def of(cls, grid: GgufGrid, codes: Tensor) -> GgufMatrix:
+        """A grid with codes uint8 of its shape."""
+        return cls(grid.kind, grid.shape, pack_blocks(grid, codes))
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes as stored."""
+        return self.blocks.numel()
+
+    def to(self, device: torch.device | str) -> GgufMatrix:
+        """The same on another device."""
+        return replace(self, blocks=self.blocks.to(device))
+
+    def dequantize(self, rows: slice = slice(None)) -> Tensor:
+        """Weights float32 [rows, in_features], of all rows unless some are asked for."""
+        blocks = self.blocks[rows]
+        return decode_blocks(blocks, self.kind, (len(blocks), self.shape[1]))
+
+    def round_trip(self, weight: Tensor) -> Tensor:
+        """The weight as it is stored, float32 [out_features, in_features]."""
+        return self.dequantize().to(weight.device)
 
 
 def _join(fields: Tensor, field: _Field) -> Tensor:

@@ -19,7 +19,7 @@ rows where group_size does not divide in_features, as in hqq. With axis 0 they a
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -85,6 +85,10 @@ class StoredLevels:
     zero_low: torch.Tensor
     zero_step: torch.Tensor
 
+    def at(self, number: int) -> StoredLevels:
+        """Those of one group of every row, from [matrices, groups of a row, out_features]."""
+        return replace(self, bottom=self.bottom[:, number], step=self.step[:, number])
+
     def scale_codes(self, scale: torch.Tensor) -> torch.Tensor:
         """Codes from 1 to 255 of the levels nearest to positive scales, as float32."""
         steps = ((scale / self.unit).log() - self.bottom) / self.step
@@ -94,12 +98,12 @@ class StoredLevels:
         """Scales of codes, float32; code 0 is a scale of 0."""
         return ((codes - 1) * self.step + self.bottom).exp_().mul_(self.unit).masked_fill_(codes == 0, 0)
 
-    def zero_codes(self, zero: torch.Tensor) -> torch.Tensor:
-        """Codes of the levels nearest to zeros, as float32."""
+    def zero_codes(self, zero: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """Codes of the levels nearest to zeros, as float32; the same beside any scale."""
         return ((zero - self.zero_low) / self.zero_step).nan_to_num(nan=0.0).round().clamp(0, _ZERO_STEPS)
 
-    def zero(self, codes: torch.Tensor) -> torch.Tensor:
-        """Zeros of codes, float32."""
+    def zero(self, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """Zeros of codes, float32; the same beside any scale."""
         return codes * self.zero_step + self.zero_low
 
 

@@ -9,12 +9,25 @@ import torch
 from torch import Tensor
 
 from lmq.errors import InputError
+from lmq.formats.gguf_types import GgufMatrix, GgufType
 from lmq.formats.groups import Grid, encode, require_axis, to_groups
 from lmq.formats.spec import QuantSpec
-from lmq.quantizers.coordinate_descent import descend
-from lmq.quantizers.error_feedback import Order, damped_moments, feedback_of, round_with_feedback
+from lmq.quantizers.coordinate_descent import descend, descend_gguf
+from lmq.quantizers.error_feedback import (
+    Feedback,
+    Lattice,
+    Order,
+    codes_with_feedback,
+    damped_moments,
+    feedback_of,
+    round_with_feedback,
+)
+from lmq.quantizers.gguf_fit import fit_type, steps_of
 from lmq.quantizers.integer_zeros import refit_scale, whole_zeros
 from lmq.quantizers.weighted_grid import fit_weighted
+
+StoredMatrix = Grid | GgufMatrix
+"""A matrix in one configuration, as a checkpoint stores it; nearest codes are left out."""
 
 _WEIGHTS_AT_ONCE, _WEIGHTS_AT_ONCE_ON_GPU = 1 << 26, 1 << 28
 """Weights of all matrices and configurations that are rounded together."""
@@ -36,6 +49,20 @@ def fitted_values(
         scale, zero = whole_zeros(groups, scale, zero, spec.bits)
         scale = refit_scale(groups, scale, zero, spec.bits)
     return scale, zero
+
+
+def gguf_types_of(menu: Sequence[QuantSpec], in_features: int, axis: int = 1) -> dict[GgufType, list[QuantSpec]]:
+    """The types of GGUF that rows of `in_features` take, each with the configurations of the menu that become it.
+
+    Raises InputError for rows that none fits, and for groups along another axis.
+    """
+    types: dict[GgufType, list[QuantSpec]] = {}
+    for spec in menu:
+        if spec.gguf is not None:
+            if axis != 1:
+                raise InputError(f"{spec.name} groups weights along in_features; set measure.axis to 1")
+            types.setdefault(spec.gguf.of_rows(in_features), []).append(spec)
+    return types
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,17 +90,27 @@ class ErrorFeedback:
         if self.sweeps < 0:
             raise InputError(f"sweeps = {self.sweeps} is not allowed; give 0 or more")
 
-    def quantize(self, weights: Tensor, moments: Tensor, menu: Sequence[QuantSpec]) -> list[dict[QuantSpec, Grid]]:
+    def quantize(
+        self, weights: Tensor, moments: Tensor, menu: Sequence[QuantSpec]
+    ) -> list[dict[QuantSpec, StoredMatrix]]:
         """Grid and codes of every matrix for every configuration.
 
-        `weights` [matrices, out_features, in_features], `moments` [matrices, in_features, in_features].
+        `weights` [matrices, out_features, in_features], `moments` [matrices, in_features, in_features]. Raises
+        InputError for a type of GGUF that the rows do not fit, or along another axis.
         """
         feedbacks = [feedback_of(matrix, damping=self.damping, order=self.order) for matrix in moments]
-        found: list[dict[QuantSpec, Grid]] = [{} for _ in weights]
+        found: list[dict[QuantSpec, StoredMatrix]] = [{} for _ in weights]
         limit = _WEIGHTS_AT_ONCE_ON_GPU if weights.is_cuda else _WEIGHTS_AT_ONCE
         at_once = max(1, limit // weights[0].numel())
-        for group_size in sorted({spec.group_size for spec in menu}):
-            alike = [spec for spec in menu if spec.group_size == group_size]
+        for kind, specs in gguf_types_of(menu, weights.shape[2], self.axis).items():
+            for start in range(0, len(weights), at_once):
+                numbers = slice(start, start + at_once)
+                matrices = self._gguf_matrices(weights[numbers], moments[numbers], kind, feedbacks[numbers])
+                for by_spec, matrix in zip(found[numbers], matrices, strict=True):
+                    by_spec |= dict.fromkeys(specs, matrix)
+        grids = [spec for spec in menu if spec.gguf is None]
+        for group_size in sorted({spec.group_size for spec in grids}):
+            alike = [spec for spec in grids if spec.group_size == group_size]
             pairs = [(number, spec) for number in range(len(weights)) for spec in alike]
             for start in range(0, len(pairs), at_once):
                 together = pairs[start : start + at_once]
@@ -89,8 +126,24 @@ class ErrorFeedback:
                     found[number][spec] = grid
         return [{spec: by_spec[spec] for spec in menu} for by_spec in found]
 
+    def _gguf_matrices(
+        self, weights: Tensor, moments: Tensor, kind: GgufType, feedbacks: Sequence[Feedback]
+    ) -> list[GgufMatrix]:
+        """The matrices in a type of GGUF: error feedback on weighted grids as they are stored, then the sweeps."""
+        fitted = [fit_type(weight, self._importance(of), kind) for weight, of in zip(weights, moments, strict=True)]
+        steps = steps_of(kind, weights.device)
+        lattices = [Lattice(*grid.decode(), grid.shape, kind.group_size) for grid in fitted]
+        codes = codes_with_feedback(weights, lattices, steps, feedbacks)
+        if self.sweeps:
+            damped = torch.stack([damped_moments(matrix, self.damping) for matrix in moments])
+            fitted, codes = descend_gguf(weights, fitted, codes, damped, steps, sweeps=self.sweeps)
+        return [GgufMatrix.of(grid, matrix) for grid, matrix in zip(fitted, codes, strict=True)]
+
+    def _importance(self, moments: Tensor) -> Tensor:
+        """What grids are weighted by."""
+        diagonal = moments.diagonal()
+        return diagonal if self.weighted_grid else torch.ones_like(diagonal)
+
     def _grid(self, weight: Tensor, moments: Tensor, spec: QuantSpec) -> Grid:
         """The grid that a matrix is rounded on."""
-        diagonal = moments.diagonal()
-        importance = diagonal if self.weighted_grid else torch.ones_like(diagonal)
-        return fitted_grid(weight, importance, spec, self.axis, integer_zeros=self.integer_zeros)
+        return fitted_grid(weight, self._importance(moments), spec, self.axis, integer_zeros=self.integer_zeros)

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from lmq.formats.coded_grid import CodedGrid
+from lmq.formats.gguf_types import GgufGrid, GgufLevels
 from lmq.formats.groups import StoredLevels, from_groups
-from lmq.quantizers.error_feedback import Lattice
+from lmq.quantizers.error_feedback import EvenSteps, Lattice, Steps
 
 _COLUMNS_AT_ONCE = 64
 _LEAST_CURVATURE = 1e-6
@@ -37,28 +38,96 @@ def descend(
     """
     spec, axis, in_features = grids[0].spec, grids[0].axis, weights.shape[2]
     in_rows = axis == 1 and in_features % spec.group_size == 0
-    width = spec.group_size if in_rows else _COLUMNS_AT_ONCE
     codes = torch.stack([_by_column(grid.codes(weight), grid) for grid, weight in zip(grids, weights, strict=True)])
-    top = torch.tensor([float(2**grid.spec.bits - 1) for grid in grids], device=weights.device)[:, None]
     errors = torch.stack([(grid.round_trip(weight) - weight).t() for grid, weight in zip(grids, weights, strict=True)])
+    scales = _grid_groups(grids) if in_rows else [Lattice.of(grid) for grid in grids]
+    steps = EvenSteps.of_bits([grid.spec.bits for grid in grids], weights.device)
+    sweep(codes, errors, moments, scales, steps, sweeps=sweeps, tune_zeros=tune_zeros)
+    tuned = grids
+    if isinstance(scales, Groups):
+        tuned = [
+            replace(grid, scale_codes=_flat(scale_codes), zero_codes=_flat(zero_codes))
+            for grid, scale_codes, zero_codes in zip(grids, scales.scale_codes, scales.zero_codes, strict=True)
+        ]
+    return [CodedGrid.of(grid, matrix.t()) for grid, matrix in zip(tuned, codes, strict=True)]
+
+
+@torch.no_grad()
+def descend_gguf(
+    weights: Tensor, grids: Sequence[GgufGrid], codes: Sequence[Tensor], moments: Tensor, steps: Steps, *, sweeps: int
+) -> tuple[list[GgufGrid], list[Tensor]]:
+    """The same for matrices in one type of GGUF: d and e stay where groups have integers of their own.
+
+    `codes` uint8 [out_features, in_features] of each matrix.
+    """
+    kind, (out_features, in_features) = grids[0].kind, grids[0].shape
+    per_row = in_features // kind.group_size
+
+    def by_row(values: Sequence[Tensor]) -> Tensor:
+        return torch.stack([each.float().view(out_features, per_row).t() for each in values])
+
+    def of_groups(unit: Tensor) -> Tensor:
+        return unit[:, None].expand(-1, kind.groups_per_block).reshape(-1)
+
+    units = by_row([of_groups(grid.unit) for grid in grids])
+    scales = units if kind.scales is None else by_row([grid.scales for grid in grids])
+    minimum_units, zeros = None, by_row([grid.decode()[1] for grid in grids])
+    if kind.has_minimum:
+        minimum_units = by_row([of_groups(grid.minimum_unit) for grid in grids if grid.minimum_unit is not None])
+        minima = [grid.minima for grid in grids if grid.minima is not None]
+        zeros = minimum_units if kind.minima is None else by_row(minima)
+    groups = Groups(scales.clone(), zeros.clone(), GgufLevels(kind, units, minimum_units))
+    by_column = torch.stack([matrix.t() for matrix in codes])
+    errors = torch.stack(
+        [(grid.weights(matrix) - weight).t() for grid, matrix, weight in zip(grids, codes, weights, strict=True)]
+    )
+    sweep(by_column, errors, moments, groups, steps, sweeps=sweeps, tune_zeros=kind.has_minimum)
+    tuned = []
+    for grid, scale_codes, zero_codes in zip(grids, groups.scale_codes, groups.zero_codes, strict=True):
+        s, m = (each.t().reshape(-1, kind.groups_per_block) for each in (scale_codes, zero_codes))
+        grid = replace(grid, unit=s[:, 0]) if kind.scales is None else replace(grid, scales=s.to(torch.int16))
+        if kind.minima is not None:
+            grid = replace(grid, minima=m.to(torch.int16))
+        elif kind.has_minimum:
+            grid = replace(grid, minimum_unit=m[:, 0])
+        tuned.append(grid)
+    return tuned, [matrix.t() for matrix in by_column]
+
+
+@torch.no_grad()
+def sweep(
+    codes: Tensor,
+    errors: Tensor,
+    moments: Tensor,
+    scales: Groups | Sequence[Lattice],
+    steps: Steps,
+    *,
+    sweeps: int,
+    tune_zeros: bool,
+) -> None:
+    """Improve codes uint8 [matrices, in_features, out_features] in place, and scales and zeros where these are groups.
+
+    `errors` E, float32 in that shape, are those of the codes given. Scales of lattices stay.
+    """
+    in_features = codes.shape[1]
+    groups = scales if isinstance(scales, Groups) else None
+    width = _COLUMNS_AT_ONCE if groups is None else in_features // groups.scale_codes.shape[1]
     gradient = torch.bmm(moments, errors)
     del errors
-    groups = _Groups.of(grids) if in_rows else None
-    lattices = [] if in_rows else [Lattice.of(grid) for grid in grids]
     for _ in range(sweeps):
         for start in range(0, in_features, width):
             columns = slice(start, min(start + width, in_features))
-            block = _Block(codes[:, columns].float(), gradient[:, columns].clone(), moments[:, columns, columns])
-            if groups is None:
-                numbers = torch.arange(columns.start, columns.stop, device=weights.device)
-                scale = torch.stack([lattice.at(numbers)[0] for lattice in lattices])
+            block = _Block(
+                steps.of_codes(codes[:, columns]), gradient[:, columns].clone(), moments[:, columns, columns]
+            )
+            if isinstance(scales, Groups):
+                scale = scales.tune(block, start // width, tune_zeros=tune_zeros).expand_as(block.steps)
             else:
-                scale = groups.tune(block, start // width, tune_zeros=tune_zeros).expand_as(block.codes)
-            block.descend(scale, top)
-            codes[:, columns] = block.codes.to(torch.uint8)
+                numbers = torch.arange(columns.start, columns.stop, device=codes.device)
+                scale = torch.stack([lattice.at(numbers)[0] for lattice in scales])
+            block.descend(scale, steps)
+            codes[:, columns] = steps.codes(block.steps)
             gradient.baddbmm_(moments[:, :, columns], block.change)
-    tuned = grids if groups is None else groups.stored(grids)
-    return [CodedGrid.of(grid, matrix.t()) for grid, matrix in zip(tuned, codes, strict=True)]
 
 
 def _by_column(codes: Tensor, grid: CodedGrid) -> Tensor:
@@ -67,13 +136,14 @@ def _by_column(codes: Tensor, grid: CodedGrid) -> Tensor:
 
 
 class _Block:
-    """A run of columns of all matrices: `codes`, and H E at these columns, [matrices, columns, out_features] each.
+    """A run of columns of all matrices: `steps` of the codes, and H E at these columns.
 
-    `moments` [matrices, columns, columns] are H within the run. `change` is what was added to the weights so far.
+    [matrices, columns, out_features] each; `moments` [matrices, columns, columns] are H within the run. `change` is
+    what was added to the weights so far.
     """
 
-    def __init__(self, codes: Tensor, gradient: Tensor, moments: Tensor):
-        self.codes = codes
+    def __init__(self, steps: Tensor, gradient: Tensor, moments: Tensor):
+        self.steps = steps
         self.gradient = gradient
         self.moments = moments
         self.change = torch.zeros_like(gradient)
@@ -83,27 +153,23 @@ class _Block:
         self.change += change
         self.gradient.baddbmm_(self.moments, change)
 
-    def descend(self, scale: Tensor, top: Tensor) -> None:
-        """The best codes of one column after the other.
-
-        `scale` [matrices, columns, out_features] of every weight, `top` [matrices, 1] the largest code.
-        """
-        inverse = torch.where(scale > 0, 1 / scale, 0)
+    def descend(self, scale: Tensor, steps: Steps) -> None:
+        """The best codes of one column after the other; `scale` [matrices, columns, out_features] of every weight."""
+        inverse = torch.where(scale != 0, 1 / scale, 0)
         curvature = self.moments.diagonal(dim1=1, dim2=2)
-        steps = torch.where(curvature > 0, 1 / curvature, 0)
-        lowest = torch.zeros_like(top)
-        for column in range(self.codes.shape[1]):
-            code = self.codes[:, column]
-            best = self.gradient[:, column] * inverse[:, column] * steps[:, column, None]
-            best = (code - best).round_().clamp_(lowest, top)
-            change = (best - code).mul_(scale[:, column])
-            self.codes[:, column] = best
+        inverse_curvature = torch.where(curvature > 0, 1 / curvature, 0)
+        for column in range(self.steps.shape[1]):
+            step = self.steps[:, column]
+            best = self.gradient[:, column] * inverse[:, column] * inverse_curvature[:, column, None]
+            best = steps.nearest(step - best)
+            change = (best - step).mul_(scale[:, column])
+            self.steps[:, column] = best
             self.change[:, column] += change
             self.gradient.addcmul_(self.moments[:, :, column, None], change[:, None])
 
 
 @dataclass(frozen=True, eq=False)
-class _Groups:
+class Groups:
     """Codes of the scales and zeros of all matrices, and their levels.
 
     Float32 [matrices, groups of a row, out_features] each.
@@ -111,38 +177,17 @@ class _Groups:
 
     scale_codes: Tensor
     zero_codes: Tensor
-    levels: StoredLevels
-
-    @classmethod
-    def of(cls, grids: Sequence[CodedGrid]) -> _Groups:
-        """Those of grids whose groups are runs of columns of one row."""
-        per_row = grids[0].shape[1] // grids[0].spec.group_size
-
-        def by_row(values: Sequence[Tensor]) -> Tensor:
-            return torch.stack([each.float().view(-1, per_row).t() for each in values])
-
-        levels = [grid.levels() for grid in grids]
-        return cls(
-            by_row([grid.scale_codes for grid in grids]),
-            by_row([grid.zero_codes for grid in grids]),
-            StoredLevels(
-                by_row([each.bottom for each in levels]),
-                by_row([each.step for each in levels]),
-                *(
-                    torch.stack(values)[:, None]
-                    for values in zip(*((e.unit, e.zero_low, e.zero_step) for e in levels), strict=True)
-                ),
-            ),
-        )
+    levels: StoredLevels | GgufLevels
 
     def tune(self, block: _Block, number: int, *, tune_zeros: bool) -> Tensor:
         """The best scale and zero of one group of every row for the codes it has.
 
         Gives the scales [matrices, 1, out_features]. With free zeros, a scale is judged with the zero that suits it.
         """
-        levels = replace(self.levels, bottom=self.levels.bottom[:, number], step=self.levels.step[:, number])
-        scale, zero = levels.scale(self.scale_codes[:, number]), levels.zero(self.zero_codes[:, number])
-        centred, of_zero = block.codes - zero[:, None], block.moments.sum((1, 2))[:, None]
+        levels = self.levels.at(number)
+        scale = levels.scale(self.scale_codes[:, number])
+        zero = levels.zero(self.zero_codes[:, number], scale)
+        centred, of_zero = block.steps - zero[:, None], block.moments.sum((1, 2))[:, None]
         products = torch.bmm(block.moments, centred)
         slope, curvature = (block.gradient * centred).sum(1), (products * centred).sum(1)
         least = _LEAST_CURVATURE * curvature
@@ -150,25 +195,41 @@ class _Groups:
             follows = torch.where(of_zero > 0, products.sum(1) / of_zero, 0)
             slope, curvature = slope - follows * block.gradient.sum(1), curvature - follows * products.sum(1)
         best = scale - slope / curvature
-        usable = (scale > 0) & (best > 0) & (curvature > least)
+        usable = (scale != 0) & (best.sign() == scale.sign()) & (curvature > least)
         chosen = torch.where(usable, levels.scale_codes(torch.where(usable, best, 1)), self.scale_codes[:, number])
         moved = levels.scale(chosen)
         block.add((moved - scale)[:, None] * centred)
         self.scale_codes[:, number] = chosen
         if tune_zeros:
             best = zero + block.gradient.sum(1) / (moved * of_zero)
-            usable = (moved > 0) & (of_zero > 0)
-            chosen = torch.where(usable, levels.zero_codes(torch.where(usable, best, zero)), self.zero_codes[:, number])
-            block.add(((zero - levels.zero(chosen)) * moved)[:, None].expand_as(centred))
+            usable = (moved != 0) & (of_zero > 0)
+            nearest = levels.zero_codes(torch.where(usable, best, zero), moved)
+            chosen = torch.where(usable, nearest, self.zero_codes[:, number])
+            block.add(((zero - levels.zero(chosen, moved)) * moved)[:, None].expand_as(centred))
             self.zero_codes[:, number] = chosen
         return moved[:, None]
 
-    def stored(self, grids: Sequence[CodedGrid]) -> list[CodedGrid]:
-        """The grids with these scales and zeros."""
-        return [
-            replace(grid, scale_codes=_flat(scales), zero_codes=_flat(zeros))
-            for grid, scales, zeros in zip(grids, self.scale_codes, self.zero_codes, strict=True)
-        ]
+
+def _grid_groups(grids: Sequence[CodedGrid]) -> Groups:
+    """Those of grids whose groups are runs of columns of one row."""
+    per_row = grids[0].shape[1] // grids[0].spec.group_size
+
+    def by_row(values: Sequence[Tensor]) -> Tensor:
+        return torch.stack([each.float().view(-1, per_row).t() for each in values])
+
+    levels = [grid.levels() for grid in grids]
+    return Groups(
+        by_row([grid.scale_codes for grid in grids]),
+        by_row([grid.zero_codes for grid in grids]),
+        StoredLevels(
+            by_row([each.bottom for each in levels]),
+            by_row([each.step for each in levels]),
+            *(
+                torch.stack(values)[:, None]
+                for values in zip(*((e.unit, e.zero_low, e.zero_step) for e in levels), strict=True)
+            ),
+        ),
+    )
 
 
 def _flat(codes: Tensor) -> Tensor:

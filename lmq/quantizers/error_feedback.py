@@ -90,16 +90,74 @@ def _inverse_factor(matrix: Tensor, damping: float) -> Tensor:
     return torch.linalg.solve_triangular(upper, identity, upper=True)
 
 
+@dataclass(frozen=True, eq=False)
+class EvenSteps:
+    """Codes that stand for whole steps: 0 to `top` [matrices, 1]."""
+
+    top: Tensor
+
+    @classmethod
+    def of_bits(cls, bits: Sequence[int], device: torch.device) -> EvenSteps:
+        """Those of matrices with codes of so many bits."""
+        return cls(torch.tensor([float(2**width - 1) for width in bits], device=device)[:, None])
+
+    def nearest(self, values: Tensor) -> Tensor:
+        """The steps nearest to values [matrices, ...] that are used up."""
+        return values.round_().clamp_(torch.zeros_like(self.top), self.top)
+
+    def of_codes(self, codes: Tensor) -> Tensor:
+        """Steps of codes uint8, float32."""
+        return codes.float()
+
+    def codes(self, steps: Tensor) -> Tensor:
+        """Codes uint8 of steps."""
+        return steps.to(torch.uint8)
+
+
+@dataclass(frozen=True, eq=False)
+class UnevenSteps:
+    """Codes that stand for the entries of a table `steps`, in rising order."""
+
+    steps: Tensor
+
+    @property
+    def _middles(self) -> Tensor:
+        return (self.steps[1:] + self.steps[:-1]) / 2
+
+    def nearest(self, values: Tensor) -> Tensor:
+        """The steps nearest to values."""
+        return self.steps[torch.bucketize(values, self._middles, out_int32=True)]
+
+    def of_codes(self, codes: Tensor) -> Tensor:
+        """Steps of codes uint8, float32."""
+        return self.steps[codes.int()]
+
+    def codes(self, steps: Tensor) -> Tensor:
+        """Codes uint8 of steps."""
+        return torch.bucketize(steps, self._middles, out_int32=True).to(torch.uint8)
+
+
+Steps = EvenSteps | UnevenSteps
+
+
 @torch.no_grad()
 def round_with_feedback(weights: Tensor, grids: Sequence[Grid], feedbacks: Sequence[Feedback]) -> list[CodedGrid]:
     """Codes of `weights` [matrices, out_features, in_features], each on its own grid, of any configuration.
 
     The matrices go through the columns together: the loop takes little longer for many than for one.
     """
+    steps = EvenSteps.of_bits([grid.spec.bits for grid in grids], weights.device)
+    codes = codes_with_feedback(weights, [Lattice.of(grid) for grid in grids], steps, feedbacks)
+    return [CodedGrid.of(grid, matrix) for grid, matrix in zip(grids, codes, strict=True)]
+
+
+@torch.no_grad()
+def codes_with_feedback(
+    weights: Tensor, lattices: Sequence[Lattice], steps: Steps, feedbacks: Sequence[Feedback]
+) -> list[Tensor]:
+    """The same on lattices of any kind: codes uint8 [out_features, in_features] of each matrix."""
     order = torch.stack([feedback.order for feedback in feedbacks])
     factor = torch.stack([feedback.factor for feedback in feedbacks])
-    lattices = [Lattice.of(grid) for grid in grids]
-    top = torch.tensor([float(2**grid.spec.bits - 1) for grid in grids], device=weights.device)[:, None]
     in_features = weights.shape[2]
     remaining = torch.stack([weight.float().t()[of] for weight, of in zip(weights, order, strict=True)])
     codes = torch.empty(remaining.shape, dtype=torch.uint8, device=weights.device)
@@ -109,48 +167,48 @@ def round_with_feedback(weights: Tensor, grids: Sequence[Grid], feedbacks: Seque
         by_matrix = [lattice.at(of_matrix) for lattice, of_matrix in zip(lattices, stored, strict=True)]
         scale, zero = (torch.stack(values) for values in zip(*by_matrix, strict=True))
         block = remaining[:, columns]
-        errors = _round_block(block, scale, zero, factor[:, columns, columns], top, codes[:, columns])
+        errors = _round_block(block, scale, zero, factor[:, columns, columns], steps, codes[:, columns])
         rest = slice(columns.stop, in_features)
         remaining[:, rest].baddbmm_(factor[:, columns, rest].transpose(1, 2), errors, alpha=-1)
-    return [CodedGrid.of(grid, matrix[of.argsort()].t()) for grid, matrix, of in zip(grids, codes, order, strict=True)]
+    return [matrix[of.argsort()].t() for matrix, of in zip(codes, order, strict=True)]
 
 
 @dataclass(frozen=True, eq=False)
 class Lattice:
-    """Scale and zero float32 [groups] of one matrix, and where its weights find theirs."""
+    """Scale and zero float32 [groups] of one matrix of `shape`, and where its weights find theirs."""
 
-    grid: Grid
     scale: Tensor
     zero: Tensor
+    shape: tuple[int, int]
+    group_size: int
+    axis: int = 1
 
     @classmethod
     def of(cls, grid: Grid) -> Lattice:
         """Those of a grid."""
-        return cls(grid, *grid.decode())
+        return cls(*grid.decode(), grid.shape, grid.spec.group_size, grid.axis)
 
     def at(self, columns: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero of the weights in `columns` int64 [columns]: float32 [columns, out_features] each."""
-        out_features, in_features = self.grid.shape
+        out_features, in_features = self.shape
         flat = torch.arange(out_features, device=columns.device) * in_features + columns[:, None]
         # group sizes are powers of two, and shifting is faster than dividing
-        groups = flat >> self.grid.spec.group_size.bit_length() - 1 if self.grid.axis == 1 else flat % len(self.scale)
+        groups = flat >> self.group_size.bit_length() - 1 if self.axis == 1 else flat % len(self.scale)
         return self.scale[groups], self.zero[groups]
 
 
-def _round_block(block: Tensor, scale: Tensor, zero: Tensor, factor: Tensor, top: Tensor, codes: Tensor) -> Tensor:
+def _round_block(block: Tensor, scale: Tensor, zero: Tensor, factor: Tensor, steps: Steps, codes: Tensor) -> Tensor:
     """Errors / U_jj float32 [matrices, columns, out_features] of a block of columns; its `codes` are written.
 
-    `block`, in that shape, is used up; `factor` [matrices, columns, columns] is U within it, `top` [matrices, 1] the
-    largest code.
+    `block`, in that shape, is used up; `factor` [matrices, columns, columns] is U within it.
     """
-    inverse = torch.where(scale > 0, 1 / scale, 0)
+    inverse = torch.where(scale != 0, 1 / scale, 0)
     errors = torch.empty_like(block)
-    lowest = torch.zeros_like(top)
     for column in range(block.shape[1]):
         weight = block[:, column]
-        code = torch.mul(weight, inverse[:, column]).add_(zero[:, column]).round_().clamp_(lowest, top)
-        codes[:, column] = code
-        error = (weight - (code - zero[:, column]).mul_(scale[:, column])).div_(factor[:, column, column, None])
+        step = steps.nearest(torch.mul(weight, inverse[:, column]).add_(zero[:, column]))
+        codes[:, column] = steps.codes(step)
+        error = (weight - (step - zero[:, column]).mul_(scale[:, column])).div_(factor[:, column, column, None])
         errors[:, column] = error
         following = slice(column + 1, None)
         block[:, following].addcmul_(factor[:, column, following, None], error[:, None], value=-1)

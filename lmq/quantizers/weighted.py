@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from lmq.formats.groups import Grid, require_axis
+from lmq.formats.groups import require_axis
 from lmq.formats.spec import QuantSpec
-from lmq.quantizers.calibrated import fitted_grid
+from lmq.quantizers.calibrated import StoredMatrix, fitted_grid, gguf_types_of
+from lmq.quantizers.gguf_fit import nearest_matrix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,18 +26,26 @@ class Weighted:
     def __post_init__(self) -> None:
         require_axis(self.axis)
 
-    def quantize(self, weights: Tensor, moments: Tensor, menu: Sequence[QuantSpec]) -> list[dict[QuantSpec, Grid]]:
+    def quantize(
+        self, weights: Tensor, moments: Tensor, menu: Sequence[QuantSpec]
+    ) -> list[dict[QuantSpec, StoredMatrix]]:
         """The grid of every matrix for every configuration.
 
         `weights` [matrices, out_features, in_features], `moments` [matrices, in_features, in_features].
         """
-        return [
-            {
-                spec: fitted_grid(weight, matrix.diagonal(), spec, self.axis, integer_zeros=self.integer_zeros)
+        types = gguf_types_of(menu, weights.shape[2], self.axis)
+        found: list[dict[QuantSpec, StoredMatrix]] = []
+        for weight, matrix in zip(weights, moments, strict=True):
+            importance = matrix.diagonal()
+            by_spec: dict[QuantSpec, StoredMatrix] = {
+                spec: fitted_grid(weight, importance, spec, self.axis, integer_zeros=self.integer_zeros)
                 for spec in menu
+                if spec.gguf is None
             }
-            for weight, matrix in zip(weights, moments, strict=True)
-        ]
+            for kind, specs in types.items():
+                by_spec |= dict.fromkeys(specs, nearest_matrix(weight, importance, kind))
+            found.append({spec: by_spec[spec] for spec in menu})
+        return found
 
     def describe(self) -> dict[str, Any]:
         """Options as JSON."""

@@ -6,6 +6,7 @@ nearest codes and weighted least squares of scale and zero take turns; the best 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from lmq.formats.groups import group_blocks, to_groups
 from lmq.formats.spec import QuantSpec
 
-_CLIPS = (1.0, 0.85, 0.7)
+CLIPS = (1.0, 0.85, 0.7)
 _ROUNDS = 4
 _LEAST_IMPORTANCE = 1e-9
 """Of the mean: inputs that are never used still tell apart two grids that are equal otherwise."""
@@ -27,14 +28,14 @@ def fit_weighted(weight: Tensor, importance: Tensor, spec: QuantSpec, axis: int)
     A group whose weights are all equal gets scale 1 and zero 0, which `lmq.formats.groups.encode` replaces.
     """
     groups = to_groups(weight.detach(), spec.group_size, axis)
-    by_weight = to_groups(_normalised(importance.to(weight.device)).expand_as(weight), spec.group_size, axis)
+    by_weight = to_groups(normalised(importance.to(weight.device)).expand_as(weight), spec.group_size, axis)
     scale, zero = torch.empty(len(groups), device=weight.device), torch.empty(len(groups), device=weight.device)
     for block in group_blocks(groups):
-        scale[block], zero[block] = _fit_block(groups[block].float(), by_weight[block], spec.bits)
+        scale[block], zero[block] = fit_groups(groups[block].float(), by_weight[block], spec.bits)
     return scale, zero
 
 
-def _normalised(importance: Tensor) -> Tensor:
+def normalised(importance: Tensor) -> Tensor:
     """Float32 with a mean near 1; all ones where nothing matters."""
     mean = importance.double().mean()
     if not float(mean) > 0:
@@ -42,15 +43,20 @@ def _normalised(importance: Tensor) -> Tensor:
     return (importance.double() / mean).float().clamp_min(_LEAST_IMPORTANCE)
 
 
-def _fit_block(weights: Tensor, importance: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Scale and zero float32 [groups] for weights and importance [groups, group_size]."""
+def fit_groups(
+    weights: Tensor, importance: Tensor, bits: int, *, clips: Sequence[float] = CLIPS
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero float32 [groups] for weights and importance [groups, group_size].
+
+    `clips` are the shares of the range that are started from.
+    """
     top = 2**bits - 1
     low, high = weights.amin(1), weights.amax(1)
     middle = (high + low) / 2
     groups = _Groups.of(weights, importance)
     best_error = torch.full_like(low, torch.inf)
     best_scale, best_zero = torch.ones_like(low), torch.zeros_like(low)
-    for clip in _CLIPS:
+    for clip in clips:
         scale = (high - low) * (clip / top)
         zero = top / 2 - middle / scale
         for _ in range(_ROUNDS):
