@@ -95,7 +95,7 @@ def _error_table(job: Job, cost: Cost, menu: tuple[QuantSpec, ...]) -> ErrorTabl
 
 def spec_of(row: dict[str, int]) -> QuantSpec:
     """The configuration that a table row is about."""
-    return QuantSpec(row["bits"], row["group_size"], row["meta_bits"], row["meta_group_size"])
+    return QuantSpec.from_row(row)
 
 
 def layer_file(layer: int) -> str:

@@ -47,7 +47,7 @@ def make_embedding_grids(job: Job) -> None:
     for module in structure.embeddings:
         matrix = stored_matrix(model_dir(job), structure, module)
         grids[module.id] = fit_rows(matrix, menu, fitter, weights.get(module.id.kind))
-        rows += [frobenius_row(module, matrix, grid) for grid in grids[module.id].values()]
+        rows += [frobenius_row(module, matrix, spec, grid) for spec, grid in grids[module.id].items()]
     write_rows(job.output / FROBENIUS.file, FROBENIUS.schema, rows)
     save_grids(job.output / GRIDS_FILE, grids)
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from lmq.checkpoint.polish import Polish, PolishSchedule, polish_file
-from lmq.formats.groups import Grid
+from lmq.formats.coded_grid import EncodedMatrix
 from lmq.formats.spec import QuantSpec
 from lmq.measurement.grids import Allocation, LayerGrids, save_grids
 from lmq.measurement.quantized_model import QuantizedPoint
@@ -88,5 +88,5 @@ def _schedule(job: Job) -> PolishSchedule:
     return PolishSchedule(**job.config["schedule"])
 
 
-def _chosen(grids: LayerGrids, allocation: Allocation) -> Mapping[ModuleId, Mapping[QuantSpec, Grid]]:
+def _chosen(grids: LayerGrids, allocation: Allocation) -> Mapping[ModuleId, Mapping[QuantSpec, EncodedMatrix]]:
     return {module: {allocation[module]: by_spec[allocation[module]]} for module, by_spec in grids.items()}

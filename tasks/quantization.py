@@ -48,7 +48,7 @@ def checkpoint(job: Job) -> None:
         job.inputs("quantized", "layer.safetensors"),
         quantizer=quantizer(**job.config["quantizer"]),
     )
-    counted = sum(allocation[info.id].size_bytes(info.parameters) for info in structure.quantized)
+    counted = sum(allocation[info.id].size_bytes(info.parameters, info.in_features) for info in structure.quantized)
     stored = quantized_bytes(target)
     if stored != counted:
         raise LmqError(f"the checkpoint holds {stored:,} bytes of quantized modules where {counted:,} were counted")

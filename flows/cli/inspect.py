@@ -61,7 +61,7 @@ def _uniform_sizes(structure: ModelStructure) -> Table:
     table = Table("Uniform", "Bits/weight", "Quantized modules", "Whole checkpoint")
     for spec in STOPS:
         try:
-            size = sum(spec.size_bytes(info.parameters) for info in structure.modules)
+            size = sum(spec.size_bytes(info.parameters, info.in_features) for info in structure.modules)
         except InputError:
             table.add_row(spec.name, "–", "does not fit every module", "–")
             continue

@@ -13,12 +13,12 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError, field_va
 from lmq.allocation.embeddings import decides_on_embeddings
 from lmq.allocation.strategies import STRATEGIES, TRIALS, strategy
 from lmq.allocation.strategies.uniform import Uniform
-from lmq.allocation.targets import TARGETS, left_out, restrict_menu, target_named
+from lmq.allocation.targets import TARGETS, left_out, restrict_menu, taken_instead, target_named
 from lmq.errors import InputError
 from lmq.formats.spec import QuantSpec
 from lmq.measurement.registry import MEASUREMENTS
 from lmq.model.structure import ModuleInfo
-from lmq.quantizers import QUANTIZERS, CalibratedQuantizer, quantizer
+from lmq.quantizers import CALIBRATED, QUANTIZERS, CalibratedQuantizer, quantizer
 from lmq_flows.config.overrides import apply_override
 from lmq_flows.config.problems import problem_texts
 from lmq_flows.config.sections import (
@@ -244,7 +244,7 @@ class RunConfig(MeasurementRequest):
             return self
         if self.measure.axis != 1:
             raise ValueError("embeddings = true takes groups along the hidden dimension; set measure.axis to 1")
-        if self.target is not None:
+        if self.target is not None and not target_named(self.target).embeddings:
             raise ValueError(f"target {self.target!r} holds no quantized embeddings; leave out target or embeddings")
         if rounding := [item.label for item in self.baselines if item.path is None]:
             raise ValueError(f"baseline {rounding[0]!r} rounds no embeddings; leave out one of both")
@@ -256,6 +256,24 @@ class RunConfig(MeasurementRequest):
                 f"strategy {apart[0]!r} keeps no constraints on embeddings; with embeddings = true and constraints "
                 "take loss-aware"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _types_of_gguf_are_found(self) -> RunConfig:
+        types = [spec.name for model in self.models for spec in self.whole_menu_of(model) if spec.gguf is not None]
+        if not types:
+            return self
+        if self.measure.axis != 1:
+            raise ValueError(f"{types[0]} groups weights along in_features; set measure.axis to 1")
+        if self.polish is not None:
+            raise ValueError(f"polish tunes scales and zeros of lmq's own grids, not those of {types[0]}; leave it out")
+        for item in self.variants_of_strategies:
+            name = self.quantizer_of(item)["name"]
+            if name not in CALIBRATED:
+                raise ValueError(
+                    f"strategy {item.label!r} has quantizer {name!r}, which finds no codes of {types[0]}; "
+                    f"those that do: {', '.join(CALIBRATED)}"
+                )
         return self
 
     @model_validator(mode="after")
@@ -323,13 +341,20 @@ class RunConfig(MeasurementRequest):
             )
         return held
 
+    def whole_menu_of(self, model: ModelConfig) -> tuple[QuantSpec, ...]:
+        """The configurations that the menu of a model names, smallest first; without one, those of the target."""
+        own = target_named(self.target).menu if self.target is not None else ()
+        if own and model.menu is None and self.measure.menu == MeasureConfig().menu:
+            return tuple(sorted(map(QuantSpec.parse, own), key=lambda spec: spec.bits_per_weight))
+        return super().whole_menu_of(model)
+
     def left_out_of_menu(self, model: ModelConfig, modules: Sequence[ModuleInfo]) -> list[str]:
-        """What the target does not hold of the menu of a model with these modules, in sentences."""
-        if self.target is None:
-            return []
-        return [
-            f"{model.name}: {text}" for text in left_out(self.whole_menu_of(model), target_named(self.target), modules)
-        ]
+        """What the target does not hold of the menu of a model with these modules, or as another type: sentences."""
+        menu = self.whole_menu_of(model)
+        texts = taken_instead(menu, modules)
+        if self.target is not None:
+            texts = [*left_out(menu, target_named(self.target), modules), *texts]
+        return [f"{model.name}: {text}" for text in texts]
 
     @property
     def needs(self) -> frozenset[str]:

@@ -12,7 +12,7 @@ from lmq.formats.spec import QuantSpec
 from lmq.measurement.base import Measurement, Need
 from lmq.measurement.delta_loss import DELTA_LOSS
 from lmq.measurement.upper_triangle import triangle_bytes
-from lmq.model.structure import ModelStructure
+from lmq.model.structure import ModelStructure, ModuleInfo
 from lmq.quantizers import CalibratedQuantizer
 from lmq.quantizers import quantizer as quantizer_named
 from lmq.quantizers.calibrated import ErrorFeedback
@@ -120,11 +120,7 @@ class ModelNodes:
         inputs: dict[str, Any] = {}
         if isinstance(chosen, CalibratedQuantizer):
             inputs["weights"] = captured.embedding_weights(fisher_weighted=chosen.fisher_weighted)
-        expected = sum(
-            spec.size_bytes(module.parameters) - module.parameters * spec.bits // 8
-            for spec in specs
-            for module in structure.embeddings
-        )
+        expected = _grids_bytes(specs, structure.embeddings, coded=False)
         config = {"menu": [spec.name for spec in specs], "quantizer": quantizer}
         return [self.add("embedding-grids", what, config, inputs, expected_bytes=expected)]
 
@@ -165,10 +161,7 @@ class ModelNodes:
 
     def _grid_bytes(self, specs: Sequence[QuantSpec], *, coded: bool) -> int:
         """Bytes of the grids of one layer: all that a stored matrix has, its codes only where `coded`."""
-        modules = self.model.structure.in_layer(0)
-        whole = sum(spec.size_bytes(module.parameters) for spec in specs for module in modules)
-        codes = sum(module.parameters * spec.bits // 8 for spec in specs for module in modules)
-        return whole if coded else whole - codes
+        return _grids_bytes(specs, self.model.structure.in_layer(0), coded=coded)
 
 
 class CapturedText:
@@ -284,6 +277,16 @@ class CapturedText:
             keep = gradient.expected_bytes
             gradients.append(self._nodes.add_layer(stage, layer, {}, inputs, expected_bytes=keep))
         return gradients[::-1]
+
+
+def _grids_bytes(specs: Sequence[QuantSpec], modules: Sequence[ModuleInfo], *, coded: bool) -> int:
+    """Bytes of matrices in all of these configurations, their codes only where `coded`; types of GGUF are always."""
+    return sum(
+        spec.size_bytes(module.parameters, module.in_features)
+        - (0 if coded or spec.gguf else module.parameters * spec.bits // 8)
+        for spec in specs
+        for module in modules
+    )
 
 
 def calibration_sizes(calibration: CalibrationConfig, sequences: int) -> dict[str, int]:

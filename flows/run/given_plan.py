@@ -1,7 +1,8 @@
 """A plan of another model: which matrix has which configuration, as runs write it beside their report.
 
-The file is a table (`runs/NAME/allocation-*.csv`) with the columns layer, kind, bits and group_size, in any order; the
-weights of each matrix (`parameters`) are compared where they are there, other columns are not looked at.
+The file is a table (`runs/NAME/allocation-*.csv`) with the columns layer, kind, bits and group_size, in any order, and
+for types of GGUF meta_bits and meta_group_size; the weights of each matrix (`parameters`) are compared where they are
+there, other columns are not looked at.
 """
 
 from __future__ import annotations
@@ -61,7 +62,10 @@ class GivenPlan:
                 f"{'; '.join(wrong)}; give the plan of a model of the same structure"
             )
         try:
-            return sum(spec.size_bytes(modules[module].parameters) for module, spec in self.specs.items())
+            return sum(
+                spec.size_bytes(modules[module].parameters, modules[module].in_features)
+                for module, spec in self.specs.items()
+            )
         except InputError as error:
             raise InputError(f"{self.path}: {error}") from error
 
@@ -101,7 +105,7 @@ def _read(path: Path) -> GivenPlan:
     for number, row in enumerate(rows, start=2):
         try:
             module = ModuleId(int(row["layer"]), row["kind"])
-            spec = QuantSpec(int(row["bits"]), int(row["group_size"]))
+            spec = QuantSpec.from_row(row)
             if row.get("parameters"):
                 parameters[module] = int(row["parameters"])
         except (ValueError, TypeError, InputError) as error:

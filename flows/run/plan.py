@@ -156,7 +156,7 @@ class _Ready:
         kept, left_out = [], []
         for model in self.models:
             kept += [f"{model.config.name} keeps {note} as it is" for note in model.structure.kept_notes]
-            left_out += config.left_out_of_menu(model.config, model.structure.modules)
+            left_out += config.left_out_of_menu(model.config, model.structure.quantized)
         return texts + _tasks_note(config) + kept + left_out
 
     def _add(self, config: MeasurementRequest, model: ModelConfig, device: str) -> None:

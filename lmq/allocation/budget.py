@@ -86,7 +86,7 @@ class Budget:
             return cls(bits_per_weight=Fraction(match[1]))
         if (match := re.fullmatch(rf"{_NUMBER}\s*([KMGT]?i?B)", text, re.IGNORECASE)) is not None:
             return cls(size_bytes=math.floor(Fraction(match[1]) * UNIT_BYTES[match[2].upper()]))
-        if match := re.fullmatch(rf"uniform\s+(b\d+g\d+)(?:\s*\+\s*{_NUMBER}\s*%)?", text, re.IGNORECASE):
+        if match := re.fullmatch(rf"uniform\s+(b\d+g\d+|i?q\d_\w+)(?:\s*\+\s*{_NUMBER}\s*%)?", text, re.IGNORECASE):
             return cls(uniform=QuantSpec.parse(match[1].lower()), percent_over=Fraction(match[2] or 0))
         raise InputError(f"{value!r} is not a budget; allowed: {ALLOWED_FORMS}")
 
@@ -150,6 +150,8 @@ def hqq_size_bytes(parameters: int, spec: QuantSpec, *, axis: int = 1) -> int:
     Raises InputError where groups do not divide the matrix or their number is one that hqq cannot pack.
     """
     require_axis(axis)
+    if spec.gguf is not None:
+        raise InputError(f"{spec.name} is a type of llama.cpp, which hqq does not hold")
     groups = spec.groups(parameters)
     rows, columns = (groups, spec.group_size) if axis == 1 else (spec.group_size, groups)
     if spec.bits == 3:
@@ -218,7 +220,7 @@ class LayoutRange:
 
 def _size_bytes(module: ModuleInfo, spec: QuantSpec) -> int:
     try:
-        return spec.size_bytes(module.parameters)
+        return spec.size_bytes(module.parameters, module.in_features)
     except InputError as error:
         raise InputError(f"{module.id}: {error}") from error
 

@@ -33,10 +33,10 @@ class ErrorTable:
         """
         cells: dict[tuple[ModuleId, QuantSpec], tuple[float, int]] = {}
         for row in rows:
-            spec = QuantSpec(row["bits"], row["group_size"], row["meta_bits"], row["meta_group_size"])
+            spec = QuantSpec.from_row(row)
             cells[ModuleId(row["layer"], row["kind"]), spec] = (row[cost_column], row["size_bytes"])
         modules = tuple(sorted({module for module, _ in cells}))
-        specs = tuple(sorted({spec for _, spec in cells}, key=lambda spec: spec.bits_per_weight))
+        specs = tuple(sorted({spec for _, spec in cells}, key=lambda spec: (spec.bits_per_weight, spec)))
         missing = [f"{m} at {s}" for m in modules for s in specs if cells.get((m, s), (None, 0))[0] is None]
         if missing:
             raise InputError(f"the error table has no {cost_column} for {_some(missing)}; measure them and try again")

@@ -139,7 +139,7 @@ class Allocation:
         assignments = tuple(
             Assignment(
                 ModuleId(row["layer"], row["kind"]),
-                QuantSpec(row["bits"], row["group_size"], row["meta_bits"], row["meta_group_size"]),
+                QuantSpec.from_row(row),
                 row["parameters"],
                 row["size_bytes"],
                 row["cost"],

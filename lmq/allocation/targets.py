@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lmq.errors import InputError, unknown_name
+from lmq.formats.gguf_types import GGUF_TYPES, SMALL_BLOCK
 from lmq.formats.spec import QuantSpec
-from lmq.model.structure import ModuleInfo, layer_ranges
+from lmq.model.structure import EMBEDDINGS, ModuleInfo, layer_ranges
 
 _IN_LAYER = re.compile(r"(?:.*\.)?(\d+)\.(.+)")
 
@@ -22,6 +23,8 @@ class Target:
     """What the kernels of an engine take.
 
     bits, group_sizes: any of one with any of the other. Groups run along in_features and do not straddle rows.
+    types: those of GGUF, in the place of both, and of them `menu` is what a run chooses from that names no menu.
+    embeddings: whether input embedding and output head may be quantized.
     alike: kinds that the engine holds in one matrix, and so in one configuration; presets of
     `lmq.allocation.constraints`. integer_zeros: zeros are whole numbers, as `lmq.quantizers.integer_zeros` fits them.
     out_features_multiple: what the rows of every matrix must be a multiple of.
@@ -29,14 +32,24 @@ class Target:
 
     name: str
     description: str
-    bits: tuple[int, ...]
-    group_sizes: tuple[int, ...]
+    bits: tuple[int, ...] = ()
+    group_sizes: tuple[int, ...] = ()
+    types: tuple[str, ...] = ()
+    menu: tuple[str, ...] = ()
+    embeddings: bool = False
     alike: tuple[str, ...] = ()
     integer_zeros: bool = False
     out_features_multiple: int = 1
 
     def misfit(self, spec: QuantSpec, out_features: int, in_features: int) -> str | None:
         """Why the engine cannot hold such a matrix in this configuration; None where it can."""
+        if self.types:
+            if spec.gguf is None:
+                return f"grids of lmq's own, where {self.name} takes {_either(self.types)}"
+            wrong = in_features % SMALL_BLOCK
+            return f"rows of {in_features} weights, not a multiple of {SMALL_BLOCK}" if wrong else None
+        if spec.gguf is not None:
+            return f"a type of GGUF, which {self.name} does not open"
         if spec.bits not in self.bits:
             return f"{spec.bits}-bit codes, where {self.name} takes {_either(self.bits)} bits"
         if spec.group_size not in self.group_sizes:
@@ -46,6 +59,13 @@ class Target:
         if out_features % self.out_features_multiple:
             return f"{out_features} rows, not a multiple of {self.out_features_multiple}"
         return None
+
+    @property
+    def specs(self) -> tuple[QuantSpec, ...]:
+        """Every configuration that it holds."""
+        if self.types:
+            return tuple(QuantSpec.parse(name) for name in self.types)
+        return tuple(QuantSpec(bits, size) for bits in self.bits for size in sorted(self.group_sizes, reverse=True))
 
 
 TARGETS: Mapping[str, Target] = {
@@ -59,6 +79,13 @@ TARGETS: Mapping[str, Target] = {
             alike=("qkv", "gate-up"),
             integer_zeros=True,
             out_features_multiple=8,  # zeros of 4 bits are packed 8 to an int32 along the rows
+        ),
+        Target(
+            name="llama.cpp",
+            description="llama.cpp and the programs built on it, by GGUF files",
+            types=tuple(GGUF_TYPES),
+            menu=("q2_k", "q3_k", "iq4_xs", "q4_k", "q4_1", "q5_k", "q6_k", "q8_0"),
+            embeddings=True,
         ),
     )
 }
@@ -80,10 +107,9 @@ def restrict_menu(menu: Sequence[QuantSpec], target: Target, modules: Sequence[M
     if held:
         return held
     names = ", ".join(spec.name for spec in menu)
-    everything = [QuantSpec(bits, size) for bits in target.bits for size in sorted(target.group_sizes, reverse=True)]
-    possible = [spec.name for spec in everything if _holds_all(target, spec, modules)]
+    possible = [spec.name for spec in target.specs if _holds_all(target, spec, modules)]
     if not possible:
-        reasons = dict.fromkeys(_misfits(target, everything[-1], modules))
+        reasons = dict.fromkeys(_misfits(target, target.specs[-1], modules))
         raise InputError(f"the target {target.name} holds no configuration for every module: {'; '.join(reasons)}")
     raise InputError(
         f"the target {target.name} holds none of the menu ({names}) for every module; "
@@ -105,6 +131,25 @@ def left_out(menu: Sequence[QuantSpec], target: Target, modules: Sequence[Module
         f"the target {target.name} leaves {', '.join(specs)} out of the menu: {reason}, "
         f"in {'every module' if len(paths) == len(modules) else list_modules(paths)}"
         for (reason, paths), specs in names.items()
+    ]
+
+
+def taken_instead(menu: Sequence[QuantSpec], modules: Sequence[ModuleInfo]) -> list[str]:
+    """Which types of GGUF on the menu are another in some modules, whose rows they do not fit: a sentence for each."""
+    paths: dict[tuple[str, str, int], list[str]] = defaultdict(list)
+    for spec in menu:
+        for module in modules:
+            if spec.gguf is None or module.in_features % SMALL_BLOCK:
+                continue
+            taken = spec.gguf.of_rows(module.in_features)
+            if taken is not spec.gguf:
+                in_layer = module.id.layer != EMBEDDINGS
+                path = f"layers.{module.id.layer}.{module.id.kind}" if in_layer else module.id.kind
+                paths[spec.name, taken.name, module.in_features].append(path)
+    return [
+        f"{name} is {taken} where rows of {in_features:,} weights are no multiple of 256, as llama.cpp has it, and its "
+        f"bytes are counted: {'every module' if len(found) == len(modules) else list_modules(found)}"
+        for (name, taken, in_features), found in paths.items()
     ]
 
 
@@ -133,5 +178,5 @@ def _misfits(target: Target, spec: QuantSpec, modules: Sequence[ModuleInfo]) -> 
     return [f"{module.id} has {reason}" for module, reason in misfits if reason is not None]
 
 
-def _either(values: Sequence[int]) -> str:
+def _either(values: Sequence[object]) -> str:
     return " or ".join(map(str, values))

@@ -72,7 +72,7 @@ def _check_module(path: str, fields: Any) -> None:
     if not all(_is_positive(value) for value in options.values()):
         raise DamagedFile(f"the quantization_config of {path} needs whole positive numbers: {fields!r}")
     try:
-        QuantSpec(**options).groups(shape[0] * shape[1])
+        QuantSpec(**options).size_bytes(shape[0] * shape[1], shape[1])
     except InputError as error:
         raise DamagedFile(f"the quantization_config of {path} is not one that lmq writes: {error}") from error
 

@@ -23,7 +23,7 @@ from lmq import load
 from lmq.checkpoint.config import QUANT_METHOD
 from lmq.checkpoint.verify import read_quantization_config, verify_checkpoint
 from lmq.errors import DamagedFile, InputError, LmqError
-from lmq.formats.packed_layer import QUANTIZED_TENSORS, QuantizedMatrix
+from lmq.formats.packed_layer import QuantizedMatrix
 from lmq.model.skeleton import read_model_config, skeleton_of
 from lmq.model.source import nearest_sibling
 from lmq.model.stored import StoredModel, match_tensors, read_stored_model
@@ -160,9 +160,9 @@ class QuantizedBlocks:
 
     def _weight(self, module: ModuleInfo) -> Tensor:
         path = self._structure.path(module.id)
-        stored = read_tensors(self._headers[f"{path}.{name}"] for name in QUANTIZED_TENSORS)
         quantized = QuantizedMatrix(module.in_features, module.out_features, self.specs[path], axis=self._axis)
-        quantized.load_state_dict({name: stored[f"{path}.{name}"] for name in QUANTIZED_TENSORS})
+        stored = read_tensors(self._headers[f"{path}.{name}"] for name in quantized.state_dict())
+        quantized.load_state_dict({name: stored[f"{path}.{name}"] for name in quantized.state_dict()})
         return quantized.dequantize()
 
 

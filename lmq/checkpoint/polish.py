@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lmq.errors import DamagedFile, InputError
-from lmq.formats.coded_grid import CodedGrid
+from lmq.formats.coded_grid import CodedGrid, EncodedMatrix
+from lmq.formats.gguf_types import GgufMatrix
 from lmq.formats.groups import Grid, encode, from_groups, to_groups
 from lmq.formats.packing import pack, unpack
 from lmq.formats.spec import QuantSpec
@@ -81,8 +82,13 @@ class TunedGrid:
     state: dict[str, Tensor]
 
     @classmethod
-    def of(cls, grid: Grid, weight: Tensor) -> TunedGrid:
-        """Where tuning starts: the grid as stored, and the codes of `weight` [out_features, in_features] on it."""
+    def of(cls, grid: EncodedMatrix, weight: Tensor) -> TunedGrid:
+        """Where tuning starts: the grid as stored, and the codes of `weight` [out_features, in_features] on it.
+
+        Raises InputError for a type of GGUF.
+        """
+        if isinstance(grid, GgufMatrix):
+            raise InputError(f"polish tunes scales and zeros of lmq's own grids, not those of {grid.kind.name}")
         scale, zero = (values.clone() for values in grid.decode())
         state = {"scale": scale, "zero": zero} | {name: torch.zeros_like(scale) for name in _STATE[2:]}
         return cls(grid.spec, grid.shape, grid.axis, grid.codes(weight), state)

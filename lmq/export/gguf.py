@@ -1,6 +1,7 @@
 """GGUF files, which llama.cpp and the programs built on it open.
 
-What a matrix becomes depends on its configuration and on `fidelity`:
+A matrix whose configuration is a type of GGUF, as `target: llama.cpp` plans them, is written byte for byte. What
+another one becomes depends on its configuration and on `fidelity`:
 
 - "size", the default: the type nearest in size, Q2_K, Q3_K or Q4_K, where rows are made of 256 weights; Q4_1 where
   they are not, and for b4g32, whose codes it holds. The codes of K types are fitted anew: Q4_K (4.5 bits) and Q2_K
@@ -45,6 +46,13 @@ from lmq.export.source import QuantizedCheckpoint
 from lmq.model.discovery import embedding_shape
 
 _FILE_TYPES = {
+    GGMLQuantizationType.Q4_0: LlamaFileType.MOSTLY_Q4_0,
+    GGMLQuantizationType.Q5_0: LlamaFileType.MOSTLY_Q5_0,
+    GGMLQuantizationType.Q5_1: LlamaFileType.MOSTLY_Q5_1,
+    GGMLQuantizationType.Q5_K: LlamaFileType.MOSTLY_Q5_K_M,
+    GGMLQuantizationType.Q6_K: LlamaFileType.MOSTLY_Q6_K,
+    GGMLQuantizationType.IQ4_NL: LlamaFileType.MOSTLY_IQ4_NL,
+    GGMLQuantizationType.IQ4_XS: LlamaFileType.MOSTLY_IQ4_XS,
     GGMLQuantizationType.Q4_1: LlamaFileType.MOSTLY_Q4_1,
     GGMLQuantizationType.Q8_0: LlamaFileType.MOSTLY_Q8_0,
     GGMLQuantizationType.Q2_K: LlamaFileType.MOSTLY_Q2_K,

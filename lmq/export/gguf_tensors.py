@@ -18,7 +18,6 @@ from lmq.export.gguf_blocks import GRID_BLOCKS, Bytes, Floats, decode, encode
 from lmq.export.gguf_model import ROPE_FACTORS, gguf_name, head_rows, norm_offset, rope_factors
 from lmq.export.report import ModuleStep
 from lmq.export.source import QuantizedCheckpoint
-from lmq.formats.packed_layer import QUANTIZED_TENSORS
 from lmq.formats.spec import QuantSpec
 from lmq.model.tensors import StoredTensor, read_tensors
 
@@ -64,8 +63,9 @@ def tensor_problems(checkpoint: QuantizedCheckpoint, config: PreTrainedConfig) -
     for name, stored in unquantized.items():
         if stored.dtype not in STORED_TYPES:
             yield f"the tensor {name} is {stored.dtype}; {', '.join(STORED_TYPES)} are exported"
-    for bits in sorted({spec.bits for spec in checkpoint.specs.values()} - {*K_TYPES, 8}):
-        paths = [path for path, spec in checkpoint.specs.items() if spec.bits == bits]
+    converted = {path: spec for path, spec in checkpoint.specs.items() if spec.gguf is None}
+    for bits in sorted({spec.bits for spec in converted.values()} - {*K_TYPES, 8}):
+        paths = [path for path, spec in converted.items() if spec.bits == bits]
         yield f"{bits}-bit codes; {', '.join(map(str, K_TYPES))} and 8 bits are exported: {list_modules(paths)}"
 
 
@@ -93,17 +93,18 @@ def _unquantized(checkpoint: QuantizedCheckpoint) -> dict[str, StoredTensor]:
     A head with values of its own is kept whatever the configuration says of ties, as transformers keeps it.
     """
     model = checkpoint.model_tensors
-    quantized = {f"{path}.{name}" for path in checkpoint.specs for name in QUANTIZED_TENSORS}
     tied = {
         name
         for name, source in model.model.all_tied_weights_keys.items()
         if model.tensors.get(name) == model.tensors.get(source)
     }
-    return {name: tensor for name, tensor in model.tensors.items() if name not in quantized | tied}
+    return {name: tensor for name, tensor in model.tensors.items() if name not in checkpoint.quantized_names | tied}
 
 
 def matrix_kind(spec: QuantSpec, in_features: int, *, axis: int, fidelity: Fidelity) -> GGMLQuantizationType:
     """The GGUF type of a matrix of rows of `in_features` weights, grouped along `axis`."""
+    if spec.gguf is not None:
+        return GGMLQuantizationType(spec.gguf.of_rows(in_features).number)
     if in_features % _SMALL_BLOCK:
         return GGMLQuantizationType.F16
     if spec.bits == 8:
@@ -139,7 +140,12 @@ def _stored_rows(stored: StoredTensor, kind: GGMLQuantizationType, offset: float
 
 
 def _matrix_rows(checkpoint: QuantizedCheckpoint, path: str, kind: GGMLQuantizationType) -> tuple[Bytes, float]:
-    """The bytes of a quantized matrix and ||W_written - W_checkpoint||_F / ||W_checkpoint||_F."""
+    """The bytes of a quantized matrix and ||W_written - W_checkpoint||_F / ||W_checkpoint||_F.
+
+    One whose configuration is a type of GGUF is written byte for byte.
+    """
+    if checkpoint.specs[path].gguf is not None:
+        return checkpoint.blocks(path).blocks.numpy(), 0.0
     weight = checkpoint.weight(path).numpy()
     scale, minimum = _block_grid(checkpoint, path, weight, kind)
     levels = 2 ** checkpoint.specs[path].bits

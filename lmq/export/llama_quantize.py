@@ -44,11 +44,14 @@ def _is_tied(checkpoint: QuantizedCheckpoint) -> bool:
 def tensor_types(checkpoint: QuantizedCheckpoint, config: PreTrainedConfig) -> Iterator[str]:
     """One `pattern=type` per matrix. llama-quantize searches the regular expression in the names of the tensors.
 
-    The type is the one with the matrix's bits: q2_k, q3_k, q4_k; q4_0 where rows are not made of 256 weights; q8_0.
+    The type is the matrix's own, or the one with its bits: q2_k, q3_k, q4_k; q4_0 where rows are not made of 256
+    weights; q8_0.
     """
     for module, spec in checkpoint.specs.items():
         kind = GGMLQuantizationType.Q8_0 if spec.bits == 8 else GGMLQuantizationType.Q4_0
-        if spec.bits < 8 and checkpoint.shapes[module][1] % gguf.QK_K == 0:
+        if spec.gguf is not None:
+            kind = GGMLQuantizationType(spec.gguf.of_rows(checkpoint.shapes[module][1]).number)
+        elif spec.bits < 8 and checkpoint.shapes[module][1] % gguf.QK_K == 0:
             kind = K_TYPES[spec.bits]
         name = str(gguf_name(config, f"{module}.weight"))
         yield f"^{re.escape(name)}$={kind.name.lower()}"

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from lmq.checkpoint.config import LmqConfig
 from lmq.checkpoint.open import read_stored_directory
+from lmq.checkpoint.verify import expected_tensors
 from lmq.checkpoint.write import read_quantization_config
+from lmq.formats.gguf_types import BLOCKS_TENSOR, GgufMatrix
 from lmq.formats.groups import GRID_TENSORS, Grid, from_groups
-from lmq.formats.packed_layer import QUANTIZED_TENSORS
 from lmq.formats.packing import unpack
 from lmq.formats.spec import QuantSpec
 from lmq.model.stored import StoredModel
@@ -74,8 +75,12 @@ class QuantizedCheckpoint:
     @cached_property
     def unquantized(self) -> dict[str, StoredTensor]:
         """Every other tensor (embeddings, norms, biases, head, and what is surplus), as stored, by stored name."""
-        quantized = {f"{path}.{name}" for path in self.specs for name in QUANTIZED_TENSORS}
-        return {name: tensor for name, tensor in self._stored.items() if name not in quantized}
+        return {name: tensor for name, tensor in self._stored.items() if name not in self.quantized_names}
+
+    @cached_property
+    def quantized_names(self) -> frozenset[str]:
+        """Names of the stored tensors of the quantized matrices."""
+        return frozenset(expected_tensors(self.config))
 
     @cached_property
     def embeddings(self) -> list[str]:
@@ -100,10 +105,19 @@ class QuantizedCheckpoint:
 
     def weight(self, module_path: str) -> Tensor:
         """The dequantized weight, float32 [out_features, in_features]."""
+        if self.specs[module_path].gguf is not None:
+            return self.blocks(module_path).dequantize()
         grid = self.grid(module_path)
         stored = self._stored[f"{module_path}.codes"]
         codes = unpack(read_tensors([stored])[stored.name], grid.spec.bits)
         return grid.dequantize(codes.view(-1, grid.spec.group_size))
+
+    def blocks(self, module_path: str) -> GgufMatrix:
+        """A matrix whose configuration is a type of GGUF."""
+        shape, kind = self.shapes[module_path], self.specs[module_path].gguf
+        assert kind is not None
+        stored = self._stored[f"{module_path}.{BLOCKS_TENSOR}"]
+        return GgufMatrix(kind.of_rows(shape[1]), shape, read_tensors([stored])[stored.name])
 
     @cached_property
     def _stored(self) -> dict[str, StoredTensor]:

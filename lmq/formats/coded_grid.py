@@ -7,10 +7,14 @@ from dataclasses import dataclass
 import torch
 
 from lmq.errors import InputError
+from lmq.formats.gguf_types import GgufMatrix
 from lmq.formats.groups import Grid, to_groups
 from lmq.formats.packing import pack, unpack
 
 CODES_TENSOR = "codes"
+
+EncodedMatrix = Grid | GgufMatrix
+"""A matrix in one configuration as a checkpoint stores it; of a plain `Grid` the codes are the nearest ones."""
 
 
 @dataclass(frozen=True, eq=False)

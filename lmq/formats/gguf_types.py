@@ -33,6 +33,8 @@ from torch import Tensor
 from lmq.errors import InputError
 
 SMALL_BLOCK, LARGE_BLOCK = 32, 256
+BLOCKS_TENSOR = "blocks"
+"""Name of the one stored tensor of a matrix in a type of GGUF."""
 
 _UNEQUAL_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 _CPU_BLOCK_ELEMENTS = 1 << 20

@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from lmq.formats.coded_grid import EncodedMatrix
+from lmq.formats.gguf_types import BLOCKS_TENSOR, GgufMatrix
 from lmq.formats.groups import GRID_TENSORS, Grid, grid_tensor_shapes
-from lmq.formats.packed_product import PackedWeight, packed_linear
+from lmq.formats.packed_product import GgufWeight, PackedWeight, packed_linear
 from lmq.formats.packing import pack
 from lmq.formats.spec import QuantSpec
 
 QUANTIZED_TENSORS = ("codes", *GRID_TENSORS)
-"""Names of the stored tensors of a quantized matrix; a bias keeps its own name."""
+"""Names of the stored tensors of a matrix on a grid; a bias keeps its own name."""
 
 _INTEGER_VIEWS = {torch.float16: torch.int16, torch.float32: torch.int32}
 
@@ -24,18 +26,23 @@ def quantized_tensor_shapes(
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of each stored tensor of a matrix `[out_features, in_features]`; their bytes are its size."""
     parameters = out_features * in_features
+    if spec.gguf is not None:
+        kind = spec.gguf.of_rows(in_features)
+        return {BLOCKS_TENSOR: ((out_features, in_features // kind.block_size * kind.block_bytes), torch.uint8)}
     return {"codes": ((parameters * spec.bits // 8,), torch.uint8), **grid_tensor_shapes(spec, parameters)}
 
 
-def quantize_weight(weight: torch.Tensor, grid: Grid) -> dict[str, torch.Tensor]:
+def quantize_weight(weight: torch.Tensor, grid: EncodedMatrix) -> dict[str, torch.Tensor]:
     """The stored tensors of `weight` [out_features, in_features] on its grid, by name."""
+    if isinstance(grid, GgufMatrix):
+        return {BLOCKS_TENSOR: grid.blocks}
     return {"codes": pack(grid.codes(weight), grid.spec.bits), **grid.to_tensors()}
 
 
 class QuantizedMatrix(nn.Module):
     """A quantized weight Ŵ [out_features, in_features] as a checkpoint stores it: what quantized layers share.
 
-    The buffers are the stored tensors of the checkpoint (`QUANTIZED_TENSORS`). They keep their dtypes when the
+    The buffers are the stored tensors of the checkpoint (`quantized_tensor_shapes`). They keep their dtypes when the
     module is cast.
     """
 
@@ -55,8 +62,15 @@ class QuantizedMatrix(nn.Module):
         self.spec = spec
         self.axis = axis
         self._weight_dtype = dtype or torch.float32
-        for name, (shape, tensor_dtype) in quantized_tensor_shapes(spec, out_features, in_features).items():
+        shapes = quantized_tensor_shapes(spec, out_features, in_features)
+        self._stored = tuple(shapes)
+        for name, (shape, tensor_dtype) in shapes.items():
             self.register_buffer(name, torch.zeros(shape, dtype=tensor_dtype, device=device))
+
+    @property
+    def qweight(self) -> torch.Tensor:
+        """The codes, by the name under which PEFT looks for the device of a quantized layer."""
+        return self.get_buffer(self._stored[0])
 
     @property
     def grid(self) -> Grid:
@@ -71,8 +85,7 @@ class QuantizedMatrix(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """Ŵ made anew, for code outside the layer that looks at its weight; what is written to it is lost."""
-        codes = self.get_buffer("codes")
-        if codes.is_meta:
+        if self.qweight.is_meta:
             weight = torch.empty(self.out_features, self.in_features, dtype=self._weight_dtype, device="meta")
         else:
             weight = self.dequantize(self._weight_dtype)
@@ -80,14 +93,17 @@ class QuantizedMatrix(nn.Module):
         return weight
 
     @property
-    def packed_weight(self) -> PackedWeight:
+    def packed_weight(self) -> PackedWeight | GgufWeight:
         """The stored tensors as what products are taken with."""
-        tensors = {name: self._buffers[name] for name in QUANTIZED_TENSORS}
+        if self.spec.gguf is not None:
+            kind = self.spec.gguf.of_rows(self.in_features)
+            return GgufWeight(GgufMatrix(kind, (self.out_features, self.in_features), self.qweight))
+        tensors = {name: self._buffers[name] for name in self._stored}
         return PackedWeight(**tensors, spec=self.spec, shape=(self.out_features, self.in_features), axis=self.axis)  # type: ignore[arg-type]
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         # a cast touches floating-point buffers only: let it see integers
-        dtypes = {name: self.get_buffer(name).dtype for name in GRID_TENSORS}
+        dtypes = {name: self.get_buffer(name).dtype for name in self._stored}
         for name, dtype in dtypes.items():
             self._buffers[name] = self.get_buffer(name).view(_INTEGER_VIEWS.get(dtype, dtype))
         try:
@@ -138,11 +154,6 @@ class QuantizedLinear(QuantizedMatrix):
         """Outputs [..., out_features] of `inputs` [..., in_features], in their dtype or that of autocast."""
         return _product(inputs, self, self.bias)
 
-    @property
-    def qweight(self) -> torch.Tensor:
-        """The codes, by the name under which PEFT looks for the device of a quantized layer."""
-        return self.get_buffer("codes")
-
     def to_linear(self, dtype: torch.dtype) -> nn.Linear:
         """A dense layer with the dequantized weight: no unpacking in its calls, full memory."""
         weight = self.dequantize(dtype)
@@ -181,7 +192,7 @@ class QuantizedEmbedding(QuantizedMatrix):
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Rows [..., embedding_dim] of `token_ids` [...]; a padding token has the row that is stored for it."""
         dtype = self._weight_dtype
-        if token_ids.is_meta or self.get_buffer("codes").is_meta:  # only the shape is asked for
+        if token_ids.is_meta or self.qweight.is_meta:  # only the shape is asked for
             return torch.empty(*token_ids.shape, self.embedding_dim, dtype=dtype, device="meta")
         rows = self.packed_weight.rows(token_ids.reshape(-1)).to(dtype)
         if self.embed_scale != 1.0:

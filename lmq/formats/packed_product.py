@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lmq.formats.gguf_types import GgufMatrix, decode_blocks
 from lmq.formats.groups import decode_grid, from_groups
 from lmq.formats.packing import unpack, unpack_at
 from lmq.formats.spec import QuantSpec
@@ -41,7 +42,7 @@ _SHORTEST_PIECE = 16
 """Groups that straddle rows are cut where rows end; with fewer columns to a piece, multiplying pieces does not pay."""
 
 
-def packed_linear(inputs: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
+def packed_linear(inputs: Tensor, weight: PackedWeight | GgufWeight, bias: Tensor | None = None) -> Tensor:
     """Outputs [..., out_features] of `inputs` [..., in_features], in their dtype; differentiable in inputs and bias."""
     if torch.compiler.is_compiling():  # a compiler fuses the unpacking, and would unroll the blocks
         return nn.functional.linear(inputs, weight.dequantize(inputs.dtype), bias)
@@ -186,9 +187,43 @@ class PackedWeight:
         return outputs
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class GgufWeight:
+    """A matrix in a type of GGUF, which is unpacked for every product, a block of rows at a time."""
+
+    matrix: GgufMatrix
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """out_features, in_features."""
+        return self.matrix.shape
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Ŵ [out_features, in_features], made in float32 and rounded to `dtype`."""
+        return self.matrix.dequantize().to(dtype)
+
+    def rows(self, numbers: Tensor) -> Tensor:
+        """Rows of Ŵ, float32 [rows, in_features]; only theirs is unpacked."""
+        stored = self.matrix.blocks[numbers.to(self.matrix.blocks.device)]
+        return decode_blocks(stored, self.matrix.kind, (len(stored), self.shape[1]))
+
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Blocks of Ŵ: the rows, and their weights float32 [rows, in_features]."""
+        out_features, in_features = self.shape
+        on_cpu = self.matrix.blocks.device.type == "cpu"
+        step = max(1, (_CPU_BLOCK if on_cpu else _GPU_BLOCK) // in_features)
+        for start in range(0, out_features, step):
+            rows = slice(start, min(start + step, out_features))
+            yield rows, self.matrix.dequantize(rows)
+
+    def few_tokens(self, inputs: Tensor) -> Tensor | None:
+        """None: its codes are not multiplied as they are."""
+        return None
+
+
 class _PackedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, inputs: Tensor, weight: PackedWeight | GgufWeight, bias: Tensor | None) -> Tensor:
         ctx.weight = weight
         return without_base(_multiply(inputs, weight, bias))
 
@@ -201,7 +236,7 @@ class _PackedLinear(torch.autograd.Function):
         return of_inputs, None, of_bias
 
 
-def _multiply(inputs: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+def _multiply(inputs: Tensor, weight: PackedWeight | GgufWeight, bias: Tensor | None) -> Tensor:
     out_features, in_features = weight.shape
     tokens = inputs.numel() // in_features
     if 0 < tokens <= FEW_TOKENS and inputs.device.type == "cpu" and inputs.dtype != torch.float64:
@@ -221,7 +256,7 @@ def _multiply(inputs: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tens
     return outputs
 
 
-def _multiply_transposed(gradient: Tensor, weight: PackedWeight) -> Tensor:
+def _multiply_transposed(gradient: Tensor, weight: PackedWeight | GgufWeight) -> Tensor:
     """`gradient` [..., out_features] times Ŵ, summed over blocks in float32 or better."""
     sums = gradient.new_zeros(
         *gradient.shape[:-1], weight.shape[1], dtype=torch.promote_types(gradient.dtype, torch.float32)

@@ -10,8 +10,10 @@ The types that llama.cpp computes with are configurations too, by their names: `
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 from lmq.errors import InputError
 from lmq.formats.gguf_types import GGUF_TYPES, GgufType
@@ -70,6 +72,12 @@ class QuantSpec:
                 f"{', '.join(GGUF_TYPES)}"
             )
         return cls(bits=int(match[1]), group_size=int(match[2]))
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> QuantSpec:
+        """Read the columns of a table: bits, group_size and, where it has them, meta_bits and meta_group_size."""
+        fields = ("bits", "group_size", "meta_bits", "meta_group_size")
+        return cls(**{name: int(row[name]) for name in fields if row.get(name) not in (None, "")})
 
     @property
     def gguf(self) -> GgufType | None:

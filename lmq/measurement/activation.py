@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from lmq.errors import NotFiniteError
 from lmq.formats import FORMATS, Format, rounding_format
-from lmq.formats.groups import Grid
+from lmq.formats.coded_grid import EncodedMatrix
 from lmq.formats.spec import QuantSpec
 from lmq.measurement.base import LayerReplay, Need, Profile, Row
 from lmq.measurement.part_replay import JUDGED_ALONE, ChangeReplay, PartReplay, Pass
@@ -182,7 +182,7 @@ def measure_sensitivity(layer: LayerReplay) -> Iterator[Row]:
         yield {**asdict(module.id), "part": module.part, **asdict(spec), "sensitivity": scores[module.part]}
 
 
-def _rounded_to(layer: LayerReplay, spec: QuantSpec) -> dict[ModuleId, Grid | Format]:
+def _rounded_to(layer: LayerReplay, spec: QuantSpec) -> dict[ModuleId, EncodedMatrix | Format]:
     if (name := layer.settings.get("quantizer", "")) in FORMATS:
         return {module.id: rounding_format(name, group_size=spec.group_size) for module in layer.modules}
     return {module.id: layer.grid(module, spec) for module in layer.modules}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lmq.errors import LmqError
-from lmq.formats.groups import Grid
+from lmq.formats.coded_grid import EncodedMatrix
 from lmq.formats.spec import QuantSpec
 from lmq.measurement.grids import LayerGrids
 from lmq.measurement.traces import ModuleTrace, trace_modules
@@ -154,7 +154,7 @@ class LayerReplay:
         """Weight of a module in the block, [out_features, in_features]."""
         return self.block.get_submodule(module.id.kind).get_parameter("weight").detach()
 
-    def grid(self, module: ModuleInfo, spec: QuantSpec) -> Grid:
+    def grid(self, module: ModuleInfo, spec: QuantSpec) -> EncodedMatrix:
         """Grid of a module at a configuration, on the layer's device."""
         return self.grids[module.id][spec].to(self.device)
 
@@ -266,5 +266,5 @@ def cost_schema(name: str, version: int, *columns: pa.Field) -> TableSchema:
 
 def cost_row(module: ModuleInfo, spec: QuantSpec, **columns: Any) -> Row:
     """Row of a cost table for a module at a configuration."""
-    size_bytes = spec.size_bytes(module.parameters)
+    size_bytes = spec.size_bytes(module.parameters, module.in_features)
     return {**asdict(module.id), **asdict(spec), "parameters": module.parameters, "size_bytes": size_bytes, **columns}

@@ -30,15 +30,18 @@ import torch
 from torch import Tensor
 
 from lmq.errors import InputError
-from lmq.formats.groups import Grid, nearest_codes, reachable, store_grid, to_groups
+from lmq.formats.coded_grid import EncodedMatrix
+from lmq.formats.gguf_types import BLOCKS_TENSOR, GgufMatrix
+from lmq.formats.groups import nearest_codes, reachable, store_grid, to_groups
 from lmq.formats.packing import pack
 from lmq.formats.spec import QuantSpec
 from lmq.measurement.base import Row, cost_row
 from lmq.measurement.sequence_fisher import sequence_fisher
 from lmq.model.streaming import StoredMatrix, StreamedModel
 from lmq.model.structure import ModuleInfo
-from lmq.quantizers import CalibratedQuantizer, Quantizer
-from lmq.quantizers.calibrated import fitted_values
+from lmq.quantizers import CALIBRATED, CalibratedQuantizer, Quantizer
+from lmq.quantizers.calibrated import fitted_values, gguf_types_of
+from lmq.quantizers.gguf_fit import nearest_matrix
 
 _HEAD_TOKENS = 1024
 """Positions that the head is judged at, at most."""
@@ -167,7 +170,7 @@ def column_weights(module: ModuleInfo, sample: HeadSample, gradient: Tensor | No
 
 def fit_rows(
     matrix: StoredMatrix, menu: Sequence[QuantSpec], quantizer: Quantizer | CalibratedQuantizer, weights: Tensor | None
-) -> dict[QuantSpec, Grid]:
+) -> dict[QuantSpec, EncodedMatrix]:
     """The stored grid of an embedding for each configuration; `weights` [hidden] are for calibrated quantizers.
 
     Raises NotFiniteError for a weight with NaN or infinity, and InputError for a quantizer with groups along the
@@ -177,8 +180,10 @@ def fit_rows(
         raise InputError("groups of embeddings run along the hidden dimension; set measure.axis to 1")
     whole_zeros = bool(getattr(quantizer, "integer_zeros", False))
     rows, columns = matrix.shape
-    values = {spec: torch.empty(2, spec.groups(rows * columns)) for spec in menu}
-    for of_block, block in matrix.blocks(_whole_groups(menu, columns)):
+    found_types = _fit_types(matrix, menu, quantizer, weights)
+    own = [spec for spec in menu if spec.gguf is None]
+    values = {spec: torch.empty(2, spec.groups(rows * columns)) for spec in own}
+    for of_block, block in matrix.blocks(_whole_groups(own, columns)) if own else ():
         for spec, found in values.items():
             if not isinstance(quantizer, CalibratedQuantizer):
                 scale, zero = quantizer.fit(block, spec)
@@ -190,14 +195,32 @@ def fit_rows(
                 scale, zero = reachable(to_groups(block, spec.group_size, 1), scale, zero, spec.bits)
             groups = _groups(of_block, columns, spec)
             found[0, groups], found[1, groups] = scale, zero
-    return {
+    found_own = {
         spec: store_grid(scale, zero, spec, matrix.shape, 1, integer_zeros=whole_zeros)
         for spec, (scale, zero) in values.items()
     }
+    return {spec: found_own[spec] if spec in found_own else found_types[spec] for spec in menu}
 
 
-def quantize_rows(matrix: StoredMatrix, grid: Grid) -> dict[str, Tensor]:
+def _fit_types(
+    matrix: StoredMatrix, menu: Sequence[QuantSpec], quantizer: Quantizer | CalibratedQuantizer, weights: Tensor | None
+) -> dict[QuantSpec, GgufMatrix]:
+    """The embedding in the menu's types of GGUF, with the codes that are nearest on weighted grids."""
+    found: dict[QuantSpec, GgufMatrix] = {}
+    for kind, specs in gguf_types_of(menu, matrix.shape[1]).items():
+        if weights is None or not isinstance(quantizer, CalibratedQuantizer):
+            raise InputError(
+                f"quantizer {quantizer.name!r} finds no codes of {kind.name}; take {', '.join(CALIBRATED)}"
+            )
+        blocks = torch.cat([nearest_matrix(block, weights, kind).blocks for _, block in matrix.blocks(1)])
+        found |= dict.fromkeys(specs, GgufMatrix(kind, matrix.shape, blocks))
+    return found
+
+
+def quantize_rows(matrix: StoredMatrix, grid: EncodedMatrix) -> dict[str, Tensor]:
     """The stored tensors of an embedding on its grid, by name; its codes are held whole, a byte each."""
+    if isinstance(grid, GgufMatrix):
+        return {BLOCKS_TENSOR: grid.blocks}
     rows, columns = matrix.shape
     codes = torch.empty(rows * columns // grid.spec.group_size, grid.spec.group_size, dtype=torch.uint8)
     scale, zero = grid.decode()
@@ -207,8 +230,12 @@ def quantize_rows(matrix: StoredMatrix, grid: Grid) -> dict[str, Tensor]:
     return {"codes": pack(codes, grid.spec.bits), **grid.to_tensors()}
 
 
-def row_errors(matrix: StoredMatrix, grid: Grid) -> Iterator[tuple[slice, Tensor, Tensor]]:
+def row_errors(matrix: StoredMatrix, grid: EncodedMatrix) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Blocks of rows: their numbers, their weights and their errors Ŵ − W, float32 [rows, hidden]."""
+    if isinstance(grid, GgufMatrix):
+        for of_block, block in matrix.blocks(1):
+            yield of_block, block, grid.dequantize(of_block).sub_(block)
+        return
     columns, group_size = matrix.shape[1], grid.spec.group_size
     scale, zero = grid.decode()
     for of_block, block in matrix.blocks(_whole_groups([grid.spec], columns)):
@@ -218,19 +245,19 @@ def row_errors(matrix: StoredMatrix, grid: Grid) -> Iterator[tuple[slice, Tensor
         yield of_block, block, rounded.sub_(block)
 
 
-def frobenius_row(module: ModuleInfo, matrix: StoredMatrix, grid: Grid) -> Row:
+def frobenius_row(module: ModuleInfo, matrix: StoredMatrix, spec: QuantSpec, grid: EncodedMatrix) -> Row:
     """Row of `lmq.measurement.frobenius.FROBENIUS_SCHEMA` for an embedding on a grid."""
     squares = torch.zeros(2, dtype=torch.float64)
     for _, weight, error in row_errors(matrix, grid):
         squares += torch.stack([part.square().sum(dtype=torch.float64) for part in (error, weight)])
     error_norm, norm = squares.sqrt().tolist()
-    return cost_row(module, grid.spec, frobenius_error=error_norm, frobenius_norm=norm)
+    return cost_row(module, spec, frobenius_error=error_norm, frobenius_norm=norm)
 
 
 def fisher_rows(
     module: ModuleInfo,
     matrix: StoredMatrix,
-    grids: Mapping[QuantSpec, Grid],
+    grids: Mapping[QuantSpec, EncodedMatrix],
     *,
     sample: HeadSample | None,
     token_ids: Tensor,

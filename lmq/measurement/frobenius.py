@@ -8,6 +8,7 @@ import pyarrow as pa
 import torch
 
 from lmq.formats import Format
+from lmq.formats.coded_grid import EncodedMatrix
 from lmq.formats.groups import Grid, group_blocks, nearest_codes, to_groups
 from lmq.measurement.base import Cost, CostColumn, cost_schema
 
@@ -25,12 +26,12 @@ def frobenius_norm(weight: torch.Tensor) -> float:
     return sum(_square_sum(block) for block in blocks) ** 0.5
 
 
-def frobenius_errors(weight: torch.Tensor, rounded_to: Sequence[Grid | Format]) -> list[float]:
+def frobenius_errors(weight: torch.Tensor, rounded_to: Sequence[EncodedMatrix | Format]) -> list[float]:
     """‖W − Ŵ‖_F of each grid, Ŵ being what the checkpoint will hold, or of a format; accumulated in float64."""
     return [_frobenius_error(weight, item) for item in rounded_to]
 
 
-def _frobenius_error(weight: torch.Tensor, rounded_to: Grid | Format) -> float:
+def _frobenius_error(weight: torch.Tensor, rounded_to: EncodedMatrix | Format) -> float:
     if type(rounded_to) is Grid:  # codes of a CodedGrid are not the nearest ones
         return _grid_error(weight, rounded_to)
     return frobenius_norm(rounded_to.round_trip(weight) - weight.detach())

@@ -13,18 +13,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lmq.errors import DamagedFile, InputError
-from lmq.formats.coded_grid import CODES_TENSOR, CodedGrid
+from lmq.formats.coded_grid import CODES_TENSOR, CodedGrid, EncodedMatrix
+from lmq.formats.gguf_types import BLOCKS_TENSOR, GGUF_TYPES, GgufMatrix
 from lmq.formats.groups import GRID_TENSORS, Grid, encode
 from lmq.formats.spec import QuantSpec
 from lmq.measurement.upper_triangle import UpperTriangle
 from lmq.model.structure import ModuleId
 from lmq.numerics import require_finite
-from lmq.quantizers import CalibratedQuantizer, Quantizer
+from lmq.quantizers import CALIBRATED, CalibratedQuantizer, Quantizer
 
 Allocation = Mapping[ModuleId, QuantSpec]
 """Configuration of every module."""
 
-LayerGrids = Mapping[ModuleId, Mapping[QuantSpec, Grid]]
+LayerGrids = Mapping[ModuleId, Mapping[QuantSpec, EncodedMatrix]]
 
 _METADATA_KEY = "lmq.grids"
 _FORMAT_VERSION = 1
@@ -34,7 +35,7 @@ _WEIGHTS_AT_ONCE = 1 << 26
 
 def fit_grids(
     weight: torch.Tensor, menu: Iterable[QuantSpec], quantizer: Quantizer, name: str = "the weight"
-) -> dict[QuantSpec, Grid]:
+) -> dict[QuantSpec, EncodedMatrix]:
     """The stored grid of `weight` [out_features, in_features] for each configuration.
 
     Raises NotFiniteError for a weight with NaN or infinity, InputError for a configuration whose group size
@@ -44,6 +45,8 @@ def fit_grids(
     _require_quantizable(weight, menu, name)
     if isinstance(quantizer, CalibratedQuantizer):
         raise InputError(f"quantizer {quantizer.name!r} needs second moments; give them to quantize_modules")
+    if types := [spec.name for spec in menu if spec.gguf is not None]:
+        raise InputError(f"quantizer {quantizer.name!r} finds no codes of {types[0]}; take {', '.join(CALIBRATED)}")
     return {
         spec: encode(weight, *quantizer.fit(weight, spec), spec, quantizer.axis, integer_zeros=quantizer.integer_zeros)
         for spec in menu
@@ -55,7 +58,7 @@ def quantize_modules(
     menu: Sequence[QuantSpec],
     quantizer: Quantizer,
     moments: Mapping[ModuleId, UpperTriangle] | None = None,
-) -> dict[ModuleId, dict[QuantSpec, Grid]]:
+) -> dict[ModuleId, dict[QuantSpec, EncodedMatrix]]:
     """Grids of a layer's modules for each configuration, with their codes where the quantizer chooses them.
 
     `weights` are [out_features, in_features], `moments` those of each module's inputs, for calibrated quantizers,
@@ -69,7 +72,7 @@ def quantize_modules(
             f"quantizer {quantizer.name!r} needs second moments of every module's inputs: measure them "
             "(lmq.measurement.quantizer_moments), or take hqq or rtn, which look at weights alone"
         )
-    found: dict[ModuleId, dict[QuantSpec, Grid]] = {}
+    found: dict[ModuleId, dict[QuantSpec, EncodedMatrix]] = {}
     for modules in _alike(weights):
         for module in modules:
             _require_quantizable(weights[module], menu, str(module))
@@ -84,7 +87,7 @@ def quantize_modules(
 def _require_quantizable(weight: torch.Tensor, menu: Iterable[QuantSpec], name: str) -> None:
     require_finite(weight, name)
     for spec in menu:
-        spec.groups(weight.numel())
+        spec.size_bytes(weight.numel(), weight.shape[1])
 
 
 def _alike(weights: Mapping[ModuleId, torch.Tensor]) -> Iterator[list[ModuleId]]:
@@ -104,32 +107,47 @@ def save_grids(path: Path, grids: LayerGrids) -> None:
     for module in sorted(grids):
         for spec in sorted(grids[module]):
             grid = grids[module][spec]
-            key = f"{module.layer}.{module.kind}.{spec}m{spec.meta_group_size}"
+            # what several configurations become is stored once
+            stored_as = grid.kind.name if isinstance(grid, GgufMatrix) else f"{spec}m{spec.meta_group_size}"
+            key = f"{module.layer}.{module.kind}.{stored_as}"
             entries.append({"key": key, "module": asdict(module), "spec": asdict(spec), **_grid_layout(grid)})
-            stored = grid.coded_tensors() if isinstance(grid, CodedGrid) else grid.to_tensors()
+            stored = _tensors_of(grid)
             tensors |= {f"{key}.{name}": tensor.cpu().contiguous() for name, tensor in stored.items()}
     header = json.dumps({"format_version": _FORMAT_VERSION, "grids": entries}, sort_keys=True)
     save_file(tensors, path, metadata={_METADATA_KEY: header})
 
 
-def _grid_layout(grid: Grid) -> dict[str, Any]:
+def _tensors_of(matrix: EncodedMatrix) -> dict[str, torch.Tensor]:
+    if isinstance(matrix, GgufMatrix):
+        return {BLOCKS_TENSOR: matrix.blocks}
+    return matrix.coded_tensors() if isinstance(matrix, CodedGrid) else matrix.to_tensors()
+
+
+def _grid_layout(grid: EncodedMatrix) -> dict[str, Any]:
+    if isinstance(grid, GgufMatrix):
+        return {"shape": list(grid.shape), "type": grid.kind.name}
     layout = {"shape": list(grid.shape), "axis": grid.axis}
     return {**layout, "coded": True} if isinstance(grid, CodedGrid) else layout
 
 
-def load_grids(path: Path) -> dict[ModuleId, dict[QuantSpec, Grid]]:
+def load_grids(path: Path) -> dict[ModuleId, dict[QuantSpec, EncodedMatrix]]:
     """Read what `save_grids` wrote. Raises DamagedFile if it cannot be read."""
-    grids: dict[ModuleId, dict[QuantSpec, Grid]] = {}
+    grids: dict[ModuleId, dict[QuantSpec, EncodedMatrix]] = {}
     try:
         with safe_open(path, "pt") as file:
             for entry in json.loads(file.metadata()[_METADATA_KEY])["grids"]:
-                tensors = {name: file.get_tensor(f"{entry['key']}.{name}") for name in GRID_TENSORS}
                 spec = QuantSpec(**entry["spec"])
                 shape = (entry["shape"][0], entry["shape"][1])
+                by_spec = grids.setdefault(ModuleId(**entry["module"]), {})
+                if "type" in entry:
+                    blocks = file.get_tensor(f"{entry['key']}.{BLOCKS_TENSOR}")
+                    by_spec[spec] = GgufMatrix(GGUF_TYPES[entry["type"]], shape, blocks)
+                    continue
+                tensors = {name: file.get_tensor(f"{entry['key']}.{name}") for name in GRID_TENSORS}
                 grid = Grid.from_tensors(tensors, spec, shape, entry["axis"])
                 if "coded" in entry:
                     grid = CodedGrid.from_grid(grid, file.get_tensor(f"{entry['key']}.{CODES_TENSOR}"))
-                grids.setdefault(ModuleId(**entry["module"]), {})[spec] = grid
+                by_spec[spec] = grid
     except (SafetensorError, InputError, OSError, KeyError, TypeError, ValueError) as error:
         raise DamagedFile(
             f"{path} is not a readable file of grids: {error}; remove it, it will be made again"

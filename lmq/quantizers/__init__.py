@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from lmq.errors import InputError, unknown_name
-from lmq.formats.groups import Grid
+from lmq.formats.coded_grid import EncodedMatrix
 from lmq.formats.spec import QuantSpec
 from lmq.quantizers.fisher_gptq import FisherGptq
 from lmq.quantizers.gptq import Gptq
@@ -67,8 +67,8 @@ class CalibratedQuantizer(_Quantizer, Protocol):
 
     def quantize(
         self, weights: torch.Tensor, moments: torch.Tensor, menu: Sequence[QuantSpec]
-    ) -> list[dict[QuantSpec, Grid]]:
-        """Grid of every matrix for every configuration, a `CodedGrid` where codes are not the nearest ones.
+    ) -> list[dict[QuantSpec, EncodedMatrix]]:
+        """Every matrix in every configuration, with its codes where these are not the nearest ones.
 
         `weights` [matrices, out_features, in_features], `moments` [matrices, in_features, in_features] of their inputs.
         """
@@ -86,6 +86,9 @@ QUANTIZERS: Mapping[str, type[Quantizer]] = {
     "fisher-gptq": FisherGptq,
     "hqq-package": HqqPackage,
 }
+
+CALIBRATED = tuple(name for name, each in QUANTIZERS.items() if hasattr(each, "quantize"))
+"""Names of those that look at second moments; they find codes of GGUF's types too."""
 
 
 def quantizer(name: str, **options: Any) -> Quantizer:

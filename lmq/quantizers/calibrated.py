@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lmq.errors import InputError
+from lmq.formats.coded_grid import EncodedMatrix
 from lmq.formats.gguf_types import GgufMatrix, GgufType
 from lmq.formats.groups import Grid, encode, require_axis, to_groups
 from lmq.formats.spec import QuantSpec
@@ -25,9 +26,6 @@ from lmq.quantizers.error_feedback import (
 from lmq.quantizers.gguf_fit import fit_type, steps_of
 from lmq.quantizers.integer_zeros import refit_scale, whole_zeros
 from lmq.quantizers.weighted_grid import fit_weighted
-
-StoredMatrix = Grid | GgufMatrix
-"""A matrix in one configuration, as a checkpoint stores it; nearest codes are left out."""
 
 _WEIGHTS_AT_ONCE, _WEIGHTS_AT_ONCE_ON_GPU = 1 << 26, 1 << 28
 """Weights of all matrices and configurations that are rounded together."""
@@ -92,31 +90,31 @@ class ErrorFeedback:
 
     def quantize(
         self, weights: Tensor, moments: Tensor, menu: Sequence[QuantSpec]
-    ) -> list[dict[QuantSpec, StoredMatrix]]:
+    ) -> list[dict[QuantSpec, EncodedMatrix]]:
         """Grid and codes of every matrix for every configuration.
 
         `weights` [matrices, out_features, in_features], `moments` [matrices, in_features, in_features]. Raises
         InputError for a type of GGUF that the rows do not fit, or along another axis.
         """
         feedbacks = [feedback_of(matrix, damping=self.damping, order=self.order) for matrix in moments]
-        found: list[dict[QuantSpec, StoredMatrix]] = [{} for _ in weights]
+        found: list[dict[QuantSpec, EncodedMatrix]] = [{} for _ in weights]
         limit = _WEIGHTS_AT_ONCE_ON_GPU if weights.is_cuda else _WEIGHTS_AT_ONCE
         at_once = max(1, limit // weights[0].numel())
         for kind, specs in gguf_types_of(menu, weights.shape[2], self.axis).items():
             for start in range(0, len(weights), at_once):
-                numbers = slice(start, start + at_once)
-                matrices = self._gguf_matrices(weights[numbers], moments[numbers], kind, feedbacks[numbers])
-                for by_spec, matrix in zip(found[numbers], matrices, strict=True):
+                some = slice(start, start + at_once)
+                matrices = self._gguf_matrices(weights[some], moments[some], kind, feedbacks[some])
+                for by_spec, matrix in zip(found[some], matrices, strict=True):
                     by_spec |= dict.fromkeys(specs, matrix)
-        grids = [spec for spec in menu if spec.gguf is None]
-        for group_size in sorted({spec.group_size for spec in grids}):
-            alike = [spec for spec in grids if spec.group_size == group_size]
+        own = [spec for spec in menu if spec.gguf is None]
+        for group_size in sorted({spec.group_size for spec in own}):
+            alike = [spec for spec in own if spec.group_size == group_size]
             pairs = [(number, spec) for number in range(len(weights)) for spec in alike]
             for start in range(0, len(pairs), at_once):
                 together = pairs[start : start + at_once]
                 numbers = [number for number, _ in together]
-                grids = [self._grid(weights[number], moments[number], spec) for number, spec in together]
-                coded = round_with_feedback(weights[numbers], grids, [feedbacks[number] for number in numbers])
+                fitted = [self._grid(weights[number], moments[number], spec) for number, spec in together]
+                coded = round_with_feedback(weights[numbers], fitted, [feedbacks[number] for number in numbers])
                 if self.sweeps:
                     damped = torch.stack([damped_moments(moments[number], self.damping) for number in numbers])
                     coded = descend(

@@ -180,7 +180,7 @@ def _fit_blocks(blocks: _Blocks) -> _Stored:
 def _free_minimum(blocks: _Blocks) -> tuple[Tensor, Tensor]:
     """Scale ≥ 0 and minimum [blocks, groups] of every group by itself; no minimum below 0 where none can be stored."""
     kind, shape = blocks.kind, blocks.weights.shape[:2]
-    weights, importance = (each.view(-1, kind.group_size) for each in (blocks.weights, blocks.importance))
+    weights, importance = (each.reshape(-1, kind.group_size) for each in (blocks.weights, blocks.importance))
     scale, zero = fit_groups(weights, importance, kind.bits, clips=_RANGE_CLIPS)
     low, high = weights.amin(1), weights.amax(1)
     constant, top = low == high, kind.levels[-1]

@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from lmq.formats.coded_grid import EncodedMatrix
 from lmq.formats.groups import require_axis
 from lmq.formats.spec import QuantSpec
-from lmq.quantizers.calibrated import StoredMatrix, fitted_grid, gguf_types_of
+from lmq.quantizers.calibrated import fitted_grid, gguf_types_of
 from lmq.quantizers.gguf_fit import nearest_matrix
 
 
@@ -28,16 +29,16 @@ class Weighted:
 
     def quantize(
         self, weights: Tensor, moments: Tensor, menu: Sequence[QuantSpec]
-    ) -> list[dict[QuantSpec, StoredMatrix]]:
+    ) -> list[dict[QuantSpec, EncodedMatrix]]:
         """The grid of every matrix for every configuration.
 
         `weights` [matrices, out_features, in_features], `moments` [matrices, in_features, in_features].
         """
         types = gguf_types_of(menu, weights.shape[2], self.axis)
-        found: list[dict[QuantSpec, StoredMatrix]] = []
+        found: list[dict[QuantSpec, EncodedMatrix]] = []
         for weight, matrix in zip(weights, moments, strict=True):
             importance = matrix.diagonal()
-            by_spec: dict[QuantSpec, StoredMatrix] = {
+            by_spec: dict[QuantSpec, EncodedMatrix] = {
                 spec: fitted_grid(weight, importance, spec, self.axis, integer_zeros=self.integer_zeros)
                 for spec in menu
                 if spec.gguf is None

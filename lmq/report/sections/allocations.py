@@ -49,7 +49,7 @@ def _model_part(model: ModelReport, data: ReportData, *, named: bool) -> str:
 
 
 def _as_specs(rows: Rows) -> dict[ModuleId, QuantSpec]:
-    return {ModuleId(row["layer"], row["kind"]): QuantSpec(row["bits"], row["group_size"]) for row in rows}
+    return {ModuleId(row["layer"], row["kind"]): QuantSpec.from_row(row) for row in rows}
 
 
 def _bits(spec: QuantSpec) -> float:

@@ -183,7 +183,7 @@ def _costliest(model: ModelReport, name: str) -> str:
 
 def _by_module(rows: Sequence[Mapping[str, object]]) -> dict[ModuleId, QuantSpec]:
     return {
-        ModuleId(row["layer"], row["kind"]): QuantSpec(row["bits"], row["group_size"])  # type: ignore[arg-type]
+        ModuleId(row["layer"], row["kind"]): QuantSpec.from_row(row)  # type: ignore[arg-type]
         for row in rows
     }
 

@@ -69,7 +69,7 @@ def _grid(first: Figure, panels: Sequence[Figure]) -> str:
 
 def _allocation(model: ModelReport, label: str) -> str:
     rows = model.allocations[label]
-    specs = {ModuleId(row["layer"], row["kind"]): QuantSpec(row["bits"], row["group_size"]) for row in rows}
+    specs = {ModuleId(row["layer"], row["kind"]): QuantSpec.from_row(row) for row in rows}
     scale = sorted(set(specs.values()), key=lambda spec: spec.bits_per_weight)
     figure = allocation_map(
         specs,

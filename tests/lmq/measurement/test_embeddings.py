@@ -172,7 +172,7 @@ def test_rows_are_fitted_and_stored_as_the_whole_matrix_is(name: str, tiny_llama
         assert all(torch.equal(stored[key], whole[key]) for key in whole)
         errors = torch.cat([error for _, _, error in row_errors(matrix, grid)])
         assert torch.equal(errors, expected.round_trip(weight) - weight)
-        row = frobenius_row(module, matrix, grid)
+        row = frobenius_row(module, matrix, spec, grid)
         assert row["frobenius_error"] == pytest.approx(frobenius_errors(weight, [expected])[0])
         assert row["size_bytes"] == sum(tensor.numel() * tensor.element_size() for tensor in stored.values())
 
