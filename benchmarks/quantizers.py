@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from benchmarks.llama_cpp_codes import LlamaCpp
 from lmq.allocation.error_table import ErrorTable
 from lmq.allocation.strategies import Measurements, strategy
 from lmq.checkpoint.polish import Polish, PolishSchedule
@@ -75,7 +76,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--uniform", default="b3g64,b4g64", help="for all matrices (default b3g64,b4g64)")
     parser.add_argument("--menu", default="", help="what plans choose from (default: what is measured uniform)")
     names = [name for name in QUANTIZERS if name != "hqq-package"]
-    parser.add_argument("--quantizers", default=",".join(names), help=f"default {','.join(names)}")
+    parser.add_argument("--quantizers", default=",".join(names), help=f"default {','.join(names)}; llama.cpp too")
     parser.add_argument("--budgets", default="", help="bits per weight of plans, as in 3.254,4.254")
     parser.add_argument("--polish", type=int, default=0, help="steps of polish after that (default 0)")
     parser.add_argument("--device", default="cpu")
@@ -149,11 +150,15 @@ def _measure(
         weights = {module.id: by_kind[module.id.kind].to(model.device) for module in model.structure.in_layer(layer)}
         fisher = {module: fisher_moments_of(traces[module.kind]) for module in weights}
         for name, folder in folders.items():
-            grids = _quantize(weights, menu, quantizer(name), traces, fisher)
+            grids = _quantize(weights, menu, _quantizer(name), traces, fisher)
             save_grids(folder / f"{layer}.safetensors", grids)
             rows[name] += _costs(model, weights, grids, traces, fisher)
     for name, folder in folders.items():
         (folder / COSTS_FILE).write_text(json.dumps(rows[name]))
+
+
+def _quantizer(name: str) -> Quantizer:
+    return LlamaCpp() if name == LlamaCpp.name else quantizer(name)
 
 
 def _quantize(
@@ -210,7 +215,7 @@ def _plan(model: StreamedModel, folder: Path, menu: Sequence[QuantSpec], bits: f
 
 
 def _spec(row: Mapping[str, Any]) -> QuantSpec:
-    return QuantSpec(row["bits"], row["group_size"])
+    return QuantSpec.from_row(row)
 
 
 def _read(tokenizer: AutoTokenizer, path: Path, rows: int, length: int, bos: int | None) -> Tensor:
@@ -237,7 +242,7 @@ def _polished(
 
 def _bits(model: StreamedModel, allocation: Allocation) -> float:
     modules = model.structure.modules
-    size_bytes = sum(allocation[module.id].size_bytes(module.parameters) for module in modules)
+    size_bytes = sum(allocation[module.id].size_bytes(module.parameters, module.in_features) for module in modules)
     return 8 * size_bytes / sum(module.parameters for module in modules)
 
 

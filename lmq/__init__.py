@@ -73,6 +73,7 @@ def quantize(
     context: str | None = None,
     output: str | PathLike[str] | None = None,
     effort: str = "normal",
+    target: str | None = None,
     store: str = "store",
 ) -> Path:
     """Make a smaller checkpoint of a model, and return its path: what `lmq quantize` does, as a run that can go on.
@@ -83,6 +84,7 @@ def quantize(
     "400MB", with embedding and head quantized, or `bits` per weight of the matrices in its blocks, or the `plan` of a
     run (its directory, name or allocation-*.csv) of a model of the same structure, or `fit_gpu` the memory of a GPU, as
     in "24GB", that is to hold it beside the cache of `context` tokens, as in "32k"; `effort` quick, normal or best.
+    With a `target`, llama.cpp or vllm, plans are over what it holds, and the path is an export for it.
     `output` is named after model and size where it is not given. What is measured is kept in `store`, and the report in
     `runs/`. Raises InputError for what cannot be made, such as a size below the smallest, which it names.
     """
@@ -98,6 +100,7 @@ def quantize(
         context=context,
         output=where,
         effort=effort,
+        target=target,
         store=store,
     )
     made: Path = one_model.reach_in_notebook(goal)

@@ -29,6 +29,7 @@ _EXTRAS = {
     "lora": "LoRA on top of packed layers",
     "tasks": "zero-shot tasks of lm-eval",
     "vllm": "exports for vLLM, and reading them",
+    "llama": "llama.cpp itself, to compare GGUF files with in tests and benchmarks",
     "dask": "runs on workers of Dask",
     "ray": "runs on workers of Ray",
     "s3": "a store on S3",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from lmq.allocation.targets import TARGETS
 from lmq_flows.cli.arguments import add_model, add_store
 from lmq_flows.cli.terminal import console, say
 
@@ -42,7 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--context", metavar="TOKENS", help="tokens at once for --fit-gpu, as in 32k")
     parser.add_argument(
-        "-o", "--output", type=Path, metavar="DIR", help="directory to write (default: named after model and size)"
+        "-o",
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="directory to write, or .gguf file for llama.cpp (default: named after model and size)",
     )
     parser.add_argument(
         "--effort",
@@ -53,6 +58,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--yes", action="store_true", help=f"do not ask before what takes more than {_ASK_ABOVE_MINUTES} minutes"
+    )
+    parser.add_argument(
+        "--for",
+        dest="target",
+        metavar="ENGINE",
+        help=f"plan over what an engine holds and write what it opens: {', '.join(TARGETS)}. llama.cpp: a .gguf file, "
+        "with embedding and head quantized, which --bits counts too",
     )
     add_store(parser)
     parser.set_defaults(command=quantize_command)
@@ -71,6 +83,7 @@ def quantize_command(arguments: argparse.Namespace) -> int:
         context=arguments.context,
         output=arguments.output,
         effort=arguments.effort,
+        target=arguments.target,
         store=arguments.store,
     )
     prepared = prepare_goal(goal)
@@ -80,7 +93,7 @@ def quantize_command(arguments: argparse.Namespace) -> int:
     _print_result(made, prepared)
     _print_samples(made, prepared)
     say(f"\nreport  {prepared.config.run_dir / 'report.html'}\nuse it with\n")
-    say(_usage(made.path))
+    say(_usage(made.path, prepared.goal.target))
     return 0
 
 
@@ -143,7 +156,7 @@ def _print_samples(made: MadeModel, prepared: PreparedGoal) -> None:
     """What both models write on from the same words."""
     from lmq_flows.run.samples import PROMPT, samples
 
-    written = samples([prepared.model_dir, made.path])
+    written = samples([prepared.model_dir, made.checkpoint])
     if written is None:
         say("no samples: both models are not sure to fit this machine's free memory")
         return
@@ -152,8 +165,10 @@ def _print_samples(made: MadeModel, prepared: PreparedGoal) -> None:
         say(f"  {name:<15} {text!r}")
 
 
-def _usage(path: Path) -> str:
-    """Three lines of Python."""
+def _usage(path: Path, target: str | None) -> str:
+    """Three lines of Python, or what the target is started with."""
+    if target is not None:
+        return {"llama.cpp": f"llama-cli -m {path}", "vllm": f"vllm serve {path}"}[target]
     return (
         "import lmq; from transformers import AutoModelForCausalLM, AutoTokenizer\n"
         f'model, tokenizer = lmq.load("{path}"), AutoTokenizer.from_pretrained("{path}")\n'

@@ -6,14 +6,18 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from lmq.allocation.budget import Budget, LayoutRange
+from lmq.allocation.targets import Target, target_named
 from lmq.errors import InputError, LmqError, UnsupportedModel, unknown_name
-from lmq.formats.spec import STOPS
+from lmq.export.check import export_checked
+from lmq.export.source import QuantizedCheckpoint
+from lmq.formats.spec import STOPS, QuantSpec
 from lmq.model.companions import companion_files
 from lmq.model.directory import complete_directory
 from lmq.model.memory import activation_bytes, cache_of
@@ -67,7 +71,8 @@ class Goal:
     are those of the matrices in the blocks; `plan` is the file or run of `lmq_flows.run.given_plan.read_plan`;
     `fit_gpu` is the memory of a GPU, as in "24GB", that is to hold the checkpoint, as small as a `size`, the cache of
     `context` tokens, as in 32k, and the activations. Exactly one of them is given.
-    `output` None: a directory named after both, here.
+    `output` None: a directory named after both, here. `target` is one of `lmq.allocation.targets`: what is planned is
+    what it holds, and the output is an export for it; where it takes quantized embeddings, `bits` count them too.
     """
 
     model: str
@@ -78,6 +83,7 @@ class Goal:
     context: str | None = None
     output: Path | None = None
     effort: str = "normal"
+    target: str | None = None
     store: str = "store"
     runs_dir: str = "runs"
 
@@ -93,6 +99,8 @@ class Goal:
             )
         if self.effort not in EFFORTS:
             raise unknown_name("effort", self.effort, EFFORTS)
+        if self.engine is not None and self.engine.types and self.directory.suffix != ".gguf":
+            raise InputError(f"{self.engine.name} opens one file; name it as in {self.title}.gguf, not {self.output}")
         for size in (self.size, self.fit_gpu):
             if size is not None and Budget.parse(size).size_bytes is None:
                 raise InputError(f"the size {size!r} is not a number of bytes; write it as in 400MB, 1.2GB or 900MiB")
@@ -101,13 +109,22 @@ class Goal:
             raise InputError(f"{self.directory} exists already; remove it, or choose another place")
 
     @property
+    def engine(self) -> Target | None:
+        """The target. Raises InputError for an unknown one."""
+        return None if self.target is None else target_named(self.target)
+
+    @property
     def name(self) -> str:
         """Short name of the model."""
         return slug(Path(self.model.partition("@")[0]).stem) or "model"
 
     @property
     def title(self) -> str:
-        """`smollm2-400mb`: the model and how small."""
+        """`smollm2-400mb`: the model and how small, and what for."""
+        return self._how_small if self.target is None else f"{self._how_small}-for-{slug(self.target)}"
+
+    @property
+    def _how_small(self) -> str:
         if self.plan is not None:
             return slug(f"{self.name}-by-{Path(self.plan).stem}")
         if self.fit_gpu is not None:
@@ -117,7 +134,9 @@ class Goal:
     @property
     def directory(self) -> Path:
         """Where the checkpoint goes."""
-        return self.output if self.output is not None else Path(self.title)
+        if self.output is not None:
+            return self.output
+        return Path(f"{self.title}.gguf" if self.engine is not None and self.engine.types else self.title)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,10 +160,12 @@ class PreparedGoal:
 class MadeModel:
     """A checkpoint with how it was judged, beside full precision and uniform bits of the same size.
 
+    `checkpoint` is that of the run; `path` is a copy of it, or the export for a target.
     `uniform` is None where no one configuration for all matrices is that small.
     """
 
     path: Path
+    checkpoint: Path
     size_bytes: int
     result: VariantResult
     full_precision: VariantResult
@@ -176,11 +197,17 @@ def prepare_goal(goal: Goal) -> PreparedGoal:
     effort = EFFORTS[goal.effort]
     plan = None if goal.plan is None else read_plan(goal.plan, goal.runs_dir)
     dtype = "float16" if goal.model.endswith(".gguf") else "exact"
+    engine = goal.engine
     of_all = goal.size is not None or goal.fit_gpu is not None
-    around = of_all or (plan is not None and plan.has_embeddings)
+    around = (
+        of_all or (plan is not None and plan.has_embeddings)
+        if engine is None or plan is not None
+        else engine.embeddings
+    )
     inspected = _inspect(goal, dtype, embeddings=around)
     beside_bytes = _beside_bytes(inspected)
-    sizes = LayoutRange.of(inspected.structure.quantized, STOPS, "paper")
+    known = STOPS if engine is None else engine.usual_menu(inspected.structure.quantized)
+    sizes = LayoutRange.of(inspected.structure.quantized, known, "paper")
     menu = set(sizes.uniform_bytes)
     gpu = _gpu_shares(goal, inspected)
     if plan is None:
@@ -204,7 +231,8 @@ def prepare_goal(goal: Goal) -> PreparedGoal:
                 "label_draws": effort.label_draws,
             },
             "constraints": {"fixed": plan.fixed} if plan is not None else {},
-            "polish": {"steps": effort.polish_steps} if effort.polish_steps else None,
+            "target": goal.target,
+            "polish": {"steps": effort.polish_steps} if effort.polish_steps and not _has_types(menu) else None,
             "store": goal.store,
             "runs_dir": goal.runs_dir,
             "runner": {"workers": 2, "threads_per_worker": max(1, (os.cpu_count() or 1) // 2)},
@@ -220,6 +248,18 @@ def prepare_goal(goal: Goal) -> PreparedGoal:
         beside_bytes=beside_bytes,
         gpu=gpu,
     )
+
+
+def _has_types(menu: Iterable[QuantSpec]) -> bool:
+    """Whether grids of a type of GGUF are among them, which polish does not tune."""
+    return any(spec.gguf is not None for spec in menu)
+
+
+def _export(checkpoint: Path, path: Path, format_name: str) -> None:
+    """Write an export and compare it with the checkpoint. Raises LmqError where it is not the same."""
+    report, check = export_checked(QuantizedCheckpoint(checkpoint), path, format_name, {})
+    if not check.passed:
+        raise LmqError(f"{report.path} is not what {checkpoint} computes: {'; '.join(check.failures)}")
 
 
 def _gpu_shares(goal: Goal, inspected: InspectedModel) -> tuple[tuple[str, int], ...]:
@@ -344,13 +384,19 @@ def reach_goal(prepared: PreparedGoal) -> MadeModel:
     full_precision = full_precision_of(goal.name, results)
     if chosen.error or chosen.checkpoint is None or full_precision is None:
         raise LmqError(chosen.error or f"no checkpoint came of the run; see {config.run_dir / 'report.html'}")
-    with complete_directory(goal.directory) as directory:
-        shutil.copytree(config.run_dir / chosen.checkpoint, directory, dirs_exist_ok=True)
-        for path in directory.iterdir():
-            path.chmod(0o644)
+    checkpoint = config.run_dir / chosen.checkpoint
+    if goal.engine is not None:
+        _export(checkpoint, goal.directory, goal.engine.export)
+    else:
+        with complete_directory(goal.directory) as directory:
+            shutil.copytree(checkpoint, directory, dirs_exist_ok=True)
+            for path in directory.iterdir():
+                path.chmod(0o644)
+    files = [goal.directory, *goal.directory.rglob("*")]
     return MadeModel(
         path=goal.directory,
-        size_bytes=sum(path.stat().st_size for path in goal.directory.rglob("*") if path.is_file()),
+        checkpoint=checkpoint,
+        size_bytes=sum(path.stat().st_size for path in files if path.is_file()),
         result=chosen,
         full_precision=full_precision,
         uniform=next((item for item in results if item.strategy == UNIFORM and not item.error), None),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from lmq.errors import InputError, unknown_name
 from lmq.formats.gguf_types import GGUF_TYPES, SMALL_BLOCK
-from lmq.formats.spec import QuantSpec
+from lmq.formats.spec import STOPS, QuantSpec
 from lmq.model.structure import EMBEDDINGS, ModuleInfo, layer_ranges
 
 _IN_LAYER = re.compile(r"(?:.*\.)?(\d+)\.(.+)")
@@ -24,7 +24,7 @@ class Target:
 
     bits, group_sizes: any of one with any of the other. Groups run along in_features and do not straddle rows.
     types: those of GGUF, in the place of both, and of them `menu` is what a run chooses from that names no menu.
-    embeddings: whether input embedding and output head may be quantized.
+    embeddings: whether input embedding and output head may be quantized. export: the format of `lmq export`.
     alike: kinds that the engine holds in one matrix, and so in one configuration; presets of
     `lmq.allocation.constraints`. integer_zeros: zeros are whole numbers, as `lmq.quantizers.integer_zeros` fits them.
     out_features_multiple: what the rows of every matrix must be a multiple of.
@@ -32,6 +32,7 @@ class Target:
 
     name: str
     description: str
+    export: str
     bits: tuple[int, ...] = ()
     group_sizes: tuple[int, ...] = ()
     types: tuple[str, ...] = ()
@@ -67,6 +68,14 @@ class Target:
             return tuple(QuantSpec.parse(name) for name in self.types)
         return tuple(QuantSpec(bits, size) for bits in self.bits for size in sorted(self.group_sizes, reverse=True))
 
+    def usual_menu(self, modules: Sequence[ModuleInfo]) -> tuple[QuantSpec, ...]:
+        """What plans for it choose from: its own menu, or the standard configurations that it holds for every module.
+
+        Raises InputError where it holds none.
+        """
+        own = tuple(QuantSpec.parse(name) for name in self.menu)
+        return restrict_menu(own or STOPS, self, modules)
+
 
 TARGETS: Mapping[str, Target] = {
     each.name: each
@@ -74,6 +83,7 @@ TARGETS: Mapping[str, Target] = {
         Target(
             name="vllm",
             description="vLLM and SGLang through compressed-tensors: the weight-only kernels of Marlin",
+            export="compressed-tensors",
             bits=(4, 8),
             group_sizes=(32, 64, 128),
             alike=("qkv", "gate-up"),
@@ -83,6 +93,7 @@ TARGETS: Mapping[str, Target] = {
         Target(
             name="llama.cpp",
             description="llama.cpp and the programs built on it, by GGUF files",
+            export="gguf",
             types=tuple(GGUF_TYPES),
             menu=("q2_k", "q3_k", "iq4_xs", "q4_k", "q4_1", "q5_k", "q6_k", "q8_0"),
             embeddings=True,

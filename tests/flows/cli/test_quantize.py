@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import itertools
+import math
 import os
 import pickle
 import re
@@ -12,6 +13,7 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from prefect.settings import PREFECT_API_URL
@@ -20,6 +22,7 @@ from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
 
 import lmq
 from lmq.checkpoint.write import quantized_bytes, read_quantization_config
+from lmq.export.source import QuantizedCheckpoint
 from lmq.formats.packed_layer import QuantizedEmbedding
 from lmq.formats.spec import QuantSpec
 from lmq.model.discovery import discover
@@ -113,6 +116,35 @@ def test_the_same_line_after_control_c_goes_on(runner: Runner, tiny_llama, tmp_p
     runner.start(*line, place=tmp_path).finish()
     assert {path: path.stat().st_mtime_ns for path in finished} == finished, "finished work was repeated"
     assert (tmp_path / "small" / "config.json").is_file()
+
+
+@pytest.mark.slow
+def test_a_file_for_llama_cpp_holds_what_was_planned(
+    server: None, tiny_qwen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["quantize", str(tiny_qwen), "--bits", "5.2", "--for", "llama.cpp", "--effort", "quick", "-o", "small.gguf"]
+    assert main(line) == 0
+    assert "llama-cli -m small.gguf" in capsys.readouterr().out
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    (result,) = [item for item in read_results(run_dir / "results.json") if item.strategy == "loss-aware"]
+    checkpoint = QuantizedCheckpoint(run_dir / result.checkpoint)
+    assert {spec.gguf is not None for spec in checkpoint.specs.values()} == {True}
+    tensors = gguf.GGUFReader("small.gguf").tensors
+    quantized = sum(tensor.n_bytes for tensor in tensors if len(tensor.shape) > 1)
+    assert quantized == result.size_bytes <= 5.2 * sum(math.prod(shape) for shape in checkpoint.shapes.values()) / 8
+
+
+def test_a_target_is_kept_before_anything_is_made(
+    tiny_qwen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ("quantize", tiny_qwen, "--bits", "5.2", "--for")
+    assert "unknown target 'lama.cpp'; did you mean 'llama.cpp'" in refusal(capsys, *line, "lama.cpp")
+    assert "llama.cpp opens one file; name it as in " in refusal(capsys, *line, "llama.cpp", "-o", "small")
+    assert "too few; the fewest" in refusal(capsys, "quantize", tiny_qwen, "--bits", "3", "--for", "llama.cpp")
+    prepared = prepare_goal(Goal(model=str(tiny_qwen), bits=4.5, target="vllm"))
+    assert prepared.config.measure.menu == ("b4g64", "b4g32", "b8g64", "b8g32")
+    assert not prepared.config.embeddings
+    assert prepare_goal(Goal(model=str(tiny_qwen), bits=5.2, target="llama.cpp")).goal.directory.suffix == ".gguf"
 
 
 def test_tables_that_cannot_be_quantized_stay_as_they_are(tiny_llama, tmp_path):

@@ -148,3 +148,19 @@ def test_a_plan_can_be_uniform_in_a_type() -> None:
     assert QuantSpec.parse("q4_k").name == "q4_k"
     with pytest.raises(InputError, match="or a type of GGUF: q4_0, q4_1"):
         QuantSpec.parse("q4_x")
+
+
+def test_llama_cpp_computes_with_the_file_what_lmq_computes(planned: QuantizedCheckpoint, tmp_path: Path) -> None:
+    """But for what llama.cpp rounds besides: the inputs of every product, to 8 bits."""
+    llama_cpp = pytest.importorskip("llama_cpp", reason="pip install 'lmq[llama]' to have llama.cpp open the file")
+    report = export(planned, tmp_path / "m.gguf")
+    model = llama_cpp.Llama(str(report.path), n_ctx=32, n_threads=1, logits_all=True, verbose=False)
+    try:
+        model.eval(TOKENS[0].tolist())
+        found = torch.from_numpy(model.scores[: TOKENS.shape[1]].copy())
+    finally:
+        model.close()
+    with torch.no_grad():
+        own = lmq.load(planned.path, dense=True)(TOKENS).logits[0].float()
+    assert (found - own).norm() / own.norm() < 0.02
+    assert torch.equal(found.argmax(1), own.argmax(1))
