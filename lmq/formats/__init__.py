@@ -1,9 +1,9 @@
 """How a weight matrix is stored: configurations, groups with their grids, packing, and products with packed weights.
 
-Checkpoints hold grids in groups, or types of GGUF: a `QuantSpec` says how many bits and weights per group, or which type,
-and a quantizer finds scale and zero of each group. `FORMATS` are the others. They round a matrix by themselves and are compared with the grids, as
-baselines and in studies of sensitivity; no checkpoint holds them. A new one is a class in a file of its own and one
-line in `FORMATS`.
+Checkpoints hold grids in groups, or types of GGUF: a `QuantSpec` says how many bits and weights per group, or which
+type, and a quantizer finds scale and zero of each group. `FORMATS` are the others. They round a matrix by themselves
+and are compared with the grids, as baselines and in studies of sensitivity; no checkpoint holds them. A new one is a
+class in a file of its own and one line in `FORMATS`.
 """
 
 from __future__ import annotations
