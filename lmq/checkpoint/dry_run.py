@@ -23,6 +23,7 @@ from lmq.errors import UnsupportedModel
 from lmq.formats.packed_layer import QuantizedLinear
 from lmq.formats.spec import STOPS, QuantSpec
 from lmq.model.causality import require_causal
+from lmq.model.experts import split_experts
 from lmq.model.skeleton import build_skeleton
 from lmq.model.streaming import BlockInputs, StreamedModel
 from lmq.model.structure import ModelStructure, ModuleId, ModuleInfo
@@ -133,6 +134,7 @@ def _fitting(module: ModuleInfo) -> QuantSpec | None:
 
 def _try_opening(model: Any, structure: ModelStructure) -> None:
     """Put quantized layers in place of the dense ones and let the model's class set its weights, as on opening."""
+    split_experts(model)
     if structure.embeddings:
         _put_embeddings(model, structure)
     for module in structure.modules:

@@ -28,6 +28,7 @@ from lmq.errors import InputError
 from lmq.formats.packed_layer import QuantizedEmbedding, QuantizedLinear, QuantizedMatrix, TiedHead
 from lmq.formats.spec import QuantSpec
 from lmq.model.discovery import embed_scale
+from lmq.model.experts import expert_number, split_experts
 from lmq.model.tensors import headers_of
 
 
@@ -80,6 +81,9 @@ def put_quantized_layers(model: Any, config: LmqConfig) -> None:
     Raises InputError naming one that the model does not have, or has in another shape.
     """
     shapes = config.shapes
+    experts = {path.rsplit(".", 2)[0] for path in config.modules if expert_number(path) is not None}
+    if experts:
+        split_experts(model, experts | {path.removeprefix(f"{model.base_model_prefix}.") for path in experts})
     modules = dict(model.named_modules())
     paths = {
         _path_in(model, modules, stored_path): stored_path

@@ -217,7 +217,7 @@ def _unquantized(
     """The stored tensors that no quantized matrix replaces, surplus ones among them."""
     names = [f"{structure.path(module)}.weight" for module in allocation]
     for name in names:
-        if name not in source.tensors:
+        if not source.holds(name):
             raise InputError(f"{source_dir} has no tensor {name}; the structure describes another model")
     replaced = source.stored_names(names)
     return {name: tensor for name, tensor in source.headers.items() if name not in replaced}

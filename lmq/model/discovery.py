@@ -1,7 +1,8 @@
 """What a model is made of, found in the model itself: no table of architectures, and no weight is read.
 
 The model is built from its configuration without memory for its weights. The decoder blocks are the ModuleList
-with the most parameters; every nn.Linear inside a block is a module that can be quantized.
+with the most parameters; every nn.Linear inside a block is a module that can be quantized, and so is every matrix of
+an expert (`lmq.model.experts`). Routers are kept.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 from lmq.errors import UnsupportedModel
+from lmq.model.experts import RoutedExperts, expert_number, is_router
 from lmq.model.source import ModelSource, locate, source_digest
 from lmq.model.stored import StoredModel, read_stored_model
 from lmq.model.structure import DTYPE_BYTES, EMBEDDINGS, KeptTensor, ModelStructure, ModuleId, ModuleInfo
@@ -40,8 +42,8 @@ def discover(
 
     `weights_sha256` is the digest of the model, computed here when it is not given. Modules that are `kept` are not
     quantized, as if they were no nn.Linear. Raises UnsupportedModel naming what cannot be quantized (blocks most of
-    whose weights are outside nn.Linear: Conv1D, fused experts; a checkpoint that is quantized already; tensors that are
-    missing), InputError for damaged files.
+    whose weights are outside nn.Linear: Conv1D; experts of an unknown layout; a checkpoint that is quantized already;
+    tensors that are missing), InputError for damaged files.
     """
     stored = read_stored_model(model_dir)
     model = stored.model
@@ -56,7 +58,7 @@ def discover(
     quantized = [f"{layers_path}.{info.id.layer}.{info.id.kind}.weight" for info in modules]
     dtype = _common_dtype(stored, quantized)
     quantized += [f"{info.id.kind}.weight" for info in around]
-    source_bytes = sum(size_bytes(stored.tensors[name]) for name in quantized)
+    source_bytes = sum(stored.stored_bytes(name) for name in quantized)
     is_mixed = source_bytes != DTYPE_BYTES[dtype] * sum(info.parameters for info in modules + around)
     replaced = stored.stored_names(quantized)
     others = [tensor for name, tensor in stored.headers.items() if name not in replaced]
@@ -156,7 +158,7 @@ def _linear_modules(block: nn.Module, layer: int, kept: Collection[ModuleId]) ->
     return {
         path: module
         for path, module in block.named_modules()
-        if isinstance(module, nn.Linear) and ModuleId(layer, path) not in kept
+        if isinstance(module, nn.Linear) and ModuleId(layer, path) not in kept and not is_router(block, path)
     }
 
 
@@ -174,21 +176,22 @@ def _modules(
 def _kept(blocks: nn.Module, linear_modules: Sequence[LinearModules], layers_path: str) -> Iterator[KeptTensor]:
     """Tensors of blocks that stay as they are: convolutions and state matrices of a hybrid, beside its projections.
 
-    Raises UnsupportedModel where they are most of a block's weights (Conv1D, fused experts).
+    Raises UnsupportedModel where they are most of a block's weights (Conv1D, experts of an unknown layout).
     """
     for layer, (block, linear) in enumerate(zip(blocks.children(), linear_modules, strict=True)):
         others = {
             (path, name): (type(module).__name__, parameter)
             for path, module in block.named_modules()
             for name, parameter in module.named_parameters(recurse=False)
-            if parameter.ndim > 1 and path not in linear
+            if parameter.ndim > 1 and path not in linear and not isinstance(module, RoutedExperts)
         }
         weights = sum(module.weight.numel() for module in linear.values())
         if others and sum(parameter.numel() for _, parameter in others.values()) >= weights:
             (path, name), (kind, parameter) = next(iter(others.items()))
             raise UnsupportedModel(
                 f"{layers_path}.{layer}.{path} is a {kind} with {name} of shape {list(parameter.shape)}; lmq quantizes "
-                "nn.Linear only (no Conv1D, no fused experts), and most weights of this block are in none"
+                "nn.Linear and experts [experts, out_features, in_features] as transformers' experts interface has them "
+                "(no Conv1D, no other layout of experts), and most weights of this block are in neither"
             )
         for (path, name), (_, parameter) in others.items():
             yield KeptTensor(layer, f"{path}.{name}".removeprefix("."), tuple(parameter.shape))
@@ -198,12 +201,18 @@ def _parts(linear: LinearModules, hidden_size: int, block_path: str) -> dict[str
     """The part of each module kind of one block.
 
     Modules below a submodule named for attention are attention, the others MLP. The way out of either is the
-    module registered last of those with `hidden_size` outputs; all others are the way in.
+    module registered last of those with `hidden_size` outputs; all others are the way in. Every routed expert has a
+    way in and a way out of its own.
     """
     attention = [kind for kind in linear if re.search("attn|attention", kind.rpartition(".")[0])]
-    feed_forward = [kind for kind in linear if kind not in attention]
+    groups = [(attention, "attn_in", "attn_out")]
+    by_expert: dict[int | None, list[str]] = {}
+    for kind in linear:
+        if kind not in attention:
+            by_expert.setdefault(expert_number(kind), []).append(kind)
+    groups += [(kinds, "mlp_gate", "mlp_down") for kinds in by_expert.values()]
     parts: dict[str, str] = {}
-    for kinds, way_in, way_out in ((attention, "attn_in", "attn_out"), (feed_forward, "mlp_gate", "mlp_down")):
+    for kinds, way_in, way_out in groups:
         outputs = [kind for kind in kinds if linear[kind].out_features == hidden_size]
         if kinds and not outputs:
             raise UnsupportedModel(
@@ -223,11 +232,10 @@ def _common_dtype(stored: StoredModel, names: Sequence[str]) -> str:
                 f"{name} is not stored as the model uses it, but computed from {sources}; open the model with "
                 "transformers, save it with save_pretrained(..., save_original_format=False), and pass that"
             )
-        tensor = stored.tensors[name]
-        if tensor.dtype not in _FLOAT_TYPES:
+        types = stored.types(name)
+        if unknown := sorted(types - _FLOAT_TYPES.keys()):
             raise UnsupportedModel(
-                f"{name} is stored as {tensor.dtype}; lmq reads {', '.join(_FLOAT_TYPES)}; "
-                "pass the full-precision model"
+                f"{name} is stored as {unknown[0]}; lmq reads {', '.join(_FLOAT_TYPES)}; pass the full-precision model"
             )
-        counts[_FLOAT_TYPES[tensor.dtype]] += 1
+        counts[_FLOAT_TYPES[min(types)]] += 1
     return counts.most_common(1)[0][0]

@@ -9,17 +9,19 @@ tensor that is stored with values of its own keeps them.
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lmq.errors import UnsupportedModel
+from lmq.errors import InputError, UnsupportedModel
+from lmq.model.experts import Slice, split_experts
 from lmq.model.skeleton import build_skeleton
-from lmq.model.tensors import StoredTensor, read_headers, read_tensors
+from lmq.model.tensors import StoredTensor, read_headers, read_tensors, size_bytes
 from lmq.model.transformers_lock import TRANSFORMERS_LOCK
 
 if TYPE_CHECKING:
@@ -52,7 +54,8 @@ class StoredModel:
 
     `headers` are all stored tensors by stored name; `owner` gives the model's name for each that the model uses.
     `tensors` are those stored as the model uses them, by the model's name: tied tensors share one. `conversions` are
-    the others. A buffer of the model that is in neither is computed when the model is built.
+    the others. `slices` are the matrices of experts, each part of a tensor that is in one of the two by the name that
+    transformers' own model has for it. A buffer of the model that is in none is computed when the model is built.
     """
 
     model: PreTrainedModel
@@ -60,6 +63,7 @@ class StoredModel:
     owner: Mapping[str, str]
     tensors: Mapping[str, StoredTensor]
     conversions: Mapping[str, Conversion]
+    slices: Mapping[str, Slice] = field(default_factory=dict)
 
     @property
     def surplus(self) -> dict[str, StoredTensor]:
@@ -67,33 +71,72 @@ class StoredModel:
         return {name: tensor for name, tensor in self.headers.items() if name not in self.owner}
 
     def stored_names(self, names: Iterable[str]) -> set[str]:
-        """Stored names of tensors that are stored as the model uses them; a tied one may be stored under several."""
-        wanted = {self.tensors[name] for name in names}
+        """Stored names of what the tensors come from; a tied one may be stored under several.
+
+        Raises InputError where the names leave out experts that are stored in one tensor with others, and for tensors
+        that are computed from several.
+        """
+        given = list(names)
+        for name in given:
+            if not self.holds(name) or name in self.conversions:
+                raise InputError(f"{name} is not stored as it is used; is it the model of this structure?")
+        fused = {self.slices[name].fused for name in given if name in self.slices}
+        for name in sorted({name for name, part in self.slices.items() if part.fused in fused} - set(given)):
+            raise InputError(
+                f"{name} is left out where other experts of its layer are not; give every expert of a layer a "
+                "configuration, or none"
+            )
+        wanted = {self.tensors[name] for name in given if name not in self.slices}
+        wanted |= {source for name in fused for source in self._sources(name)}
         owners = {name for name, tensor in self.tensors.items() if tensor in wanted}
         return {tensor.name for tensor in wanted} | {name for name, owner in self.owner.items() if owner in owners}
 
     def holds(self, name: str) -> bool:
         """Whether a tensor of the model comes from the files."""
-        return name in self.tensors or name in self.conversions
+        return name in self.tensors or name in self.conversions or name in self.slices
+
+    def types(self, name: str) -> set[str]:
+        """Types that a tensor is stored in, as safetensors writes them: one, but for what is joined from several."""
+        return {source.dtype for source in self._sources(self._whole(name))}
+
+    def stored_bytes(self, name: str) -> int:
+        """Bytes that a tensor is stored in; that of an expert its share."""
+        total = sum(size_bytes(source) for source in self._sources(self._whole(name)))
+        return total // self.slices[name].experts if name in self.slices else total
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Tensors by the model's names, in the types of what is stored; tied ones are one tensor."""
         wanted = list(names)
-        direct = {name: self.tensors[name] for name in wanted if name in self.tensors}
+        whole = list(dict.fromkeys(self._whole(name) for name in wanted))
+        direct = {name: self.tensors[name] for name in whole if name in self.tensors}
         values = read_tensors(set(direct.values()))
         found = {name: values[stored.name] for name, stored in direct.items()}
-        for conversion in {id(c): c for name in wanted if (c := self.conversions.get(name))}.values():
+        for conversion in {id(c): c for name in whole if (c := self.conversions.get(name))}.values():
             found |= conversion.read(self.model)
-        return {name: found[name] for name in wanted}
+        return {
+            name: self.slices[name].of(found[self._whole(name)]) if name in self.slices else found[name]
+            for name in wanted
+        }
+
+    def _whole(self, name: str) -> str:
+        """What a tensor is part of."""
+        return self.slices[name].fused if name in self.slices else name
+
+    def _sources(self, name: str) -> list[StoredTensor]:
+        if name in self.tensors:
+            return [self.tensors[name]]
+        return [source for source, _ in self.conversions[name].sources]
 
 
 def read_stored_model(model_dir: Path) -> StoredModel:
     """What an unquantized model directory holds; reads headers, and values only of tied tensors that are stored twice.
 
-    Raises InputError for damaged files, UnsupportedModel for a model that is not one of transformers, is quantized, or
-    does not fit its configuration.
+    The matrices of experts are layers of their own (`lmq.model.experts`). Raises InputError for damaged files,
+    UnsupportedModel for a model that is not one of transformers, is quantized, does not fit its configuration, or has
+    experts of another layout.
     """
-    return match_tensors(build_skeleton(model_dir), read_headers(model_dir))
+    stored = match_tensors(build_skeleton(model_dir), read_headers(model_dir))
+    return replace(stored, slices=split_experts(stored.model))
 
 
 def match_tensors(model: PreTrainedModel, headers: Mapping[str, StoredTensor]) -> StoredModel:
@@ -110,6 +153,7 @@ def match_tensors(model: PreTrainedModel, headers: Mapping[str, StoredTensor]) -
                 f"{found.file} holds {found.name} of shape {list(found.shape)} where config.json means "
                 f"{list(expected[name].shape)}; the checkpoint does not belong to its configuration"
             )
+    _require_complete(conversions, expected)
     _tie(model, tensors)
     computed = {name for name, buffer in model.named_buffers() if not buffer.is_meta}
     missing = [name for name in expected if name not in tensors and name not in conversions and name not in computed]
@@ -156,6 +200,30 @@ def _owners(
                 conversions |= dict.fromkeys(targets, made)
             conversions[name].sources.append((headers[stored], pattern))
     return owner, conversions
+
+
+def _require_complete(conversions: Mapping[str, Conversion], expected: Mapping[str, Tensor]) -> None:
+    """Raise UnsupportedModel where one of the matrices that are stacked in one tensor, a matrix per expert, is missing
+    or of another shape than the configuration says."""
+    for name, conversion in conversions.items():
+        stacked = Counter(pattern for _, pattern in conversion.sources if "*" in pattern)
+        if not stacked or len(conversion.targets) > 1:
+            continue
+        count, shape = len(expected[name]), list(expected[name].shape)
+        for pattern in conversion.converter.source_patterns:
+            if stacked[pattern] != count:
+                raise UnsupportedModel(
+                    f"{name} needs {count} matrices {pattern} where the checkpoint holds {stacked[pattern]}; "
+                    "download it again"
+                )
+        elements = sum(source.elements for source, _ in conversion.sources)
+        if elements != expected[name].numel():
+            first = conversion.sources[0][0]
+            raise UnsupportedModel(
+                f"{name} of shape {shape} is joined from {len(conversion.sources)} matrices such as {first.name} "
+                f"{list(first.shape)}, {elements:,} weights where {expected[name].numel():,} are expected; "
+                "the checkpoint does not belong to its configuration"
+            )
 
 
 def _tie(model: PreTrainedModel, tensors: dict[str, StoredTensor]) -> None:

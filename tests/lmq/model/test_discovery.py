@@ -12,8 +12,8 @@ from transformers import (
     GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
 )
 
 from lmq.errors import InputError, UnsupportedModel
@@ -183,18 +183,22 @@ def test_sixteen_bit_checkpoints_count_two_bytes(llama_copy: Path) -> None:
             r"transformer\.h\.0\.attn\.c_attn is a Conv1D with weight of shape \[32, 96\]",
         ),
         (
-            lambda: MixtralForCausalLM(
-                MixtralConfig(
+            lambda: Llama4ForCausalLM(
+                Llama4TextConfig(
                     hidden_size=32,
                     intermediate_size=64,
+                    intermediate_size_mlp=64,
                     num_hidden_layers=1,
                     num_attention_heads=2,
                     num_key_value_heads=2,
-                    num_local_experts=2,
+                    head_dim=16,
+                    num_local_experts=4,
                     vocab_size=64,
+                    pad_token_id=0,
+                    moe_layers=[0],
                 )
             ),
-            r"lmq quantizes nn\.Linear only \(no Conv1D, no fused experts\)",
+            r"feed_forward\.experts is a Llama4TextExperts with gate_up_proj of shape \[4, 32, 128\]",
         ),
     ],
 )

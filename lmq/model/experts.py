@@ -1,0 +1,186 @@
+"""Mixtures of experts, of which every expert's matrix is a layer of its own: `mlp.experts.3.gate_up_proj`.
+
+transformers keeps the routed experts of a block in two parameters, `gate_up_proj` [experts, 2 · inner, hidden] and
+`down_proj` [experts, hidden, inner] (gpt-oss: transposed), and describes how they are computed with by the attributes
+that its `use_experts_implementation` gives them. `split_experts` puts `RoutedExperts` in their place, one more
+implementation of that description. A matrix of an expert is then a matrix like any other, but for two things: it is a
+slice of what is stored, and it sees the tokens alone that are routed to it.
+
+Gate and up stay one matrix, as transformers has them: they share their inputs, and engines fuse them anyway. Biases
+stay in one parameter for all experts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Container, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lmq.errors import UnsupportedModel
+
+_DESCRIPTION = ("num_experts", "has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
+"""What `transformers.integrations.moe.use_experts_implementation` says of a module of fused experts."""
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A matrix of one of `experts` in the model that transformers has: `fused[number]`, perhaps transposed."""
+
+    fused: str
+    number: int
+    experts: int
+    transposed: bool
+
+    def of(self, parameter: Tensor) -> Tensor:
+        """The matrix [out_features, in_features] in the fused parameter."""
+        matrix = parameter[self.number]
+        return matrix.t().contiguous() if self.transposed else matrix
+
+
+class Expert(nn.Module):
+    """One expert: `down_proj(activation(gate_up_proj(states)))`; without a gate the first matrix is `up_proj`."""
+
+    _fused: Any
+
+    def __init__(self, fused: Any, first: str, shapes: dict[str, tuple[int, int]]):
+        super().__init__()
+        self.first = first
+        for name, (out_features, in_features) in shapes.items():
+            self.add_module(name, nn.Linear(in_features, out_features, bias=False, device="meta"))
+        # not as a submodule: it holds no tensors any more, only what its class computes between the matrices
+        object.__setattr__(self, "_fused", fused)
+
+    def forward(self, states: Tensor, first_bias: Tensor | None = None, last_bias: Tensor | None = None) -> Tensor:
+        """Outputs [tokens, hidden] of `states` [tokens, hidden], before they are weighted by the router."""
+        inside = self.get_submodule(self.first)(states)
+        if first_bias is not None:
+            inside = inside + first_bias
+        inside = self._fused._apply_gate(inside) if self._fused.has_gate else self._fused.act_fn(inside)
+        outputs = self.get_submodule("down_proj")(inside)
+        return outputs if last_bias is None else outputs + last_bias
+
+
+class RoutedExperts(nn.Module):
+    """The routed experts of a block, by their numbers; only those that a token is routed to are run."""
+
+    def __init__(self, fused: Any, path: str):
+        super().__init__()
+        self.num_experts: int = fused.num_experts
+        self.first = "gate_up_proj" if fused.has_gate else "up_proj"
+        self.transposed: bool = fused.is_transposed
+        shapes = {name: _shape_of(fused, name, path) for name in (self.first, "down_proj")}
+        hidden, inner = shapes["down_proj"]
+        expected = (inner * (2 if fused.has_gate else 1), hidden)
+        if shapes[self.first] != expected:
+            raise UnsupportedModel(
+                f"{path}.{self.first} holds matrices {list(shapes[self.first])} where those of down_proj, "
+                f"{[hidden, inner]}, mean {list(expected)}; lmq does not know this layout of experts"
+            )
+        biases = {name: parameter for name, parameter in fused.named_parameters() if parameter.ndim == 2}
+        self.matrices = tuple(shapes)
+        unknown = [name for name, _ in fused.named_parameters() if name not in {*shapes, *biases}]
+        if unknown or fused.has_post_expert_norm or fused.has_bias != bool(biases):
+            raise UnsupportedModel(
+                f"{path} ({type(fused).__name__}) has {unknown[0] if unknown else 'biases or a norm'} beside "
+                f"{self.first} and down_proj and their biases; lmq does not know this layout of experts"
+            )
+        for name, bias in biases.items():
+            self.register_parameter(name, bias)
+        for name in shapes:
+            delattr(fused, name)
+        for name in biases:
+            delattr(fused, name)
+        for number in range(self.num_experts):
+            self.add_module(str(number), Expert(fused, self.first, shapes))
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Sum of the experts' outputs [tokens, hidden], weighted by `top_k_weights` [tokens, k].
+
+        `top_k_index` [tokens, k] are the experts of every token. On the meta device, where there is no routing, every
+        expert sees every token.
+        """
+        if hidden_states.is_meta:
+            return torch.stack([self._run(number, hidden_states) for number in range(self.num_experts)]).sum(0)
+        experts = top_k_index.flatten()
+        order = experts.argsort(stable=True)
+        counts = experts.bincount(minlength=self.num_experts).tolist()
+        summed = torch.zeros_like(hidden_states)
+        first = 0
+        for number, count in enumerate(counts[: self.num_experts]):
+            if count:
+                rows = order[first : first + count]
+                tokens = rows // top_k_index.shape[1]
+                outputs = self._run(number, hidden_states[tokens]) * top_k_weights.flatten()[rows, None]
+                summed.index_add_(0, tokens, outputs.to(summed.dtype))
+            first += count
+        return summed
+
+    def _run(self, number: int, states: Tensor) -> Tensor:
+        biases = (self._parameters.get(f"{name}_bias") for name in (self.first, "down_proj"))
+        return self.get_submodule(str(number))(states, *(None if bias is None else bias[number] for bias in biases))
+
+    def slices(self, path: str) -> Iterator[tuple[str, Slice]]:
+        """Every expert's weights by their names in a model where this module is at `path`, and where they come from."""
+        for number in range(self.num_experts):
+            for name in self.matrices:
+                yield (
+                    f"{path}.{number}.{name}.weight",
+                    Slice(f"{path}.{name}", number, self.num_experts, self.transposed),
+                )
+
+
+def split_experts(model: nn.Module, only: Container[str] | None = None) -> dict[str, Slice]:
+    """Put `RoutedExperts` without weights in the place of a model's fused experts, in place.
+
+    `only` are the paths of those that are wanted, None for all. Gives every expert's weights, by their new names.
+    Raises UnsupportedModel for experts of another layout.
+    """
+    found = [
+        (path, module) for path, module in model.named_modules() if _is_fused(module) and (only is None or path in only)
+    ]
+    slices: dict[str, Slice] = {}
+    for path, module in found:
+        split = RoutedExperts(module, path).train(module.training)
+        split.requires_grad_(False)
+        model.set_submodule(path, split)
+        slices.update(split.slices(path))
+    return slices
+
+
+def is_router(block: nn.Module, path: str) -> bool:
+    """Whether an nn.Linear of a block weighs its experts: it lies beside them, and has an output for each, or one."""
+    owner = block.get_submodule(path.rpartition(".")[0])
+    experts = [module for module in owner.children() if isinstance(module, RoutedExperts)]
+    outputs = len(block.get_submodule(path).get_parameter("weight"))
+    return any(outputs in (1, module.num_experts) for module in experts)
+
+
+def _is_fused(module: nn.Module) -> bool:
+    parameter = getattr(module, "down_proj", None)
+    return all(hasattr(module, name) for name in _DESCRIPTION) and isinstance(parameter, Tensor) and parameter.ndim == 3
+
+
+def _shape_of(fused: Any, name: str, path: str) -> tuple[int, int]:
+    """out_features and in_features of the experts' matrices in one fused parameter."""
+    parameter = getattr(fused, name, None)
+    if not isinstance(parameter, Tensor) or parameter.ndim != 3 or len(parameter) != fused.num_experts:
+        found = list(parameter.shape) if isinstance(parameter, Tensor) else "nothing"
+        raise UnsupportedModel(
+            f"{path}.{name} is {found} where a matrix for each of {fused.num_experts} experts was expected, "
+            "[experts, out_features, in_features]; lmq does not know this layout of experts"
+        )
+    rows, columns = parameter.shape[1:]
+    return (columns, rows) if fused.is_transposed else (rows, columns)
+
+
+_NUMBER = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
+
+
+def expert_number(kind: str) -> int | None:
+    """The expert that a module belongs to, by its kind; None for one that every token goes through."""
+    match = _NUMBER.search(kind)
+    return int(match[0]) if match else None
