@@ -12,6 +12,7 @@ from lmq.allocation.error_table import ErrorTable
 from lmq.evaluation.windows import paired_difference
 from lmq.formats.spec import QuantSpec
 from lmq.measurement.coarse_grid import CoarseGrid, coarse_grid_warnings
+from lmq.measurement.expert_tokens import EXPERT_TOKENS, pooled_experts
 from lmq.measurement.frobenius import FROBENIUS
 from lmq.measurement.layer_activity import LAYER_ACTIVITY
 from lmq.measurement.registry import COSTS, MEASUREMENTS, PROFILES
@@ -114,7 +115,10 @@ def _model_report(
         layer_activity=rows[LAYER_ACTIVITY.name],
         costs={cost: table for cost, table in costs.items() if table is not None},
         allocations=allocations,
-        warnings=_coarse_grid_warnings(job, name, statistics, frobenius.specs) if frobenius else [],
+        warnings=[
+            *(_coarse_grid_warnings(job, name, statistics, frobenius.specs) if frobenius else []),
+            *pooled_experts(rows[EXPERT_TOKENS.name]),
+        ],
     )
 
 

@@ -13,11 +13,14 @@ from lmq.formats.spec import QuantSpec
 from lmq.measurement.activation import SENSITIVITY
 from lmq.measurement.base import Need
 from lmq.measurement.delta_loss import DELTA_LOSS
+from lmq.measurement.expert_tokens import EXPERT_TOKENS
 from lmq.measurement.frobenius import FROBENIUS
 from lmq.measurement.module_divergence import default_specs
 from lmq.measurement.registry import MEASUREMENTS, PROFILES
 from lmq.measurement.sequence_fisher import SEQUENCE_FISHER
 from lmq.model.structure import EMBEDDINGS
+from lmq.quantizers import CalibratedQuantizer
+from lmq.quantizers import quantizer as quantizer_named
 from lmq_flows.config.run import RunConfig
 from lmq_flows.config.sections import BaselineConfig, PolishConfig, StrategyConfig
 from lmq_flows.graph.judging import PERFORMANCE_TOKENS, Subject, baseline_subject, evaluation_tasks
@@ -174,7 +177,7 @@ class _ModelGraph(ModelNodes):
         return self._by_quantizer[0][1]
 
     def _measure(self, quantizer: dict[str, Any]) -> MeasuredModel:
-        settings, captured, needs = self._settings(), self._captured, self._config.needs_with(quantizer)
+        settings, captured, needs = self._settings(), self._captured, self._needs(quantizer)
         also = {QuantSpec.parse(settings["spec"])} if SENSITIVITY.name in needs else set()
         specs = sorted({*self.model.menu, *also}, key=lambda spec: spec.bits_per_weight)
         what = quantizer["name"] if len(self._config.used_quantizers) > 1 else ""
@@ -204,6 +207,15 @@ class _ModelGraph(ModelNodes):
                 "grids": list(grids),
             }
         return measured
+
+    def _needs(self, quantizer: dict[str, Any]) -> set[str]:
+        """What is measured for the strategies; beside whatever looks at experts, how many tokens each of them saw."""
+        needs = set(self._config.needs_with(quantizer))
+        calibrated = isinstance(quantizer_named(**quantizer), CalibratedQuantizer)
+        on_text = any(MEASUREMENTS[name].on_text for name in needs if name in MEASUREMENTS)
+        if self.model.structure.has_experts and (calibrated or on_text):
+            needs.add(EXPERT_TOKENS.name)
+        return needs
 
     def _settings(self) -> dict[str, Any]:
         """What stages that measure can be told, by the names in `Measurement.settings`."""

@@ -29,8 +29,10 @@ from lmq.formats import FORMATS, Format, rounding_format
 from lmq.formats.coded_grid import EncodedMatrix
 from lmq.formats.spec import QuantSpec
 from lmq.measurement.base import LayerReplay, Need, Profile, Row
-from lmq.measurement.part_replay import JUDGED_ALONE, ChangeReplay, PartReplay, Pass
+from lmq.measurement.part_replay import JUDGED_ALONE, ChangeReplay, PartReplay, Pass, judged_with
+from lmq.measurement.pooling import FEWEST_TOKENS
 from lmq.measurement.second_moments import row_errors, second_moments
+from lmq.model.experts import without_number
 from lmq.model.streaming import BlockInputs
 from lmq.model.structure import PARTS, ModuleId, ModuleInfo
 from lmq.tables import MODULE_FIELDS, SPEC_FIELDS, TableSchema
@@ -67,7 +69,7 @@ def part_sensitivities(
     modules: Sequence[ModuleInfo],
     quantized: Mapping[str, Tensor],
 ) -> dict[str, float]:
-    """Mean squared output error of every part of one block, by part.
+    """Mean squared output error of every part of one block, by `lmq.measurement.part_replay.judged_with`.
 
     `hidden` [sequences, sequence_length, hidden] enters the block; `quantized` maps each module kind to its
     quantized weight [out_features, in_features]. The block is left as it was. Raises NotFiniteError naming
@@ -87,27 +89,43 @@ def part_sensitivity_table(
 ) -> dict[Configuration, dict[str, float]]:
     """Mean squared output error of every part of one block under every configuration.
 
-    As `part_sensitivities`, with the block run once for all configurations. Products are taken in `dtype`; bfloat16
-    changes the scores by up to 1e-3 (`lmq.numerics.fast_matmul_dtype` says where it is fast).
+    As `part_sensitivities`, with the block run once for all configurations. Every routed expert has its own two parts,
+    judged by its output; those that saw few tokens (`lmq.measurement.pooling`) have the mean of all experts. Products
+    are taken in `dtype`; bfloat16 changes the scores by up to 1e-3 (`lmq.numerics.fast_matmul_dtype` says where it is
+    fast).
     """
     parts: dict[str, list[ModuleInfo]] = {}
     for module in modules:
-        parts.setdefault(module.part, []).append(module)
-    _name_missing(parts, modules[0].id.layer)
+        parts.setdefault(judged_with(module), []).append(module)
+    _name_missing({module.part for module in modules}, modules[0].id.layer)
     replay = _replay(block, block_inputs, parts, dtype)
     sums = {configuration: dict.fromkeys(parts, 0.0) for configuration in quantized}
     elements = dict.fromkeys(parts, 0)
     for sequences in hidden.split(max(1, _tokens_at_once(dtype) // hidden.shape[1])):
         passes = [replay.record(sequence[None]) for sequence in sequences]
         for part, members in parts.items():
-            for configuration, squared_error in _squared_errors(replay, part, members, passes, quantized):
+            called = [seen for seen in passes if part in seen.outputs]
+            if not called:
+                continue
+            for configuration, squared_error in _squared_errors(replay, part, members, called, quantized):
                 sums[configuration][part] += squared_error
-            elements[part] += sum(seen.outputs[part].numel() for seen in passes)
-    for part in parts:
-        for scores in sums.values():
+            elements[part] += sum(seen.outputs[part].numel() for seen in called)
+    for scores in sums.values():
+        for part in parts:
             _require_finite(scores[part], part, modules[0].id.layer)
-            scores[part] /= elements[part]
-    return sums
+    tokens = {part: count // parts[part][-1].out_features for part, count in elements.items()}
+    return {configuration: _means(scores, elements, tokens) for configuration, scores in sums.items()}
+
+
+def _means(sums: Mapping[str, float], elements: Mapping[str, int], tokens: Mapping[str, int]) -> dict[str, float]:
+    """Sums over elements; an expert of few tokens has that of all experts together."""
+    means = {}
+    for part in sums:
+        own = [part]
+        if tokens[part] < FEWEST_TOKENS and " " in part:
+            own = [other for other in sums if without_number(other) == without_number(part)]
+        means[part] = sum(sums[other] for other in own) / max(1, sum(elements[other] for other in own))
+    return means
 
 
 def _name_missing(parts: Iterable[str], layer: int) -> None:
@@ -138,7 +156,8 @@ def _squared_errors(
     quantized: Mapping[Configuration, QuantizedWeight],
 ) -> Iterator[tuple[Configuration, float]]:
     """Summed squared output error of a part over all passes, for every configuration."""
-    if _moments_pay(members, sum(seen.outputs[part].shape[1] for seen in passes), len(quantized)):
+    tokens = sum(seen.outputs[part].numel() // seen.outputs[part].shape[-1] for seen in passes)
+    if _moments_pay(members, tokens, len(quantized)):
         (kind,) = (module.id.kind for module in members)
         moments = second_moments(torch.cat([seen.calls[part][0][0].flatten(0, -2) for seen in passes]))
         for configuration, make in quantized.items():
@@ -179,7 +198,7 @@ def measure_sensitivity(layer: LayerReplay) -> Iterator[Row]:
     quantized = {module.id.kind: rounded_to[module.id].round_trip(layer.weight(module)) for module in layer.modules}
     scores = part_sensitivities(layer.block, layer.block_inputs, layer.hidden, layer.modules, quantized)
     for module in layer.modules:
-        yield {**asdict(module.id), "part": module.part, **asdict(spec), "sensitivity": scores[module.part]}
+        yield {**asdict(module.id), "part": module.part, **asdict(spec), "sensitivity": scores[judged_with(module)]}
 
 
 def _rounded_to(layer: LayerReplay, spec: QuantSpec) -> dict[ModuleId, EncodedMatrix | Format]:

@@ -17,6 +17,7 @@ from lmq.errors import LmqError
 from lmq.formats.coded_grid import EncodedMatrix
 from lmq.formats.spec import QuantSpec
 from lmq.measurement.grids import LayerGrids
+from lmq.measurement.pooling import pooled_traces
 from lmq.measurement.traces import ModuleTrace, trace_modules
 from lmq.model.streaming import BlockInputs, StreamedModel
 from lmq.model.structure import ModelStructure, ModuleInfo
@@ -172,11 +173,13 @@ class LayerReplay:
     def traces(self, dtype: torch.dtype, *, fast_block: bool = False) -> Iterator[tuple[ModuleInfo, ModuleTrace]]:
         """What went through every module, kept in `dtype`; those that were handed out are not held any more.
 
+        Experts that few tokens were routed to have a share of those of the others (`lmq.measurement.pooling`).
         `fast_block` runs the block itself in the faster type where there is one (`lmq.numerics.fast_products`).
         """
         kinds = [module.id.kind for module in self.modules]
         with fast_products(self.device, None if fast_block else torch.float32):
             traces = trace_modules(self.block, self.block_inputs, self.hidden, self.gradient, kinds, dtype)
+        traces = pooled_traces(traces)
         for module in self.modules:
             yield module, traces.pop(module.id.kind)
 

@@ -17,11 +17,27 @@ import torch
 from torch import Tensor, nn
 
 from lmq.measurement.copies import Copies
+from lmq.model.experts import expert_number
 from lmq.model.streaming import BlockInputs, copied
+from lmq.model.structure import ModuleInfo
 from lmq.numerics import OneDnnProducts, linear
 
 JUDGED_ALONE = ("attn_out", "mlp_down")
 """Parts judged by the output of their one module."""
+
+
+def judged_with(module: ModuleInfo) -> str:
+    """What a module is judged with: the modules of its part, of which every routed expert has its own.
+
+    `mlp_gate`, or `mlp_gate mlp.experts.3`, which is judged by the output of that expert.
+    """
+    expert = module.id.kind.rpartition(".")[0]
+    return module.part if expert_number(module.id.kind) is None else f"{module.part} {expert}"
+
+
+def is_judged_alone(part: str) -> bool:
+    """Whether a part, as `judged_with` names it, is judged by the output of its one module."""
+    return part.partition(" ")[0] in JUDGED_ALONE
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +45,7 @@ class Pass:
     """What a replay kept when the block ran on one sequence: of modules by kind, of judged submodules by part.
 
     All are copies: a block may change what it gave and took in place (Falcon adds attention to the MLP's output).
+    Experts that no token was routed to are in none of them.
     """
 
     inputs: dict[str, Tensor] = field(default_factory=dict)
@@ -132,7 +149,12 @@ class ChangeReplay(PartReplay):
         return seen.modules[kind].clone()
 
     def _run_changed(self, seen: Pass, substitutes: Mapping[str, Tensor], kind: str, states: Tensor) -> Tensor:
-        output, before = seen.modules[kind].clone(), seen.inputs[kind]
+        before = seen.inputs.get(kind)
+        if before is None or states.shape != before.shape:  # an expert that other tokens are routed to now
+            bias = self._bias(kind)
+            weight = self._weights[kind] + substitutes.get(kind, torch.zeros_like(self._weights[kind]))
+            return _product(states, weight) if bias is None else _product(states, weight) + bias
+        output = seen.modules[kind].clone()
         if not torch.equal(states, before):
             output += _product(states - before, self._weights[kind])
         if kind in substitutes:
@@ -142,8 +164,10 @@ class ChangeReplay(PartReplay):
 
 def _judged_by(part: str, kinds: Sequence[str]) -> str:
     """Path of the submodule whose output is compared: the module itself, or the sub-block it feeds ("": the block)."""
-    if part in JUDGED_ALONE:
+    if is_judged_alone(part):
         return kinds[0]
+    if expert := part.partition(" ")[2]:
+        return expert
     sub_blocks = {kind.rpartition(".")[0].partition(".")[0] for kind in kinds}
     return sub_blocks.pop() if len(sub_blocks) == 1 else ""
 

@@ -292,10 +292,13 @@ class QuantizedPoint:
             entering = hidden[piece].detach().requires_grad_(True)
             with torch.enable_grad(), self._autocast():
                 leaving = inputs.run(block, entering)
-            found = torch.autograd.grad(leaving, [entering, *parameters.values()], gradient[piece].to(leaving))
+            found = torch.autograd.grad(
+                leaving, [entering, *parameters.values()], gradient[piece].to(leaving), allow_unused=True
+            )
             entering_gradient[piece] = found[0]
             for total, weight_gradient in zip(sums.values(), found[1:], strict=True):
-                total += weight_gradient
+                if weight_gradient is not None:  # an expert that no token of the sequence was routed to has none
+                    total += weight_gradient
         return entering_gradient, sums
 
     def _log_probabilities(self, states: Tensor) -> Tensor:

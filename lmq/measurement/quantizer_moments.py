@@ -4,6 +4,9 @@ Fisher-weighted, w_t is the mean over outputs of g_t², where g_t are the gradie
 for labels that the model draws itself, averaged over the draws. Then ½ tr(E H Eᵀ) is the token-wise Fisher cost of a
 weight error E in nats per token, but for one weight per token in the place of one per token and output. Plain, w_t = 1.
 
+Experts have those of the tokens that are routed to them, or, where these are few, what they share with the others of
+their layer (`lmq.measurement.pooling`). H is a mean over all tokens of the text, whether they come by or not.
+
 Only the unquantized model's states and gradients go in, so layers are measured apart, and one H serves every
 configuration. H is symmetric: what is on and above its diagonal is accumulated and stored, by blocks of columns.
 """
@@ -20,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lmq.errors import DamagedFile
+from lmq.measurement.pooling import pooled_moments
 from lmq.measurement.second_moments import capture_second_moments
 from lmq.measurement.traces import ModuleTrace, trace_modules
 from lmq.measurement.upper_triangle import UpperTriangle
@@ -50,6 +54,7 @@ def fisher_moments(
     device = next(block.parameters()).device
     by_draw = gradient.view(-1, *hidden.shape)
     found: dict[str, UpperTriangle] = {}
+    seen = dict.fromkeys(kinds, 0)
     at_once = max(1, _TOKENS_AT_ONCE // sequence_length)
     for start in range(0, sequences, at_once):
         piece = slice(start, start + at_once)
@@ -61,23 +66,25 @@ def fisher_moments(
             if kind not in found:
                 found[kind] = UpperTriangle.zeros(trace.inputs.shape[1], trace.inputs.device)
             found[kind].add_products(trace.inputs, token_weights(trace))
+            seen[kind] += len(trace.inputs)
     for triangle in found.values():
         triangle.divide(sequences * sequence_length)
-    return found
+    return pooled_moments(found, seen, _mean_triangle)
 
 
 def fisher_moments_of(trace: ModuleTrace) -> UpperTriangle:
     """Fisher-weighted H of one module from what went through it."""
     triangle = UpperTriangle.zeros(trace.inputs.shape[1], trace.inputs.device)
     triangle.add_products(trace.inputs, token_weights(trace))
-    triangle.divide(len(trace.inputs))
+    triangle.divide(max(1, len(trace.inputs)))
     return triangle
 
 
 def token_weights(trace: ModuleTrace) -> Tensor:
     """w_t: mean over outputs and draws of g_t², float32 [tokens]."""
     squares = trace.gradients.float().square().mean(1)
-    return squares.view(-1, len(trace.inputs)).mean(0)
+    draws = trace.draws if trace.lengths is not None else len(trace.gradients) // len(trace.inputs)
+    return squares.view(draws, len(trace.inputs)).mean(0)
 
 
 def input_moments(
@@ -90,6 +97,11 @@ def input_moments(
     captured = capture_second_moments(block, block_inputs, hidden, kinds)
     triangles = {moments: UpperTriangle.of(moments.matrix) for moments in set(captured.values())}
     return {kind: triangles[captured[kind]] for kind in kinds}
+
+
+def _mean_triangle(triangles: Sequence[UpperTriangle]) -> UpperTriangle:
+    blocks = zip(*(triangle.blocks for triangle in triangles), strict=True)
+    return UpperTriangle([torch.stack(same).mean(0) for same in blocks])
 
 
 def save_moments(path: Path, moments: Mapping[str, UpperTriangle]) -> None:

@@ -8,6 +8,7 @@ from typing import TypeVar
 from lmq.measurement.activation import SENSITIVITY
 from lmq.measurement.base import Cost, Measurement, Profile
 from lmq.measurement.delta_loss import DELTA_LOSS
+from lmq.measurement.expert_tokens import EXPERT_TOKENS
 from lmq.measurement.frobenius import FROBENIUS
 from lmq.measurement.layer_activity import LAYER_ACTIVITY
 from lmq.measurement.module_divergence import DIVERGENCE
@@ -43,6 +44,7 @@ COSTS: Mapping[str, Cost] = _by_name(
 LAYER_MEASUREMENTS: Mapping[str, Measurement] = _by_name(
     SUPER_WEIGHTS,
     LAYER_ACTIVITY,
+    EXPERT_TOKENS,
 )
 """Tables of other shapes."""
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from lmq.errors import InputError
 from lmq.measurement.base import Cost, CostColumn, LayerReplay, Need, Row, cost_row, cost_schema
+from lmq.measurement.pooling import pooled_moments
 from lmq.measurement.traces import ModuleTrace
 from lmq.model.streaming import BlockInputs
 from lmq.model.structure import ModuleInfo
@@ -77,7 +78,7 @@ def second_moments(inputs: Tensor, token_weights: Tensor | None = None) -> Secon
         if roots is not None:
             piece = piece * roots[start : start + _TOKENS_AT_ONCE, None]
         _add_upper_products(matrix, piece)
-    return SecondMoments(_mirrored(matrix).div_(len(inputs)), len(inputs))
+    return SecondMoments(_mirrored(matrix).div_(max(1, len(inputs))), len(inputs))
 
 
 @torch.no_grad()
@@ -87,14 +88,17 @@ def capture_second_moments(
     """Replay one block on `hidden` [sequences, sequence_length, hidden] and take H of every module's inputs.
 
     No inputs are kept: memory is one H per distinct input, shared by the modules that have it (q, k and v; gate and
-    up). The block is left as it was.
+    up). H of an expert is that of the tokens routed to it, or of all experts where these are few
+    (`lmq.measurement.pooling`). The block is left as it was.
     """
     sums: dict[str, Tensor] = {}
+    tokens = dict.fromkeys(kinds, 0)
     first_with: dict[tuple[int, int], tuple[Tensor, str]] = {}
 
     def keep(kind: str, inputs: Tensor) -> None:
         # by identity and version: a tensor that the block changes in place is another input afterwards
         _, first = first_with.setdefault((id(inputs), inputs._version), (inputs, kind))
+        tokens[kind] += inputs.numel() // inputs.shape[-1]
         if first != kind:
             sums[kind] = sums[first]
             return
@@ -114,9 +118,21 @@ def capture_second_moments(
     finally:
         for handle in handles:
             handle.remove()
-    tokens = hidden.shape[0] * hidden.shape[1]
-    moments = {total: SecondMoments(_mirrored(total) / tokens, tokens) for total in set(sums.values())}
-    return {kind: moments[sums[kind]] for kind in kinds}
+    for kind in kinds:
+        if kind not in sums:  # an expert that no token was routed to
+            weight = block.get_submodule(kind).get_parameter("weight")
+            sums[kind] = torch.zeros(weight.shape[1], weight.shape[1], device=weight.device)
+    moments = {
+        total: SecondMoments(_mirrored(total) / max(1, tokens[kind]), tokens[kind]) for kind, total in sums.items()
+    }
+    return pooled_moments({kind: moments[sums[kind]] for kind in kinds}, tokens, _joined)
+
+
+def _joined(moments: Sequence[SecondMoments]) -> SecondMoments:
+    """H of all experts' tokens together, as if each had an equal share of them."""
+    tokens = sum(each.tokens for each in moments)
+    total = torch.stack([each.matrix * each.tokens for each in moments]).sum(0)
+    return SecondMoments(total / max(1, tokens), tokens // len(moments))
 
 
 @torch.no_grad()
@@ -163,7 +179,7 @@ def fisher_estimate(moments: SecondMoments, error_by_row: Tensor, squared_gradie
 def mean_squared_gradient(gradients: Tensor) -> Tensor:
     """G_oo: mean over tokens of `gradients` [tokens, out_features] squared; float64 [out_features]."""
     pieces = gradients.detach().split(_TOKENS_AT_ONCE)
-    return torch.stack([piece.double().square().sum(0) for piece in pieces]).sum(0) / len(gradients)
+    return torch.stack([piece.double().square().sum(0) for piece in pieces]).sum(0) / max(1, len(gradients))
 
 
 def gradient_token_weights(gradients: Tensor) -> Tensor:
@@ -283,7 +299,8 @@ def measure_module_errors(layer: LayerReplay) -> Iterator[Row]:
     for module, statistics in _layer_statistics(layer):
         for spec, error in layer.errors(module):
             costs = statistics.costs(error)
-            yield cost_row(module, spec, tokens=tokens, in_features=module.in_features, **costs)
+            seen = statistics.moments.tokens
+            yield cost_row(module, spec, tokens=seen, in_features=module.in_features, **costs)
 
 
 def _layer_statistics(layer: LayerReplay) -> Iterator[tuple[ModuleInfo, ModuleStatistics]]:

@@ -71,24 +71,29 @@ def sequence_loss_changes(
 ) -> dict[QuantSpec, Tensor]:
     """⟨∇_W L, E⟩ of every draw and sequence, float64 [draws · sequences], for weight errors E = Ŵ − W.
 
-    Errors are [out_features, in_features]. The tokens of the trace are whole sequences, one after the other, and
-    its gradients come from `sampled_loss_gradient`. One weight gradient per draw and sequence serves every
-    configuration. Products are taken in the trace's dtype. Raises InputError where the trace is not made of whole
-    sequences.
+    Errors are [out_features, in_features]. The tokens of the trace are sequences of `sequence_length`, one after the
+    other, or those of their tokens that were routed to an expert; its gradients come from `sampled_loss_gradient`. One
+    weight gradient per draw and sequence serves every configuration. Products are taken in the trace's dtype. Raises
+    InputError where the trace is not made of whole sequences.
     """
-    if len(trace.inputs) % sequence_length:
+    if trace.lengths is None and len(trace.inputs) % sequence_length:
         raise InputError(
             f"a trace of {len(trace.inputs)} tokens is not made of sequences of {sequence_length}; "
             "pass the sequence length that was captured"
         )
-    inputs = trace.inputs.split(sequence_length)
-    gradients = trace.gradients.split(sequence_length)
+    inputs: Sequence[Tensor] = trace.inputs.split(sequence_length)
+    gradients: Sequence[Tensor] = trace.gradients.split(sequence_length)
+    if trace.lengths is not None:
+        inputs = trace.inputs.split(list(trace.lengths))
+        gradients = trace.gradients.split(list(trace.lengths) * trace.draws)
     changes = torch.zeros(len(errors), len(gradients), dtype=torch.float64)
     out_features, in_features = trace.gradients.shape[1], trace.inputs.shape[1]
     for rows in torch.arange(out_features).split(max(1, _ELEMENTS_AT_ONCE // in_features)):
         piece = slice(int(rows[0]), int(rows[-1]) + 1)
         stacked = torch.stack([error[piece].to(trace.inputs).flatten() for error in errors.values()])
         for number, gradient in enumerate(gradients):
+            if not len(gradient):
+                continue
             weight_gradient = gradient[:, piece].t() @ inputs[number % len(inputs)]
             changes[:, number] += (stacked @ weight_gradient.flatten()).double().cpu()
     return dict(zip(errors, changes, strict=True))

@@ -96,8 +96,8 @@ def capture_spikes(
 ) -> list[dict[str, Any]]:
     """Rows of `SUPER_WEIGHTS_SCHEMA` for modules of one block, replayed on the states that enter it.
 
-    `hidden` [sequences, sequence_length, hidden]; tokens are counted through the sequences. The block is left as it
-    was. Raises as `find_spike` does.
+    `hidden` [sequences, sequence_length, hidden]; tokens are counted through the sequences, those of an expert through
+    the ones that were routed to it. The block is left as it was. Raises as `find_spike` does.
     """
     seen: dict[ModuleId, tuple[list[Tensor], list[Tensor]]] = {module: ([], []) for module in modules}
 
@@ -116,7 +116,9 @@ def capture_spikes(
         for handle in handles:
             handle.remove()
     return [
-        super_weight_row(module, torch.cat(inputs), torch.cat(outputs)) for module, (inputs, outputs) in seen.items()
+        super_weight_row(module, torch.cat(inputs), torch.cat(outputs))
+        for module, (inputs, outputs) in seen.items()
+        if inputs  # no row for an expert that no token was routed to
     ]
 
 

@@ -17,11 +17,14 @@ from lmq.model.streaming import BlockInputs
 class ModuleTrace:
     """What went through one module: `inputs` [tokens, in_features], `gradients` [draws · tokens, out_features].
 
-    Of the loss of a text there is one draw; tokens are fastest.
+    Of the loss of a text there is one draw; tokens are fastest. An expert has the tokens alone that were routed to it:
+    `lengths` are how many of every sequence, None for sequences of one length.
     """
 
     inputs: Tensor
     gradients: Tensor
+    lengths: tuple[int, ...] | None = None
+    draws: int = 1
 
 
 def trace_modules(
@@ -36,7 +39,8 @@ def trace_modules(
 
     `hidden` [sequences, sequence_length, hidden] enters the block, `gradient` [draws · sequences, sequence_length,
     hidden] is ∂L/∂output of the block. Each sequence runs forward once for all draws. Traces are kept in `dtype` on
-    the block's device; modules that share an input share its tensor. The block is left as it was.
+    the block's device; modules that share an input share its tensor. A module that is not called for a sequence, as an
+    expert that no token is routed to, has no tokens of it. The block is left as it was.
     """
     draws = range(0, len(gradient), len(hidden))
     inputs: dict[str, list[Tensor]] = {kind: [] for kind in kinds}
@@ -46,11 +50,13 @@ def trace_modules(
         """A copy also where nothing is converted: the block may go on to change `states` in place."""
         return states.detach().flatten(0, -2).to(dtype, copy=True)
 
+    lengths: dict[str, list[int]] = {kind: [] for kind in kinds}
     copies = Copies(by_token)
 
     def watch(kind: str) -> RemovableHandle:
         def keep(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             inputs[kind].append(copies(args[0]))
+            lengths[kind][-1] = len(inputs[kind][-1])
             output.register_hook(lambda output_gradient: found.__setitem__(kind, by_token(output_gradient)))
 
         return block.get_submodule(kind).register_forward_hook(keep)
@@ -60,17 +66,27 @@ def trace_modules(
     try:
         for sequence in range(len(hidden)):
             entering = hidden[sequence : sequence + 1].detach().requires_grad_(True)
+            for of_kind in lengths.values():
+                of_kind.append(0)
             with torch.enable_grad():
                 leaving = block_inputs.run(block, entering)
             for number, draw in enumerate(draws):
                 piece = gradient[draw + sequence][None].to(leaving)
                 torch.autograd.grad(leaving, entering, piece, retain_graph=draw != draws[-1])
-                for kind in kinds:
+                for kind in list(found):
                     gradients[kind][number].append(found.pop(kind))
             copies.clear()
     finally:
         for handle in handles:
             handle.remove()
-    joined = {pieces[0]: torch.cat(pieces) for pieces in inputs.values()}
-    by_draw = {kind: torch.cat([piece for draw in gradients[kind] for piece in draw]) for kind in kinds}
-    return {kind: ModuleTrace(joined[inputs[kind][0]], by_draw[kind]) for kind in kinds}
+    joined = {pieces[0]: torch.cat(pieces) for pieces in inputs.values() if pieces}
+    by_draw = {kind: [piece for draw in gradients[kind] for piece in draw] for kind in kinds}
+    traces = {}
+    for kind in kinds:
+        if not inputs[kind]:
+            weight = block.get_submodule(kind).get_parameter("weight")
+            of_inputs, of_outputs = (weight.new_empty(0, size, dtype=dtype) for size in reversed(weight.shape))
+        else:
+            of_inputs, of_outputs = joined[inputs[kind][0]], torch.cat(by_draw[kind])
+        traces[kind] = ModuleTrace(of_inputs, of_outputs, tuple(lengths[kind]), len(draws))
+    return traces

@@ -190,8 +190,8 @@ def _kept(blocks: nn.Module, linear_modules: Sequence[LinearModules], layers_pat
             (path, name), (kind, parameter) = next(iter(others.items()))
             raise UnsupportedModel(
                 f"{layers_path}.{layer}.{path} is a {kind} with {name} of shape {list(parameter.shape)}; lmq quantizes "
-                "nn.Linear and experts [experts, out_features, in_features] as transformers' experts interface has them "
-                "(no Conv1D, no other layout of experts), and most weights of this block are in neither"
+                "nn.Linear, and experts [experts, out_features, in_features] with transformers' experts interface (no "
+                "Conv1D, no other layout of experts), and most weights of this block are in neither"
             )
         for (path, name), (_, parameter) in others.items():
             yield KeptTensor(layer, f"{path}.{name}".removeprefix("."), tuple(parameter.shape))

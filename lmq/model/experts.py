@@ -177,7 +177,12 @@ def _shape_of(fused: Any, name: str, path: str) -> tuple[int, int]:
     return (columns, rows) if fused.is_transposed else (rows, columns)
 
 
-_NUMBER = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
+_NUMBER = re.compile(r"(?<=\.experts\.)\d+(?=\.|$)")
+
+
+def without_number(kind: str) -> str:
+    """A kind with `*` in the place of the expert's number: `mlp.experts.*.down_proj`; others as they are."""
+    return _NUMBER.sub("*", kind)
 
 
 def expert_number(kind: str) -> int | None:

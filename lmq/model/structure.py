@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from lmq.model.experts import expert_number
+
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 """Types that matrices to quantize are stored in, and the bytes of a weight."""
 
@@ -108,6 +110,11 @@ class ModelStructure:
     def parameters(self) -> int:
         """Weights in all quantizable modules."""
         return sum(module.parameters for module in self.quantized)
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether some modules see the tokens alone that are routed to them."""
+        return any(expert_number(module.id.kind) is not None for module in self.modules)
 
     @property
     def kinds(self) -> tuple[str, ...]:
