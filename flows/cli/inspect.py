@@ -28,16 +28,11 @@ def inspect_command(arguments: argparse.Namespace) -> int:
 
     structure = inspect_model(arguments.model, arguments.store).structure
     say(summary(structure))
-    table = Table("Kind", "Part", "Shape", "Modules", "Weights")
-    for kind in structure.kinds:
-        infos = [info for info in structure.modules if info.id.kind == kind]
-        shapes = sorted({f"{info.out_features} × {info.in_features}" for info in infos})
-        weights = sum(info.parameters for info in infos)
-        table.add_row(kind, infos[0].part, ", ".join(shapes), str(len(infos)), f"{weights:,}")
-    console.print(table)
+    console.print(_kinds(structure))
     console.print(_uniform_sizes(structure))
+    routers = ", routers" if structure.has_experts else ""
     say(
-        f"not quantized (embeddings, head, norms, biases): {structure.other_parameters:,} weights, "
+        f"not quantized (embeddings, head, norms, biases{routers}): {structure.other_parameters:,} weights, "
         f"{structure.other_bytes / 1e6:,.1f} MB"
     )
     for note in structure.kept_notes:
@@ -53,6 +48,24 @@ def summary(structure: ModelStructure) -> str:
         f"{'tied' if structure.tied_embeddings else 'untied'} embeddings; "
         f"{len(structure.quantized)} modules of {structure.parameters:,} weights"
     )
+
+
+def _kinds(structure: ModelStructure) -> Table:
+    """A row for every kind; the same matrix of all experts is one. With experts, which tokens a kind sees is said."""
+    from lmq.model.experts import without_number
+
+    active = ("Tokens",) if structure.has_experts else ()
+    table = Table("Kind", "Part", "Shape", "Modules", "Weights", *active)
+    for kind in dict.fromkeys(without_number(kind) for kind in structure.kinds):
+        infos = [info for info in structure.modules if without_number(info.id.kind) == kind]
+        shapes = sorted({f"{info.out_features} × {info.in_features}" for info in infos})
+        layers = len({info.id.layer for info in infos})
+        routed = infos[0].id.kind != kind
+        modules = f"{layers} layers × {len(infos) // layers} experts" if routed else str(len(infos))
+        weights = sum(info.parameters for info in infos)
+        tokens = ("routed" if routed else "all",) if active else ()
+        table.add_row(kind, infos[0].part, ", ".join(shapes), modules, f"{weights:,}", *tokens)
+    return table
 
 
 def _uniform_sizes(structure: ModelStructure) -> Table:

@@ -112,9 +112,15 @@ class ModelStructure:
         return sum(module.parameters for module in self.quantized)
 
     @property
+    def experts(self) -> dict[int, int]:
+        """How many routed experts each layer has that has some."""
+        numbers = ((module.id.layer, expert_number(module.id.kind)) for module in self.modules)
+        return dict(sorted((layer, number + 1) for layer, number in numbers if number is not None))
+
+    @property
     def has_experts(self) -> bool:
         """Whether some modules see the tokens alone that are routed to them."""
-        return any(expert_number(module.id.kind) is not None for module in self.modules)
+        return bool(self.experts)
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -131,10 +137,16 @@ class ModelStructure:
 
     @property
     def kept_notes(self) -> list[str]:
-        """What of the blocks is kept as it is, a line for each tensor that several layers have."""
+        """What of the blocks is kept as it is, a line for each tensor that several layers have; routers are said to be.
+
+        A router of a layer with experts has an output for each of them, or one, the gate of shared experts.
+        """
+        experts = self.experts
         layers: dict[tuple[str, tuple[int, ...]], list[int]] = {}
         for tensor in self.kept:
-            layers.setdefault((tensor.name, tensor.shape), []).append(tensor.layer)
+            is_router = tensor.layer in experts and tensor.shape[0] in (1, experts[tensor.layer])
+            name = f"router {tensor.name}" if is_router else tensor.name
+            layers.setdefault((name, tensor.shape), []).append(tensor.layer)
         return [f"{name} {list(shape)} of {layer_ranges(found)}" for (name, shape), found in layers.items()]
 
     def to_json(self) -> dict[str, Any]:

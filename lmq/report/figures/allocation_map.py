@@ -11,6 +11,7 @@ from matplotlib.patches import PathPatch
 from matplotlib.path import Path
 
 from lmq.formats.spec import QuantSpec
+from lmq.model.experts import expert_number
 from lmq.model.structure import ModuleId
 from lmq.report.figures.canvas import TEXT_PX, Margins, layer_ticks, new_axes
 from lmq.report.figures.palette import INK, MUTED, Colour, change_colour, ramp_colour
@@ -67,8 +68,10 @@ def difference_map(
 
 
 def short_kind(kind: str, kinds: Sequence[str]) -> str:
-    """`q_proj` for `self_attn.q_proj`, unless another kind ends in the same name."""
+    """`q_proj` for `self_attn.q_proj`, unless another kind ends in the same name; `3.down_proj` of an expert."""
     last = kind.rpartition(".")[2]
+    if expert_number(kind) is not None:
+        return f"{expert_number(kind)}.{last}"
     return last if sum(other.rpartition(".")[2] == last for other in kinds) == 1 else kind
 
 

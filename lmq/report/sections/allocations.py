@@ -9,6 +9,7 @@ import numpy as np
 
 from lmq.allocation.solver import PROVEN_GAP
 from lmq.formats.spec import QuantSpec
+from lmq.model.experts import without_number
 from lmq.model.structure import ModuleId
 from lmq.report.data import ModelReport, ReportData, Rows
 from lmq.report.figures.allocation_map import allocation_map, difference_map, short_kind
@@ -132,14 +133,17 @@ def _legend(scale: Sequence[QuantSpec], any_boosted: bool) -> str:
 
 
 def _kind_table(model: ModelReport, allocations: Mapping[str, Allocation]) -> str:
-    kinds = (*model.structure.kinds, *(module.id.kind for module in model.structure.embeddings))
+    of_blocks = dict.fromkeys(without_number(kind) for kind in model.structure.kinds)
+    kinds = (*of_blocks, *(module.id.kind for module in model.structure.embeddings))
     parameters = {module.id: module.parameters for module in model.structure.quantized}
     columns = [Column("Variant"), *(Column(short_kind(kind, kinds), True, kind) for kind in kinds)]
     rows = []
     for label, allocation in allocations.items():
         cells = [Cell(escape(label), label)]
         for kind in kinds:
-            mean = _mean_bits([(spec, parameters[m]) for m, spec in allocation.items() if m.kind == kind])
+            mean = _mean_bits(
+                [(spec, parameters[m]) for m, spec in allocation.items() if without_number(m.kind) == kind]
+            )
             cells.append(number(format_number(mean, 2), mean))
         rows.append(cells)
     return table(columns, rows, "Mean bits per weight by module kind")

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from lmq.formats.spec import QuantSpec
+from lmq.model.experts import without_number
 from lmq.model.source import ModelSource
 from lmq.report.data import ModelReport, ReportData, Rows
 from lmq.report.results import (
@@ -116,7 +117,7 @@ def _bits(rows: Rows) -> str:
         return _NOT_MEASURED
     by_kind: dict[str, Counter[QuantSpec]] = defaultdict(Counter)
     for row in rows:
-        by_kind[row["kind"]][QuantSpec.from_row(row)] += 1
+        by_kind[without_number(row["kind"])][QuantSpec.from_row(row)] += 1
     specs = sorted({spec for counts in by_kind.values() for spec in counts})
     table = [(kind, *(str(counts[spec] or "") for spec in specs)) for kind, counts in by_kind.items()]
     return "Matrices by configuration (`b4g64`: 4 bits, groups of 64):\n\n" + _table(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from lmq_flows.run.plan import check_run
 from tests.conftest import TINY_SHAPE
 from tests.flows.cli.conftest import refusal
 from tests.flows.conftest import tiny_config
+from tests.mixtures import mixture
 
 
 def test_inspect_shows_modules_and_sizes(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -44,3 +46,18 @@ def test_inspect_refuses_what_is_no_model(
     assert "must not be empty" in refusal(capsys, "inspect", "", *store)
     assert "is quantized already (lmq)" in refusal(capsys, "inspect", made[1], *store)
     assert "is a file, not a directory" in refusal(capsys, "inspect", made[1], "--store", made[0])
+
+
+def test_inspect_shows_experts_and_routers(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = shutil.copytree(tiny_llama, tmp_path / "mixture")
+    mixture("qwen2-moe").save_pretrained(model)
+    assert main(["inspect", str(model), "--store", str(tmp_path / "store")]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert re.search(
+        r"mlp\.experts\.\*\.gate_up_proj │ mlp_gate │ 128 × 64 │ 2 layers × 4 experts │ 65,536 │ routed", printed
+    )
+    assert re.search(r"mlp\.shared_expert\.down_proj │ mlp_down │ 64 × 128 │ 2 │ 16,384 │ all", printed)
+    assert "of these, in the blocks: router mlp.gate.weight [4, 64] of layers 0-1" in printed
+    assert "of these, in the blocks: router mlp.shared_expert_gate.weight [1, 64] of layers 0-1" in printed
