@@ -2,7 +2,7 @@
 
 Run `python -m benchmarks.quantizers MODEL … --calibration TEXT --evaluation TEXT --work DIR`. Embedding, head and norms
 stay. First every configuration of `--uniform` for all block matrices, so that nothing but the codes differs; then
-`--menu` is given out within each of `--budgets` (bits per weight) by `loss-aware` on the codes of the last quantizer;
+`--menu` is given out within each of `--budgets` (bits per weight) by `loss-aware` on the codes of each quantizer;
 with `--polish 60` each of these plans is polished in 60 steps. Second moments and costs are those of a run: states and
 gradients of the unquantized model, with labels that it draws itself. Models are judged in float32.
 
@@ -13,11 +13,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -26,13 +24,13 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from benchmarks.judge import Judge, bits_per_weight, print_header, print_row, read_tokens
 from benchmarks.llama_cpp_codes import LlamaCpp
 from lmq.allocation.error_table import ErrorTable
 from lmq.allocation.strategies import Measurements, strategy
 from lmq.checkpoint.polish import Polish, PolishSchedule
 from lmq.formats.spec import QuantSpec
 from lmq.measurement.base import cost_row
-from lmq.measurement.divergence import divergence
 from lmq.measurement.grids import Allocation, LayerGrids, load_grids, quantize_modules, save_grids
 from lmq.measurement.quantized_model import GridsOfLayer, QuantizedPoint
 from lmq.measurement.quantizer_moments import fisher_moments_of
@@ -58,8 +56,7 @@ COSTS_FILE = "costs.json"
 
 def main() -> None:
     options = _arguments()
-    print("| model | quantizer | configuration | bits per weight | perplexity | KL | top-1 |")
-    print("|---|---|---|---:|---:|---:|---:|")
+    print_header("quantizer")
     for source in options.model:
         _table(Path(source), options)
 
@@ -89,34 +86,32 @@ def _table(directory: Path, options: argparse.Namespace) -> None:
     tokenizer = AutoTokenizer.from_pretrained(directory)
     bos = tokenizer.bos_token_id if options.bos else None
     to_polish_on = options.polish * PolishSchedule.sequences_per_step
-    read = _read(tokenizer, options.calibration, options.sequences + to_polish_on, SEQUENCE_LENGTH, bos)
+    read = read_tokens(tokenizer, options.calibration, options.sequences + to_polish_on, SEQUENCE_LENGTH, bos)
     tokens, further = read[: options.sequences], read[options.sequences :]
-    judge = _Judge.of(model, _read(tokenizer, options.evaluation, options.windows, WINDOW, bos))
-    _row(directory.name, "full precision", "", 16, judge.scores(None))
+    judge = Judge.of(model, read_tokens(tokenizer, options.evaluation, options.windows, WINDOW, bos))
+    print_row(directory.name, "full precision", "", 16, judge.scores(None))
     uniform = [QuantSpec.parse(name) for name in options.uniform.split(",")]
     menu = [QuantSpec.parse(name) for name in (options.menu or options.uniform).split(",")]
     folders = {name: options.work / directory.name / name for name in options.quantizers.split(",")}
     missing = {name: folder for name, folder in folders.items() if not (folder / COSTS_FILE).exists()}
     if missing:
-        _measure(directory, model, tokens, options.draws, sorted({*uniform, *menu}), missing)
+        measure(directory, model, tokens, options.draws, sorted({*uniform, *menu}), missing)
     for name, folder in folders.items():
-        grids = _grids_in(folder)
+        grids = grids_in(folder)
         for spec in uniform:
             same = {module.id: spec for module in model.structure.modules}
-            _row(directory.name, name, spec.name, _bits(model, same), judge.scores(grids, same))
-    if not options.budgets:
-        return
-    for bits in map(float, options.budgets.split(",")):
-        given = _plan(model, folder, menu, bits)
-        what = f"given out within {bits:g}"
-        _row(directory.name, name, what, _bits(model, given), judge.scores(grids, given))
-        if options.polish:
-            polished = f"{what}, polished {options.polish} steps"
-            with _polished(model, grids, given, further, options.polish) as tuned:
-                _row(directory.name, name, polished, _bits(model, given), judge.scores(tuned, given))
+            print_row(directory.name, name, spec.name, bits_per_weight(model, same), judge.scores(grids, same))
+        for bits in map(float, filter(None, options.budgets.split(","))):
+            given = plan_within(model, folder, menu, bits)
+            what = f"given out within {bits:g}"
+            print_row(directory.name, name, what, bits_per_weight(model, given), judge.scores(grids, given))
+            if options.polish:
+                polished = f"{what}, polished {options.polish} steps"
+                with _polished(model, grids, given, further, options.polish) as tuned:
+                    print_row(directory.name, name, polished, bits_per_weight(model, given), judge.scores(tuned, given))
 
 
-def _measure(
+def measure(
     directory: Path,
     model: StreamedModel,
     tokens: Tensor,
@@ -197,15 +192,15 @@ def _costs(
         }
         moments = fisher[info.id].matrix()
         by_token = {spec: token_cost(error, moments) for spec, error in errors.items()}
-        for spec, fisher in pooled_costs(by_sequence, by_token).items():
-            yield cost_row(info, spec, fisher=fisher)
+        for spec, cost in pooled_costs(by_sequence, by_token).items():
+            yield cost_row(info, spec, fisher=cost)
 
 
-def _grids_in(folder: Path) -> GridsOfLayer:
+def grids_in(folder: Path) -> GridsOfLayer:
     return lru_cache(maxsize=1)(lambda layer: load_grids(folder / f"{layer}.safetensors"))
 
 
-def _plan(model: StreamedModel, folder: Path, menu: Sequence[QuantSpec], bits: float) -> Allocation:
+def plan_within(model: StreamedModel, folder: Path, menu: Sequence[QuantSpec], bits: float) -> Allocation:
     """What `loss-aware` gives every module within so many bits per weight."""
     rows = [row for row in json.loads((folder / COSTS_FILE).read_text()) if _spec(row) in menu]
     costs = {"sequence_fisher": ErrorTable.from_rows(rows, "fisher")}
@@ -216,14 +211,6 @@ def _plan(model: StreamedModel, folder: Path, menu: Sequence[QuantSpec], bits: f
 
 def _spec(row: Mapping[str, Any]) -> QuantSpec:
     return QuantSpec.from_row(row)
-
-
-def _read(tokenizer: AutoTokenizer, path: Path, rows: int, length: int, bos: int | None) -> Tensor:
-    """The first tokens of a text, int64 [rows, length], each row behind BOS where there is one."""
-    ids = tokenizer(path.read_text(), return_tensors="pt", add_special_tokens=False).input_ids[0]
-    if bos is None:
-        return ids[: rows * length].view(rows, length)
-    return torch.cat([torch.full((rows, 1), bos), ids[: rows * (length - 1)].view(rows, -1)], dim=1)
 
 
 @contextmanager
@@ -238,53 +225,6 @@ def _polished(
         for _ in polish.run(0, steps, tokens, reference):
             pass
         yield polish.stored
-
-
-def _bits(model: StreamedModel, allocation: Allocation) -> float:
-    modules = model.structure.modules
-    size_bytes = sum(allocation[module.id].size_bytes(module.parameters, module.in_features) for module in modules)
-    return 8 * size_bytes / sum(module.parameters for module in modules)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Judge:
-    """Compares a quantized model with the unquantized one on windows of tokens [windows, window]."""
-
-    model: StreamedModel
-    tokens: Tensor
-    reference: Tensor
-
-    @classmethod
-    def of(cls, model: StreamedModel, tokens: Tensor) -> _Judge:
-        """With the states that leave the unquantized model's last block."""
-        reference = QuantizedPoint(model, lambda _: {}, matmul_dtype=torch.float32).last_states(tokens)
-        return cls(model=model, tokens=tokens, reference=reference)
-
-    @torch.no_grad()
-    def scores(self, grids: GridsOfLayer | None, allocation: Allocation | None = None) -> tuple[float, float, float]:
-        """Perplexity, mean KL per token in nats, share of equal most likely tokens."""
-        states = self.reference
-        if grids is not None:
-            states = QuantizedPoint(self.model, grids, matmul_dtype=torch.float32).last_states(self.tokens, allocation)
-        targets = self.tokens[:, 1:].flatten().to(self.model.device)
-        loss = apart = alike = 0.0
-        step = self.model.tokens_at_once
-        pairs = zip(*(part[:, :-1].flatten(0, 1).split(step) for part in (self.reference, states)), strict=True)
-        for (expected, found), target in zip(
-            ([self.model.head_logits(part).float().log_softmax(-1) for part in pair] for pair in pairs),
-            targets.split(step),
-            strict=True,
-        ):
-            loss -= float(found.gather(1, target[:, None]).double().sum())
-            apart += float(divergence(expected, found).double().sum())
-            alike += float((expected.argmax(-1) == found.argmax(-1)).sum())
-        tokens = len(targets)
-        return math.exp(loss / tokens), apart / tokens, alike / tokens
-
-
-def _row(model: str, name: str, spec: str, bits: float, scores: tuple[float, float, float]) -> None:
-    perplexity, apart, alike = scores
-    print(f"| {model} | {name} | {spec} | {bits:.4g} | {perplexity:.2f} | {apart:.4f} | {alike:.3f} |", flush=True)
 
 
 if __name__ == "__main__":
