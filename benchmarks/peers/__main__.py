@@ -106,7 +106,7 @@ def main() -> None:
     for peer in PEERS:
         if peer.name not in chosen:
             continue
-        work = options.work / directory.name / peer.module
+        work = options.work / directory.name / "peers" / peer.module
         try:
             for label, settings in peer.configurations.items():
                 bits, scores = _of_peer(peer, label, settings, work, options.work, model, directory, tokens, judge)

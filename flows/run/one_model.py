@@ -17,7 +17,7 @@ from lmq.allocation.targets import Target, target_named
 from lmq.errors import InputError, LmqError, UnsupportedModel, unknown_name
 from lmq.export.check import export_checked
 from lmq.export.source import QuantizedCheckpoint
-from lmq.formats.spec import STOPS, QuantSpec
+from lmq.formats.spec import QuantSpec
 from lmq.model.companions import companion_files
 from lmq.model.directory import complete_directory
 from lmq.model.memory import activation_bytes, cache_of
@@ -172,6 +172,13 @@ class MadeModel:
     uniform: VariantResult | None
 
 
+MENU = tuple(
+    QuantSpec(bits, group_size)
+    for bits, group_sizes in {2: (128, 64), 3: (128, 64, 32), 4: (128, 64, 32), 5: (64,), 6: (64,), 8: (64,)}.items()
+    for group_size in group_sizes
+)
+"""What `lmq quantize` chooses from, by size. Above 4 bits, plans rarely take a second group size."""
+
 _PATH: Any = type(Path())
 
 
@@ -206,7 +213,7 @@ def prepare_goal(goal: Goal) -> PreparedGoal:
     )
     inspected = _inspect(goal, dtype, embeddings=around)
     beside_bytes = _beside_bytes(inspected)
-    known = STOPS if engine is None else engine.usual_menu(inspected.structure.quantized)
+    known = MENU if engine is None else engine.usual_menu(inspected.structure.quantized)
     sizes = LayoutRange.of(inspected.structure.quantized, known, "paper")
     menu = set(sizes.uniform_bytes)
     gpu = _gpu_shares(goal, inspected)
