@@ -142,6 +142,7 @@ def _add_metadata(
 ) -> None:
     vocabulary_size = _vocabulary_size(checkpoint)
     kinds = Counter(tensor.kind for tensor in tensors if isinstance(tensor.source, str))
+    kinds = kinds or Counter([GGMLQuantizationType.F16])  # nothing is quantized
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_file_type(_FILE_TYPES[kinds.most_common(1)[0][0]])
