@@ -49,7 +49,9 @@ def budget_command(arguments: argparse.Namespace) -> int:
     structure = inspected.structure
     if arguments.menu:
         module_sizes(structure.modules, menu)  # a configuration that was asked for must fit
-    ranges = [LayoutRange.of(structure.modules, menu, layout, axis=arguments.axis) for layout in LAYOUTS]
+    # the hqq library holds no type of llama.cpp
+    layouts = LAYOUTS if any(spec.gguf is None for spec in menu) else LAYOUTS[:1]
+    ranges = [LayoutRange.of(structure.modules, menu, layout, axis=arguments.axis) for layout in layouts]
     say(summary(structure))
     console.print(_feasible_table(ranges, structure))
     console.print(_stops_table(ranges, menu, structure))

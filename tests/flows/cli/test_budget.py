@@ -67,3 +67,15 @@ def test_budget_refuses_what_cannot_be_meant(
     assert "'b5' is not a configuration" in refusal(capsys, *command, "--menu", "b4g64,b5")
     assert "needs at least one configuration and none twice" in refusal(capsys, *command, "--menu", "b4g64,b4g64")
     assert "there is no model directory" in refusal(capsys, "budget", tmp_path / "model", *command[2:])
+
+
+def test_a_menu_of_llama_cpp_has_one_layout(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows of 64 weights: q4_k is q5_0, 22 bytes for 32 weights."""
+    store = ("--store", str(tmp_path / "store"))
+    assert main(["budget", str(tiny_llama), "uniform q4_k", "--menu", "q4_k,q8_0", *store]) == 0
+    printed = capsys.readouterr().out
+    assert "5.500 bpw" in printed
+    assert "8.500 bpw" in printed
+    assert "q4_k (exactly)" in printed

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 import lmq
 from lmq.checkpoint.write import quantized_bytes
 from lmq.errors import InputError
+from lmq.export import compressed_tensors, dense, hqq
 from lmq.export.gguf import export
 from lmq.export.openers import open_export
 from lmq.export.source import QuantizedCheckpoint
@@ -164,3 +165,12 @@ def test_llama_cpp_computes_with_the_file_what_lmq_computes(planned: QuantizedCh
         own = lmq.load(planned.path, dense=True)(TOKENS).logits[0].float()
     assert (found - own).norm() / own.norm() < 0.02
     assert torch.equal(found.argmax(1), own.argmax(1))
+
+
+def test_other_exports_say_that_they_hold_no_such_type(planned: QuantizedCheckpoint, tmp_path: Path) -> None:
+    assert any("is a type of llama.cpp, which hqq does not hold" in text for text in hqq.problems(planned))
+    assert any("a type of GGUF, which vllm does not open" in text for text in compressed_tensors.problems(planned))
+    report = dense.export(planned, tmp_path / "dense", dtype="float32")
+    opened = open_export(report, "safetensors")
+    for path in planned.specs:
+        assert torch.equal(opened.get_submodule(path).get_parameter("weight"), planned.weight(path))
