@@ -53,7 +53,7 @@ def main() -> None:
         write_checkpoint(options.work / "full", directory, model.structure, {}, quantizer("rtn"))
         export(QuantizedCheckpoint(options.work / "full"), full)
     named = {_name(model, config, module): values for module, values in importance.items()}
-    print_header()
+    print_header("quantizer")
     for name in options.mixes.split(","):
         path = options.work / f"{name}.gguf"
         if not path.exists():
