@@ -36,6 +36,7 @@ from lmq_flows.run.overview import current_overview
 from lmq_flows.run.prepare import (
     absolute_store_url,
     check_context_of,
+    check_target,
     identify_texts,
     preparation_graph,
     prepared_model,
@@ -168,6 +169,7 @@ def _walk(config: RunConfig, model_config: ModelConfig) -> ModelOutcome:
     planned = plan_graph(graph)
     if not all(item.cached for item in planned):
         check_context_of(config, model)
+        check_target(config, model)
         import_what_computes()
     with run_lease(config.store, config.name) as lease:
         lease.use(item.uri for item in planned if item.uri is not None)

@@ -19,6 +19,7 @@ from lmq_flows.run.prepare import (
     absolute_store_url,
     check_context_of,
     check_directory,
+    check_target,
     check_texts,
     failure_of_all,
     identify_model,
@@ -172,6 +173,7 @@ class _Ready:
             seeing = [item for item in planned_run if item.node.stage.name in _SEE_TEXTS]
             if not seeing or not all(item.cached for item in seeing):
                 check_context_of(config, ready)
+                check_target(config, ready)
                 self._not_seen.append(ready)
             self.planned += planned_run
             self.variants += variants

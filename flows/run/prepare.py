@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from lmq.allocation.budget import module_sizes
+from lmq.allocation.targets import target_named
 from lmq.errors import InputError, LmqError
 from lmq.evaluation.perplexity import full_windows
 from lmq.formats.spec import QuantSpec
+from lmq.model.skeleton import read_model_config
 from lmq.model.source import LocatedModel, ModelSource, locate, nearest_sibling, needs_conversion, source_digest
 from lmq.model.structure import ModelStructure
 from lmq.model.transformers_lock import TRANSFORMERS_LOCK
@@ -265,6 +267,19 @@ def check_context_of(config: MeasurementRequest, model: PreparedModel) -> None:
             check_window(model_dir, text.window, "evaluation.window")
     if config.needs_calibration:
         check_context(model_dir, config.calibration.sequence_length, "calibration.sequence_length")
+
+
+def check_target(config: MeasurementRequest, model: PreparedModel) -> None:
+    """Raise InputError when the engine that a run is for does not compute such a model."""
+    target = getattr(config, "target", None)
+    if target is None or not target_named(target).types:
+        return
+    from lmq.export.gguf_model import config_problems
+
+    assert model.site.model is not None
+    model_dir = located_dir(open_store(model.site.store_url), model.site.model)
+    if found := list(config_problems(read_model_config(model_dir))):
+        raise InputError(f"{model.config.name} cannot become a file for {target}: {'; '.join(found)}")
 
 
 def failure_of_all(errors: Sequence[Exception]) -> Exception:

@@ -125,6 +125,13 @@ def test_what_becomes_another_type_is_said_before_work(two_widths: Path, tmp_pat
     assert fallback.endswith("2 modules (layers 0-1: mlp.down_proj)")
 
 
+def test_a_model_that_llama_cpp_computes_otherwise_is_refused_before_work(tiny_gemma: Path, tmp_path: Path) -> None:
+    measure = {"quantizer": "gptq"}
+    options = {"target": "llama.cpp", "strategies": ["loss-aware"], "budgets": ["uniform q4_k"], "measure": measure}
+    with pytest.raises(InputError, match=r"tiny cannot become a file for llama\.cpp: .*softcapping is 30"):
+        check_run(tiny_config(tiny_gemma, tmp_path, **options))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
