@@ -27,7 +27,7 @@ from lmq.quantizers.gguf_fit import fit_type, steps_of
 from lmq.quantizers.integer_zeros import refit_scale, whole_zeros
 from lmq.quantizers.weighted_grid import fit_weighted
 
-_WEIGHTS_AT_ONCE, _WEIGHTS_AT_ONCE_ON_GPU = 1 << 26, 1 << 28
+_WEIGHTS_AT_ONCE, _WEIGHTS_AT_ONCE_ON_GPU = 1 << 24, 1 << 28
 """Weights of all matrices and configurations that are rounded together."""
 
 

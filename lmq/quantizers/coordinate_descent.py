@@ -5,7 +5,7 @@ every sweep goes through the groups of columns again: the scale and the zero of 
 to their joint optimum, then each of its columns to the codes that are best while all else stays (for codes: QuantEase,
 Behdin et al. 2023, arXiv 2309.01885). Only what the 8-bit ranges of the grid can store is ever taken.
 
-H E of the errors so far, kept up to date, gives every optimum; a group costs one product of matrices.
+H E of the errors so far gives every optimum; it is taken for one group of columns at a time, when its turn comes.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from lmq.formats.groups import StoredLevels, from_groups
 from lmq.quantizers.error_feedback import EvenSteps, Lattice, Steps
 
 _COLUMNS_AT_ONCE = 64
+_COLUMNS_IN_TURN = 8
+"""Columns whose changes reach the rest of their group in one product: what changes column by column stays in cache."""
 _LEAST_CURVATURE = 1e-6
 """Of a scale whose zero follows it, as a share of one whose zero stays: below, the codes of the group are all equal."""
 
@@ -107,19 +109,16 @@ def sweep(
 ) -> None:
     """Improve codes uint8 [matrices, in_features, out_features] in place, and scales and zeros where these are groups.
 
-    `errors` E, float32 in that shape, are those of the codes given. Scales of lattices stay.
+    `errors` E, float32 in that shape, are those of the codes given, and follow them. Scales of lattices stay.
     """
     in_features = codes.shape[1]
     groups = scales if isinstance(scales, Groups) else None
     width = _COLUMNS_AT_ONCE if groups is None else in_features // groups.scale_codes.shape[1]
-    gradient = torch.bmm(moments, errors)
-    del errors
     for _ in range(sweeps):
         for start in range(0, in_features, width):
             columns = slice(start, min(start + width, in_features))
-            block = _Block(
-                steps.of_codes(codes[:, columns]), gradient[:, columns].clone(), moments[:, columns, columns]
-            )
+            gradient = torch.bmm(moments[:, columns], errors)
+            block = _Block(steps.of_codes(codes[:, columns]), gradient, moments[:, columns, columns])
             if isinstance(scales, Groups):
                 scale = scales.tune(block, start // width, tune_zeros=tune_zeros).expand_as(block.steps)
             else:
@@ -127,7 +126,7 @@ def sweep(
                 scale = torch.stack([lattice.at(numbers)[0] for lattice in scales])
             block.descend(scale, steps)
             codes[:, columns] = steps.codes(block.steps)
-            gradient.baddbmm_(moments[:, :, columns], block.change)
+            errors[:, columns] += block.change
 
 
 def _by_column(codes: Tensor, grid: CodedGrid) -> Tensor:
@@ -157,15 +156,21 @@ class _Block:
         """The best codes of one column after the other; `scale` [matrices, columns, out_features] of every weight."""
         inverse = torch.where(scale != 0, 1 / scale, 0)
         curvature = self.moments.diagonal(dim1=1, dim2=2)
-        inverse_curvature = torch.where(curvature > 0, 1 / curvature, 0)
-        for column in range(self.steps.shape[1]):
-            step = self.steps[:, column]
-            best = self.gradient[:, column] * inverse[:, column] * inverse_curvature[:, column, None]
-            best = steps.nearest(step - best)
-            change = (best - step).mul_(scale[:, column])
-            self.steps[:, column] = best
-            self.change[:, column] += change
-            self.gradient.addcmul_(self.moments[:, :, column, None], change[:, None])
+        inverse_curvature = torch.where(curvature > 0, 1 / curvature, 0)[:, :, None]
+        width = self.steps.shape[1]
+        for start in range(0, width, _COLUMNS_IN_TURN):
+            turn, rest = slice(start, min(start + _COLUMNS_IN_TURN, width)), slice(start + _COLUMNS_IN_TURN, width)
+            towards = inverse[:, turn] * inverse_curvature[:, turn]
+            change = torch.empty_like(towards)
+            for column in range(turn.stop - start):
+                at, following = start + column, slice(start + column + 1, turn.stop)
+                step = self.steps[:, at]
+                best = steps.nearest(torch.addcmul(step, self.gradient[:, at], towards[:, column], value=-1))
+                torch.sub(best, step, out=change[:, column]).mul_(scale[:, at])
+                self.steps[:, at] = best
+                self.gradient[:, following].addcmul_(self.moments[:, following, at, None], change[:, column, None])
+            self.change[:, turn] += change
+            self.gradient[:, rest].baddbmm_(self.moments[:, rest, turn], change)
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -191,10 +192,19 @@ class Lattice:
     def at(self, columns: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero of the weights in `columns` int64 [columns]: float32 [columns, out_features] each."""
         out_features, in_features = self.shape
+        shift = self.group_size.bit_length() - 1  # group sizes are powers of two: shifting is faster than dividing
+        if self.axis == 1 and in_features % self.group_size == 0:
+            scale, zero = self._by_column
+            return scale[columns >> shift], zero[columns >> shift]
         flat = torch.arange(out_features, device=columns.device) * in_features + columns[:, None]
-        # group sizes are powers of two, and shifting is faster than dividing
-        groups = flat >> self.group_size.bit_length() - 1 if self.axis == 1 else flat % len(self.scale)
+        groups = flat >> shift if self.axis == 1 else flat % len(self.scale)
         return self.scale[groups], self.zero[groups]
+
+    @cached_property
+    def _by_column(self) -> tuple[Tensor, Tensor]:
+        """[groups of a row, out_features]: what a column needs lies together."""
+        scale, zero = (values.view(self.shape[0], -1).t().contiguous() for values in (self.scale, self.zero))
+        return scale, zero
 
 
 def _round_block(block: Tensor, scale: Tensor, zero: Tensor, factor: Tensor, steps: Steps, codes: Tensor) -> Tensor:
