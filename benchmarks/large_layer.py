@@ -22,7 +22,7 @@ from benchmarks.llama_files import LLAMA_2_7B, SMOLLM2_135M, write_llama
 from benchmarks.memory import peak_bytes
 from lmq.formats.spec import QuantSpec
 from lmq.measurement.grids import quantize_modules
-from lmq.measurement.quantizer_moments import fisher_moments
+from lmq.measurement.quantizer_moments import backward_with_moments
 from lmq.measurement.sequence_fisher import sequence_loss_changes
 from lmq.measurement.traces import trace_modules
 from lmq.model.discovery import discover
@@ -71,7 +71,11 @@ def _measure(model: StreamedModel, menu: list[QuantSpec], sequences: int, layers
     kinds = [module.id.kind for module in modules]
     chosen = quantizer("fisher-gptq")
     with model.block(0) as block:
-        moments = _timed("second moments", layers, lambda: fisher_moments(block, inputs, hidden, gradient, kinds))
+        _, moments = _timed(
+            "gradient and second moments",
+            layers,
+            lambda: backward_with_moments(block, inputs, hidden, gradient, kinds, layer=0),
+        )
         weights = {
             module.id: block.get_submodule(module.id.kind).get_parameter("weight").detach() for module in modules
         }

@@ -15,7 +15,6 @@ from lmq.measurement.frobenius import FROBENIUS, frobenius_errors, frobenius_nor
 from lmq.measurement.grids import LayerGrids, load_grids, quantize_modules, save_grids
 from lmq.measurement.quantized_model import QuantizedPoint
 from lmq.measurement.quantizer_moments import (
-    fisher_moments,
     input_moments,
     load_moments,
     save_moments,
@@ -31,10 +30,9 @@ from lmq.text.calibration import read_tokens
 from lmq_tasks.inputs import layer_weights, open_model, read_structure
 from lmq_tasks.sources import TOKENS_FILE
 from lmq_tasks.stage import Job, JsonDict, Stage, stage
-from lmq_tasks.states import GRADIENTS_FILE, HIDDEN_STATES_FILE
+from lmq_tasks.states import GRADIENTS_FILE, HIDDEN_STATES_FILE, MOMENTS_FILE
 
 GRIDS_FILE = "grids.safetensors"
-MOMENTS_FILE = "moments.safetensors"
 TENSORS_FILE = "tensors.safetensors"
 """What a measurement keeps for other stages, beside its table."""
 
@@ -48,6 +46,7 @@ def open_layer(job: Job) -> LayerReplay:
         Need.LAST_STATES: (HIDDEN_STATES_FILE, read_hidden_states),
         Need.TEXT_GRADIENTS: (GRADIENTS_FILE, read_gradients),
         Need.DRAWN_GRADIENTS: (GRADIENTS_FILE, read_gradients),
+        Need.MOMENTS: (MOMENTS_FILE, load_moments),
     }
     structure = read_structure(job)
     layer = job.config["layer"]
@@ -97,23 +96,14 @@ MEASUREMENT_STAGES: Mapping[str, Stage] = {
 
 @stage("second-moments", version=2, schema="second-moments/1")
 def measure_second_moments(job: Job) -> None:
-    """Second moments of one layer's inputs for quantizers, weighted by the gradients of drawn labels where given.
-
-    Weighted ones come from a block that multiplies in bfloat16 where the processor is fast at it: the draws vary far
-    more than its rounding.
-    """
+    """Plain second moments of one layer's inputs, for quantizers."""
     with open_layer(job) as layer:
         kinds = [module.id.kind for module in layer.modules]
-        if layer.has(Need.DRAWN_GRADIENTS):
-            moments = fisher_moments(
-                layer.block, layer.block_inputs, layer.hidden, layer.gradient, kinds, fast_block=True
-            )
-        else:
-            moments = input_moments(layer.block, layer.block_inputs, layer.hidden, kinds)
+        moments = input_moments(layer.block, layer.block_inputs, layer.hidden, kinds)
     save_moments(job.output / MOMENTS_FILE, moments)
 
 
-@stage("grids", version=3, schema=FROBENIUS.schema.label)
+@stage("grids", version=4, schema=FROBENIUS.schema.label)
 def make_grids(job: Job) -> None:
     """Quantization grids of one layer for every configuration of the menu, and their Frobenius errors.
 

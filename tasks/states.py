@@ -6,6 +6,7 @@ where the processor is fast at it: the draws vary far more than its rounding.
 
 from __future__ import annotations
 
+from lmq.measurement.quantizer_moments import backward_with_moments, save_moments
 from lmq.measurement.replay import (
     backward_block,
     forward_block,
@@ -23,6 +24,7 @@ from lmq_tasks.stage import Job, stage
 
 HIDDEN_STATES_FILE = "hidden-states.parquet"
 GRADIENTS_FILE = "gradients.parquet"
+MOMENTS_FILE = "moments.safetensors"
 
 
 @stage("embed", version=1, schema="hidden-states/1")
@@ -73,14 +75,19 @@ def sampled_gradient(job: Job) -> None:
     write_gradients(job.output / GRADIENTS_FILE, gradient)
 
 
-@stage("sampled-backward", version=1, schema="gradients/1")
+@stage("sampled-backward", version=2, schema="gradients-and-moments/1")
 def sampled_backward(job: Job) -> None:
-    """Those gradients at the states that enter one block, from the ones at the states that leave it."""
+    """Those gradients at the states that enter one block, from the ones at the states that leave it.
+
+    The same replay gives the second moments of its modules' inputs, weighted by the gradients.
+    """
     model = open_model(job)
     layer = job.config["layer"]
     hidden = read_hidden_states(job.input("hidden", HIDDEN_STATES_FILE))
     gradient = read_gradients(job.input("gradient", GRADIENTS_FILE))
-    with model.block(layer) as block, fast_products(job.device):
+    kinds = [module.id.kind for module in model.structure.in_layer(layer)]
+    with model.block(layer) as block:
         inputs = model.block_inputs(hidden.shape[1])[layer]
-        entering = backward_block(block, inputs, hidden, gradient, layer=layer)
+        entering, moments = backward_with_moments(block, inputs, hidden, gradient, kinds, layer=layer, fast_block=True)
     write_gradients(job.output / GRADIENTS_FILE, entering)
+    save_moments(job.output / MOMENTS_FILE, moments)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -17,10 +17,11 @@ from lmq.quantizers import CalibratedQuantizer
 from lmq.quantizers import quantizer as quantizer_named
 from lmq.quantizers.calibrated import ErrorFeedback
 from lmq_flows.config.sections import CalibrationConfig, ModelConfig, TextConfig
-from lmq_flows.graph.node import Graph, Node
+from lmq_flows.graph.node import FileOf, Graph, Input, Node
 from lmq_storage import ArtifactRef
 from lmq_tasks import STAGES
 from lmq_tasks.stage import Site
+from lmq_tasks.states import GRADIENTS_FILE, MOMENTS_FILE
 
 FLOAT32_BYTES = 4
 
@@ -175,19 +176,20 @@ class CapturedText:
         self._calibration = calibration
         self._draws = draws
         self._layers = nodes.model.structure.layers
-        self._moments: dict[str, list[Node]] = {}
         self._embedding_weights: dict[str, Node] = {}
 
-    def by_layer(self, need: Need) -> list[Node]:
+    def by_layer(self, need: Need) -> Sequence[Input]:
         """What a measurement needs of every layer."""
-        return {
+        by_need: dict[Need, Callable[[], Sequence[Input]]] = {
             Need.STATES: lambda: self.entering,
             Need.LEAVING_STATES: lambda: self.leaving,
             Need.LAST_STATES: lambda: [self.last] * self._layers,
             Need.TOKENS: lambda: [self.tokens] * self._layers,
             Need.TEXT_GRADIENTS: lambda: self.text_gradients,
             Need.DRAWN_GRADIENTS: lambda: self.drawn_gradients,
-        }[need]()
+            Need.MOMENTS: lambda: self.second_moments(fisher_weighted=True),
+        }
+        return by_need[need]()
 
     @cached_property
     def tokens(self) -> Node:
@@ -225,24 +227,43 @@ class CapturedText:
     @cached_property
     def text_gradients(self) -> list[Node]:
         """Gradients at every block's output of the loss of the calibration text."""
+        keep = self.last.expected_bytes
         inputs = {"hidden": self.last, "tokens": self.tokens}
-        gradient = self._nodes.add("loss-gradient", "", {}, inputs, expected_bytes=self.last.expected_bytes)
-        return self._backward("backward", gradient)
+        found = [self._nodes.add("loss-gradient", "", {}, inputs, expected_bytes=keep)]
+        for layer in range(self._layers - 1, 0, -1):
+            inputs = {"hidden": self.entering[layer], "gradient": found[-1]}
+            found.append(self._nodes.add_layer("backward", layer, {}, inputs, expected_bytes=keep))
+        return found[::-1]
 
     @cached_property
-    def drawn_gradients(self) -> list[Node]:
-        """Gradients at every block's output for labels that the model draws."""
+    def _drawn(self) -> list[Node]:
+        """Gradients at every block's input and at the last one's output, for labels that the model draws.
+
+        Beside those at its input a block has the second moments of its modules.
+        """
         config = {"draws": self._draws, "seed": self._calibration.seed}
         keep = self._draws * (self.last.expected_bytes or 0)
-        gradient = self._nodes.add("sampled-loss-gradient", "", config, {"hidden": self.last}, expected_bytes=keep)
-        return self._backward("sampled-backward", gradient)
+        found = [self._nodes.add("sampled-loss-gradient", "", config, {"hidden": self.last}, expected_bytes=keep)]
+        for layer in reversed(range(self._layers)):
+            inputs = {"hidden": self.entering[layer], "gradient": FileOf(found[-1], GRADIENTS_FILE)}
+            both = keep + self._moment_bytes
+            found.append(self._nodes.add_layer("sampled-backward", layer, {}, inputs, expected_bytes=both))
+        return found[::-1]
 
-    @cached_property
-    def entering_gradient(self) -> Node:
+    @property
+    def drawn_gradients(self) -> list[FileOf]:
+        """Gradients at every block's output for labels that the model draws."""
+        return [FileOf(node, GRADIENTS_FILE) for node in self._drawn[1:]]
+
+    @property
+    def entering_gradient(self) -> FileOf:
         """Gradients at the states that enter the first block, for labels that the model draws."""
-        after = self.drawn_gradients[0]
-        inputs = {"hidden": self.entering[0], "gradient": after}
-        return self._nodes.add_layer("sampled-backward", 0, {}, inputs, expected_bytes=after.expected_bytes)
+        return FileOf(self._drawn[0], GRADIENTS_FILE)
+
+    @property
+    def _moment_bytes(self) -> int:
+        """Bytes of the second moments of a block."""
+        return sum(triangle_bytes(module.in_features) for module in self._nodes.model.structure.in_layer(0))
 
     def embedding_weights(self, *, fisher_weighted: bool) -> Node:
         """Column weights for the grids of embedding and head; quantizers that look at the same ones share them."""
@@ -254,29 +275,18 @@ class CapturedText:
             self._embedding_weights[what] = self._nodes.add("embedding-weights", what, {}, inputs)
         return self._embedding_weights[what]
 
-    def second_moments(self, *, fisher_weighted: bool) -> list[Node]:
+    def second_moments(self, *, fisher_weighted: bool) -> Sequence[Input]:
         """Second moments of every module's inputs, weighted by the gradients of drawn labels or plain.
 
         Quantizers that look at the same ones share them.
         """
-        what = "Fisher-weighted" if fisher_weighted else "plain"
-        if what not in self._moments:
-            inputs = {Need.STATES.value: self.entering}
-            if fisher_weighted:
-                inputs[Need.DRAWN_GRADIENTS.value] = self.drawn_gradients
-            modules = self._nodes.model.structure.in_layer(0)
-            expected = sum(triangle_bytes(module.in_features) for module in modules)
-            self._moments[what] = self._nodes.per_layer("second-moments", {}, expected, what, **inputs)
-        return self._moments[what]
+        if fisher_weighted:
+            return [FileOf(node, MOMENTS_FILE) for node in self._drawn[:-1]]
+        return self._plain_moments
 
-    def _backward(self, stage: str, gradient: Node) -> list[Node]:
-        """Gradient at every block's output, from the one at the last block's."""
-        gradients = [gradient]
-        for layer in range(self._layers - 1, 0, -1):
-            inputs = {"hidden": self.entering[layer], "gradient": gradients[-1]}
-            keep = gradient.expected_bytes
-            gradients.append(self._nodes.add_layer(stage, layer, {}, inputs, expected_bytes=keep))
-        return gradients[::-1]
+    @cached_property
+    def _plain_moments(self) -> list[Node]:
+        return self._nodes.per_layer("second-moments", {}, self._moment_bytes, hidden=self.entering)
 
 
 def _grids_bytes(specs: Sequence[QuantSpec], modules: Sequence[ModuleInfo], *, coded: bool) -> int:

@@ -19,6 +19,7 @@ from lmq.formats.spec import QuantSpec
 from lmq.measurement.grids import LayerGrids
 from lmq.measurement.pooling import pooled_traces
 from lmq.measurement.traces import ModuleTrace, trace_modules
+from lmq.measurement.upper_triangle import UpperTriangle
 from lmq.model.streaming import BlockInputs, StreamedModel
 from lmq.model.structure import ModelStructure, ModuleInfo
 from lmq.numerics import fast_products
@@ -44,6 +45,8 @@ class Need(Enum):
     """Gradient of the loss of the text at the states that leave the layer, like them in shape."""
     DRAWN_GRADIENTS = "drawn_gradients"
     """The same for labels that the model draws: [draws · sequences, sequence_length, hidden], sequences fastest."""
+    MOMENTS = "moments"
+    """Second moments of every module's inputs, weighted by these gradients, by kind."""
 
     @property
     def on_text(self) -> bool:
@@ -116,6 +119,11 @@ class LayerReplay:
         """Loss gradient at the states that leave the layer: of the text, or of every draw of labels."""
         drawn = self.has(Need.DRAWN_GRADIENTS)
         return self._input(Need.DRAWN_GRADIENTS if drawn else Need.TEXT_GRADIENTS)
+
+    @property
+    def moments(self) -> Mapping[str, UpperTriangle]:
+        """Fisher-weighted second moments of the modules' inputs, by kind, in nats per token."""
+        return self._input(Need.MOMENTS)
 
     @property
     def grids(self) -> LayerGrids:

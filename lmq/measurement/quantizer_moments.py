@@ -25,34 +25,37 @@ from torch import Tensor, nn
 from lmq.errors import DamagedFile
 from lmq.measurement.pooling import pooled_moments
 from lmq.measurement.second_moments import capture_second_moments
-from lmq.measurement.traces import ModuleTrace, trace_modules
+from lmq.measurement.traces import ModuleTrace, trace_block
 from lmq.measurement.upper_triangle import UpperTriangle
 from lmq.model.streaming import BlockInputs
-from lmq.numerics import fast_products
+from lmq.numerics import fast_products, require_finite
 
 _TOKENS_AT_ONCE = 2048
 _METADATA_KEY = "lmq.moments"
 
 
-def fisher_moments(
+def backward_with_moments(
     block: nn.Module,
     block_inputs: BlockInputs,
     hidden: Tensor,
     gradient: Tensor,
     kinds: Sequence[str],
     *,
+    layer: int,
     fast_block: bool = False,
-) -> dict[str, UpperTriangle]:
-    """Fisher-weighted H of every module, in nats per token.
+) -> tuple[Tensor, dict[str, UpperTriangle]]:
+    """Loss gradient at the states that enter a block, and Fisher-weighted H of its modules, in nats per token.
 
     `hidden` [sequences, sequence_length, hidden] enters the block, `gradient` [draws · sequences, sequence_length,
-    hidden] leaves `lmq.measurement.sequence_fisher.sampled_loss_gradient` and the backward passes that follow it. The
-    block is replayed a few sequences at a time, and no inputs are kept: memory is half of one H per module.
-    `fast_block` runs the block itself in the faster type where there is one (`lmq.numerics.fast_products`).
+    hidden] leaves `lmq.measurement.sequence_fisher.sampled_loss_gradient` and the backward passes that follow it, of
+    which this is one: one replay gives both. The block is replayed a few sequences at a time, and no inputs are kept:
+    memory is half of one H per module, and the gradient. `fast_block` runs the block itself in the faster type where
+    there is one (`lmq.numerics.fast_products`). Raises NotFiniteError naming the layer.
     """
     sequences, sequence_length = hidden.shape[:2]
     device = next(block.parameters()).device
     by_draw = gradient.view(-1, *hidden.shape)
+    entering = torch.empty_like(by_draw, dtype=torch.float32)
     found: dict[str, UpperTriangle] = {}
     seen = dict.fromkeys(kinds, 0)
     at_once = max(1, _TOKENS_AT_ONCE // sequence_length)
@@ -60,7 +63,8 @@ def fisher_moments(
         piece = slice(start, start + at_once)
         gradients = by_draw[:, piece].flatten(0, 1)
         with fast_products(device, None if fast_block else torch.float32):
-            traces = trace_modules(block, block_inputs, hidden[piece], gradients, kinds, torch.float32)
+            traces, at_entering = trace_block(block, block_inputs, hidden[piece], gradients, kinds, torch.float32)
+        entering[:, piece] = at_entering.view(len(by_draw), -1, *hidden.shape[1:])
         for kind in kinds:
             trace = traces.pop(kind)
             if kind not in found:
@@ -69,7 +73,8 @@ def fisher_moments(
             seen[kind] += len(trace.inputs)
     for triangle in found.values():
         triangle.divide(sequences * sequence_length)
-    return pooled_moments(found, seen, _mean_triangle)
+    require_finite(entering, f"the loss gradient at the states that enter layer {layer}")
+    return entering.flatten(0, 1), pooled_moments(found, seen, _mean_triangle)
 
 
 def fisher_moments_of(trace: ModuleTrace) -> UpperTriangle:

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from lmq.errors import InputError
 from lmq.formats.spec import QuantSpec
 from lmq.measurement.base import Cost, CostColumn, LayerReplay, Need, Row, cost_row, cost_schema
-from lmq.measurement.quantizer_moments import fisher_moments_of
 from lmq.measurement.traces import ModuleTrace
 from lmq.model.streaming import StreamedModel
 from lmq.model.structure import ModuleInfo
@@ -39,8 +38,11 @@ SEQUENCE_FISHER_SCHEMA = cost_schema(
 _ERROR_BYTES_AT_ONCE = 5 << 28
 """Bytes of the errors of one module that are held together: a gradient of its weight serves them all."""
 
-_ELEMENTS_AT_ONCE = 1 << 23
+_ELEMENTS_AT_ONCE = 1 << 22
 """Weights whose errors are held in the trace's dtype at a time, for every configuration."""
+
+_GRADIENTS_AT_ONCE = 8
+"""Weight gradients that go through these errors together: reading the errors takes longer than multiplying them."""
 
 
 def sampled_loss_gradient(model: StreamedModel, hidden: Tensor, *, draws: int, seed: int) -> Tensor:
@@ -91,11 +93,12 @@ def sequence_loss_changes(
     for rows in torch.arange(out_features).split(max(1, _ELEMENTS_AT_ONCE // in_features)):
         piece = slice(int(rows[0]), int(rows[-1]) + 1)
         stacked = torch.stack([error[piece].to(trace.inputs).flatten() for error in errors.values()])
-        for number, gradient in enumerate(gradients):
-            if not len(gradient):
-                continue
-            weight_gradient = gradient[:, piece].t() @ inputs[number % len(inputs)]
-            changes[:, number] += (stacked @ weight_gradient.flatten()).double().cpu()
+        for start in range(0, len(gradients), _GRADIENTS_AT_ONCE):
+            numbers = range(start, min(start + _GRADIENTS_AT_ONCE, len(gradients)))
+            found = stacked.new_empty(len(numbers), len(rows), in_features)
+            for weight_gradient, number in zip(found, numbers, strict=True):
+                torch.mm(gradients[number][:, piece].t(), inputs[number % len(inputs)], out=weight_gradient)
+            changes[:, numbers.start : numbers.stop] += (found.flatten(1) @ stacked.t()).t().double().cpu()
     return dict(zip(errors, changes, strict=True))
 
 
@@ -141,7 +144,7 @@ def _module_costs(
     """`sequence_loss_changes` and `token_cost` of the whole menu, as many errors at a time as fit into memory."""
     changes: dict[QuantSpec, Tensor] = {}
     by_token: dict[QuantSpec, float] = {}
-    moments = fisher_moments_of(trace).matrix()
+    moments = layer.moments[module.id.kind].matrix().to(trace.inputs)
     for specs in _batches(layer.menu, module.parameters * trace.inputs.element_size()):
         errors = {spec: error.to(trace.inputs.dtype) for spec, error in layer.errors(module, specs)}
         changes |= sequence_loss_changes(trace, errors, sequence_length=sequence_length)
@@ -165,9 +168,9 @@ SEQUENCE_FISHER = Cost(
     name="sequence_fisher",
     title="Sequence-wise Fisher",
     schema=SEQUENCE_FISHER_SCHEMA,
-    needs=frozenset({Need.GRIDS, Need.STATES, Need.DRAWN_GRADIENTS}),
+    needs=frozenset({Need.GRIDS, Need.STATES, Need.DRAWN_GRADIENTS, Need.MOMENTS}),
     settings=("menu",),
-    version=5,
+    version=6,
     measure=measure_sequence_fisher,
     columns=(
         CostColumn(

@@ -35,13 +35,28 @@ def trace_modules(
     kinds: Sequence[str],
     dtype: torch.dtype,
 ) -> dict[str, ModuleTrace]:
+    """The modules' part of `trace_block`."""
+    return trace_block(block, block_inputs, hidden, gradient, kinds, dtype)[0]
+
+
+def trace_block(
+    block: nn.Module,
+    block_inputs: BlockInputs,
+    hidden: Tensor,
+    gradient: Tensor,
+    kinds: Sequence[str],
+    dtype: torch.dtype,
+) -> tuple[dict[str, ModuleTrace], Tensor]:
     """Replay one block forward and backward and keep every module's inputs and output gradients.
 
     `hidden` [sequences, sequence_length, hidden] enters the block, `gradient` [draws · sequences, sequence_length,
     hidden] is ∂L/∂output of the block. Each sequence runs forward once for all draws. Traces are kept in `dtype` on
     the block's device; modules that share an input share its tensor. A module that is not called for a sequence, as an
     expert that no token is routed to, has no tokens of it. The block is left as it was.
+
+    Beside the traces by kind: the gradient at the states that enter, float32, in the shape of `gradient`.
     """
+    entering_gradient = torch.empty_like(gradient, dtype=torch.float32)
     draws = range(0, len(gradient), len(hidden))
     inputs: dict[str, list[Tensor]] = {kind: [] for kind in kinds}
     gradients: dict[str, list[list[Tensor]]] = {kind: [[] for _ in draws] for kind in kinds}
@@ -72,7 +87,8 @@ def trace_modules(
                 leaving = block_inputs.run(block, entering)
             for number, draw in enumerate(draws):
                 piece = gradient[draw + sequence][None].to(leaving)
-                torch.autograd.grad(leaving, entering, piece, retain_graph=draw != draws[-1])
+                (at_entering,) = torch.autograd.grad(leaving, entering, piece, retain_graph=draw != draws[-1])
+                entering_gradient[draw + sequence] = at_entering[0]
                 for kind in list(found):
                     gradients[kind][number].append(found.pop(kind))
             copies.clear()
@@ -89,4 +105,4 @@ def trace_modules(
         else:
             of_inputs, of_outputs = joined[inputs[kind][0]], torch.cat(by_draw[kind])
         traces[kind] = ModuleTrace(of_inputs, of_outputs, tuple(lengths[kind]), len(draws))
-    return traces
+    return traces, entering_gradient

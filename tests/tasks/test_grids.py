@@ -18,7 +18,8 @@ from lmq.model.streaming import load_layer_weights
 from lmq.model.structure import ModuleId
 from lmq.quantizers import quantizer
 from lmq.tables import read_rows
-from lmq_tasks.measure import GRIDS_FILE, MOMENTS_FILE, make_grids, measure_second_moments
+from lmq_tasks.measure import GRIDS_FILE, make_grids, measure_second_moments
+from lmq_tasks.states import MOMENTS_FILE, sampled_backward
 from tests.tasks.conftest import MENU, Captured
 
 LAYER = 1
@@ -31,8 +32,9 @@ def test_codes_of_a_calibrated_quantizer_are_those_of_the_library_and_are_what_i
     """Statistics, grids with codes, their errors and the quantized layer; the stages only carry them."""
     inputs = {"hidden": captured.hidden[LAYER]}
     if name == "fisher-gptq":
-        inputs["drawn_gradients"] = captured.gradient[LAYER]
-    moments = captured.run(measure_second_moments, {"layer": LAYER}, **inputs)
+        moments = captured.run(sampled_backward, {"layer": LAYER}, gradient=captured.gradient[LAYER], **inputs)
+    else:
+        moments = captured.run(measure_second_moments, {"layer": LAYER}, **inputs)
     config = {"layer": LAYER, "menu": MENU, "quantizer": {"name": name, "axis": 1}}
     grids = captured.run(make_grids, config, moments=moments)
     found = load_grids(captured.path(grids, GRIDS_FILE))

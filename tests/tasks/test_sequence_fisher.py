@@ -62,6 +62,9 @@ def test_costs_of_a_layer_come_from_the_gradients_of_every_draw(
         hidden.append(runner.run(forward, {"layer": layer}, structure=structure, hidden=hidden[-1]))
     last = runner.run(sampled_gradient, {"draws": DRAWS, "seed": 0}, structure=structure, hidden=hidden[-1])
     gradient = runner.run(sampled_backward, {"layer": 3}, structure=structure, hidden=hidden[3], gradient=last)
+    moments = runner.run(
+        sampled_backward, {"layer": LAYER}, structure=structure, hidden=hidden[LAYER], gradient=gradient
+    )
     grids = runner.run(
         make_grids,
         {"layer": LAYER, "menu": MENU, "quantizer": {"name": "hqq", "axis": 1}},
@@ -74,6 +77,7 @@ def test_costs_of_a_layer_come_from_the_gradients_of_every_draw(
         grids=grids,
         hidden=hidden[LAYER],
         drawn_gradients=gradient,
+        moments=moments,
     )
     rows = read_rows(runner.store.path(found, "sequence-fisher.parquet"), SEQUENCE_FISHER_SCHEMA)
     assert len(rows) == 7 * len(MENU)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from lmq.formats.nf4 import NormalFloat4
 from lmq.measurement.activation import SENSITIVITY_SCHEMA, part_sensitivities
@@ -20,7 +21,11 @@ from tests.tasks.conftest import LENGTH, MENU, Captured
 LAYER = 1
 
 
-def test_sensitivity_to_nf4_needs_no_grids(captured: Captured, tiny_qwen: Path) -> None:
+def test_sensitivity_to_nf4_needs_no_grids(
+    captured: Captured, tiny_qwen: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # exact products, whatever the processor is fast at
+    monkeypatch.setattr("lmq.measurement.activation.fast_matmul_dtype", lambda _: torch.float32)
     config = {"layer": LAYER, "spec": "b4g32", "quantizer": "nf4"}
     found = captured.run(MEASUREMENT_STAGES["sensitivity"], config, hidden=captured.hidden[LAYER])
     rows = read_rows(captured.path(found, "sensitivity.parquet"), SENSITIVITY_SCHEMA)

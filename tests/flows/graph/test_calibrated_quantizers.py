@@ -39,7 +39,7 @@ def test_what_is_stored_are_the_codes_that_were_measured(tiny_qwen: Path, tmp_pa
     refs = execute_directly(graph, checkpoints)
     store = ArtifactStore(config.store)
     stages = [node.stage.name for node in refs]
-    assert stages.count("second-moments") == stages.count("grids") == 4
+    assert stages.count("sampled-backward") == stages.count("grids") == 4
     assert stages.count("sampled-loss-gradient") == 1  # shared with the cost of loss-aware
     grids = {
         module: by_spec
@@ -48,7 +48,7 @@ def test_what_is_stored_are_the_codes_that_were_measured(tiny_qwen: Path, tmp_pa
         for module, by_spec in load_grids(store.path(ref, "grids.safetensors")).items()
     }
     for node in refs:
-        if node.stage.name in ("grids", "second-moments"):
+        if node.stage.name in ("grids", "sampled-backward"):
             manifest = store.manifest(refs[node].stage, refs[node].key)
             stored = sum(file.size_bytes for file in manifest.files.values())
             assert node.expected_bytes <= stored <= node.expected_bytes + 40_000  # headers, and the table of errors
@@ -128,7 +128,8 @@ def test_what_is_made_of_several_quantizers_is_told_apart(tiny_qwen: Path, tmp_p
     names = [(node.stage.name, node.label) for node in graph]
     assert len(set(names)) == len(names)
     stages = [stage for stage, _ in names]
-    assert stages.count("second-moments") == 8  # plain, and the weighted ones that two of them share
+    assert stages.count("second-moments") == 4  # plain
+    assert stages.count("sampled-backward") == 4  # whose second moments two of them share
     assert ("grids", "tiny gptq layer 0") in names
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lmq.errors import DamagedFile
 from lmq.measurement.quantizer_moments import (
-    fisher_moments,
+    backward_with_moments,
     input_moments,
     load_moments,
     save_moments,
@@ -39,7 +39,7 @@ def test_moments_are_those_of_autograd_token_by_token(tiny_model: Path) -> None:
     sums: dict[str, Tensor] = {}
     seen: dict[str, Tensor] = {}
     with model.block(1) as block:
-        found = fisher_moments(block, inputs, hidden, gradient, kinds)
+        at_entering, found = backward_with_moments(block, inputs, hidden, gradient, kinds, layer=1)
         for kind in kinds:
 
             def keep(module: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor, kind: str = kind) -> None:
@@ -56,6 +56,7 @@ def test_moments_are_those_of_autograd_token_by_token(tiny_model: Path) -> None:
         for number, slope in enumerate(gradient):
             entering = hidden[number % SEQUENCES][None].clone().requires_grad_(True)
             inputs.run(block, entering).backward(slope[None])
+            assert torch.allclose(at_entering[number], entering.grad[0], rtol=1e-4, atol=1e-7)
     for kind in kinds:
         assert torch.allclose(found[kind].matrix().double(), sums[kind], rtol=1e-4, atol=1e-6 * sums[kind].abs().max())
 
