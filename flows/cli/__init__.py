@@ -28,6 +28,7 @@ COMMANDS = {
     "strategies": "list the strategies with their source",
     "store": "look after the artifact store",
     "doctor": "look at this machine: versions that break, hardware, disks, server and hub, and what to do",
+    "completion": "print what a shell needs to complete commands and options",
     "serve": "start a Prefect server with lmq's deployments and a worker, until Ctrl-C",
     "deploy": "put lmq's work pools and deployments on the Prefect server that PREFECT_API_URL names",
 }
@@ -79,7 +80,7 @@ def quiet_libraries() -> None:
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parsed arguments. argparse ends a list of arguments at an option: what follows the option joins the list here."""
-    parser = _parser(argv)
+    parser = _parser(argv[:1])
     arguments, rest = parser.parse_known_args(argv)
     continued: str | None = getattr(arguments, "continued_list", None)
     if rest and (continued is None or any(item.startswith("-") for item in rest)):
@@ -89,14 +90,19 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
-def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
-    """The parser, with the arguments of the one command that was given: `lmq --help` imports no command."""
+def whole_parser() -> argparse.ArgumentParser:
+    """The parser with the arguments of every command."""
+    return _parser(list(COMMANDS))
+
+
+def _parser(commands: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser, with the arguments of these commands, as of the one that was given: `lmq --help` imports none."""
     parser = argparse.ArgumentParser(
         prog="lmq", description="Make language models smaller with the least loss, under a byte budget."
     )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, text in COMMANDS.items():
-        command = add_command(commands, name, text)
-        if name in argv[:1]:
+        command = add_command(subparsers, name, text)
+        if name in commands:
             importlib.import_module(f"{__name__}.{name}").add_arguments(command)
     return parser
