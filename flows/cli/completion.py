@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 SHELLS = ("bash", "zsh", "fish")
 _HOW = """\
-To use it: lmq completion bash > ~/.local/share/bash-completion/completions/lmq; lmq completion zsh > a directory of $fpath/_lmq;
+To use it: lmq completion bash > ~/.local/share/bash-completion/completions/lmq;
+lmq completion zsh > a directory of $fpath/_lmq;
 lmq completion fish > ~/.config/fish/completions/lmq.fish."""
 
 
