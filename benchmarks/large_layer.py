@@ -1,6 +1,7 @@
-"""Calibrated quantization of one decoder layer of Llama-2-7B's shape: seconds and peak memory of every step.
+"""Calibrated quantization of one decoder layer of a large model's shape: seconds and peak memory of every step.
 
     python -m benchmarks.large_layer [--device cpu|cuda] [--sequences 32] [--menu b3g64,b4g64] [--shape Llama-2-7B]
+        [--kinds mlp.down_proj]
 
 Random heavy-tailed weights, states and gradients. The steps are those of a run: Fisher-weighted second moments of every
 module's inputs, codes of every configuration, and the sequence-wise Fisher cost of these codes. The last column
@@ -12,13 +13,13 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
-from benchmarks.llama_files import LLAMA_2_7B, SMOLLM2_135M, write_llama
+from benchmarks.llama_files import LLAMA_2_7B, LLAMA_3_1_70B, SMOLLM2_135M, write_llama
 from benchmarks.memory import peak_bytes
 from lmq.formats.spec import QuantSpec
 from lmq.measurement.grids import quantize_modules
@@ -31,7 +32,7 @@ from lmq.numerics import fast_matmul_dtype
 from lmq.quantizers import quantizer
 
 T = TypeVar("T")
-SHAPES = {shape.name: shape for shape in (LLAMA_2_7B, SMOLLM2_135M)}
+SHAPES = {shape.name: shape for shape in (LLAMA_2_7B, LLAMA_3_1_70B, SMOLLM2_135M)}
 SEQUENCE_LENGTH = 512
 
 
@@ -45,7 +46,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_llama(Path(folder), shape, blocks=1)
         model = StreamedModel.open(Path(folder), discover(Path(folder)), device=device)
-        _measure(model, menu, options.sequences, shape.layers)
+        kinds = tuple(filter(None, options.kinds.split(","))) or model.structure.kinds
+        _measure(model, menu, kinds, options.sequences, shape.layers)
 
 
 def _arguments() -> argparse.Namespace:
@@ -54,6 +56,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--sequences", type=int, default=32, help="calibration sequences of 512 tokens (default 32)")
     parser.add_argument("--menu", default="b4g64", help="configurations (default b4g64)")
     parser.add_argument("--shape", default=LLAMA_2_7B.name, choices=SHAPES)
+    parser.add_argument("--kinds", default="", help="modules, as in self_attn.q_proj,mlp.down_proj (default all)")
     return parser.parse_args()
 
 
@@ -61,14 +64,13 @@ def _name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
 
 
-def _measure(model: StreamedModel, menu: list[QuantSpec], sequences: int, layers: int) -> None:
+def _measure(model: StreamedModel, menu: list[QuantSpec], kinds: Sequence[str], sequences: int, layers: int) -> None:
     generator = torch.Generator(model.device).manual_seed(0)
     size = (sequences, SEQUENCE_LENGTH, model.structure.hidden_size)
     hidden = torch.randn(size, generator=generator, device=model.device)
     gradient = torch.randn(size, generator=generator, device=model.device)
     inputs = model.block_inputs(SEQUENCE_LENGTH)[0]
-    modules = model.structure.in_layer(0)
-    kinds = [module.id.kind for module in modules]
+    modules = [module for module in model.structure.in_layer(0) if module.id.kind in kinds]
     chosen = quantizer("fisher-gptq")
     with model.block(0) as block:
         _, moments = _timed(

@@ -30,6 +30,9 @@ class LlamaShape:
 
 
 LLAMA_2_7B = LlamaShape(name="Llama-2-7B", hidden=4096, intermediate=11008, heads=32, key_value_heads=32, layers=32)
+LLAMA_3_1_70B = LlamaShape(
+    name="Llama-3.1-70B", hidden=8192, intermediate=28672, heads=64, key_value_heads=8, layers=80
+)
 SMOLLM2_135M = LlamaShape(name="SmolLM2-135M", hidden=576, intermediate=1536, heads=9, key_value_heads=3, layers=30)
 
 

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 
 import torch
 
-from lmq.model.structure import ModelStructure
+from lmq.measurement.upper_triangle import triangle_bytes
+from lmq.model.structure import ModelStructure, ModuleInfo
 from lmq.quantizers import CalibratedQuantizer, quantizer
+from lmq.quantizers.error_feedback import feedback_bytes
 from lmq_flows.config.run import RunConfig
 from lmq_flows.graph.build import POLISH_STEPS_PER_NODE
 from lmq_flows.graph.explain import PlannedNode
@@ -56,6 +58,8 @@ _MODEL_RATE = 25.0
 """Picoseconds per weight of the model and token of a window that is judged."""
 _HEAD_SAMPLE_BYTES = 600_000_000
 """What the model predicts at the positions that the head is judged at, soft-capped."""
+_WEIGHT_COPIES = 5
+"""Of a matrix in float32 while its codes are found: weights, errors, what is left to round, and the like."""
 _TRIALS = 60
 """Plans that `refine` tries, about."""
 
@@ -91,9 +95,7 @@ def _reference_seconds(stage: str, config: RunConfig, structure: ModelStructure)
     if stage in _BLOCK_RATES:
         per_weight, per_token = _BLOCK_RATES[stage]
         configurations = len(config.measure.menu) / 12 if stage in _FOR_EVERY_CONFIGURATION else 1.0
-        if stage == "grids" and any(
-            isinstance(quantizer(**each), CalibratedQuantizer) for each in config.used_quantizers
-        ):
+        if stage == "grids" and _is_calibrated(config):
             per_weight *= _CALIBRATED
         block = _block_weights(structure) / structure.layers
         return block * (1e-9 * per_weight * configurations + 1e-12 * per_token * tokens * draws)
@@ -147,4 +149,18 @@ def _memory_bytes(config: RunConfig, structure: ModelStructure) -> int:
         structure.embeddings
     ):  # those of the variant beside the model's own while it is judged, or what the head predicts
         embeddings += _FLOAT32_BYTES * sum(module.parameters for module in structure.embeddings) + _HEAD_SAMPLE_BYTES
-    return _PROCESS_BYTES + config.runner.workers * (4 * block + 3 * states) + embeddings
+    of_worker = 4 * block + 3 * states
+    if _is_calibrated(config):
+        of_worker = max(of_worker, block + max(_codes_bytes(module) for module in structure.modules))
+    return _PROCESS_BYTES + config.runner.workers * of_worker + embeddings
+
+
+def _codes_bytes(module: ModuleInfo) -> int:
+    """What codes with error feedback take for a module: H as stored, as it is, damped, its factor U; its weights."""
+    while_swept = 3 * _FLOAT32_BYTES * module.in_features**2
+    moments = max(feedback_bytes(module.in_features), while_swept)
+    return triangle_bytes(module.in_features) + moments + _WEIGHT_COPIES * _FLOAT32_BYTES * module.parameters
+
+
+def _is_calibrated(config: RunConfig) -> bool:
+    return any(isinstance(quantizer(**each), CalibratedQuantizer) for each in config.used_quantizers)

@@ -21,6 +21,7 @@ from lmq.measurement.upper_triangle import UpperTriangle
 from lmq.model.structure import ModuleId
 from lmq.numerics import require_finite
 from lmq.quantizers import CALIBRATED, CalibratedQuantizer, Quantizer
+from lmq.quantizers.error_feedback import stacked
 
 Allocation = Mapping[ModuleId, QuantSpec]
 """Configuration of every module."""
@@ -76,11 +77,11 @@ def quantize_modules(
     for modules in _alike(weights):
         for module in modules:
             _require_quantizable(weights[module], menu, str(module))
-        stacked = torch.stack([weights[module] for module in modules])
-        of_inputs = torch.stack([moments[module].matrix().to(stacked.device) for module in modules])
+        matrices = stacked([weights[module] for module in modules])
+        of_inputs = stacked([moments[module].matrix().to(matrices.device) for module in modules])
         for module, matrix in zip(modules, of_inputs, strict=True):
             require_finite(matrix, f"the second moments of the inputs of {module}")
-        found |= zip(modules, quantizer.quantize(stacked, of_inputs, menu), strict=True)
+        found |= zip(modules, quantizer.quantize(matrices, of_inputs, menu), strict=True)
     return {module: found[module] for module in weights}
 
 

@@ -22,6 +22,7 @@ from lmq.quantizers.error_feedback import (
     damped_moments,
     feedback_of,
     round_with_feedback,
+    stacked,
 )
 from lmq.quantizers.gguf_fit import fit_type, steps_of
 from lmq.quantizers.integer_zeros import refit_scale, whole_zeros
@@ -116,7 +117,7 @@ class ErrorFeedback:
                 fitted = [self._grid(weights[number], moments[number], spec) for number, spec in together]
                 coded = round_with_feedback(weights[numbers], fitted, [feedbacks[number] for number in numbers])
                 if self.sweeps:
-                    damped = torch.stack([damped_moments(moments[number], self.damping) for number in numbers])
+                    damped = stacked([damped_moments(moments[number], self.damping) for number in numbers])
                     coded = descend(
                         weights[numbers], coded, damped, sweeps=self.sweeps, tune_zeros=not self.integer_zeros
                     )
@@ -133,7 +134,7 @@ class ErrorFeedback:
         lattices = [Lattice(*grid.decode(), grid.shape, kind.group_size) for grid in fitted]
         codes = codes_with_feedback(weights, lattices, steps, feedbacks)
         if self.sweeps:
-            damped = torch.stack([damped_moments(matrix, self.damping) for matrix in moments])
+            damped = stacked([damped_moments(matrix, self.damping) for matrix in moments])
             fitted, codes = descend_gguf(weights, fitted, codes, damped, steps, sweeps=self.sweeps)
         return [GgufMatrix.of(grid, matrix) for grid, matrix in zip(fitted, codes, strict=True)]
 

@@ -11,7 +11,7 @@ may straddle rows. Inputs that are never used (H_jj = 0) are rounded to their ne
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -29,6 +29,9 @@ _COLUMNS_AT_ONCE = 64
 """Columns whose errors reach those beyond them in one matrix product."""
 _MOST_DOUBLE_INPUTS = 8192
 """Above, U is computed in float32: in float64 it would take 2 GB at 16,384 inputs."""
+_MOST_COPIED_INPUTS = 4096
+"""Above, U takes the place of H ordered and damped: a matrix of 28,672 inputs has 3.3 GB."""
+_VALUES_AT_ONCE = 1 << 24
 _MOST_DAMPING = 1e6
 
 
@@ -55,12 +58,36 @@ def feedback_of(moments: Tensor, *, damping: float, order: Order = "descending")
         if order == "descending"
         else torch.arange(in_features, device=moments.device)
     )
-    ordered = moments[columns][:, columns].to(dtype)
     mean = diagonal.double().mean().item()
-    if mean > 0:
-        ordered.div_(mean)
-    ordered.diagonal().add_((diagonal[columns] == 0).to(dtype))
-    return Feedback(columns, _inverse_factor(ordered, damping).float())
+
+    def in_order(of: Tensor) -> Tensor:
+        ordered = torch.empty(in_features, in_features, dtype=dtype, device=moments.device)
+        for rows, part in zip(
+            ordered.split(_rows_at_once(in_features)), of.split(_rows_at_once(in_features)), strict=True
+        ):
+            rows.copy_(moments[part][:, of])
+        if mean > 0:
+            ordered.div_(mean)
+        ordered.diagonal().add_((diagonal[of] == 0).to(dtype))
+        return ordered
+
+    if in_features > _MOST_COPIED_INPUTS and not moments.is_cuda:
+        factor = _inverse_factor_in_place(lambda: in_order(columns.flip(0)), damping)
+    else:
+        factor = _inverse_factor(in_order(columns), damping)
+    return Feedback(columns, factor.float())
+
+
+def feedback_bytes(in_features: int) -> int:
+    """Bytes of what `feedback_of` holds at most on a CPU, H of one matrix included."""
+    numbers = in_features**2
+    number_bytes = 8 if in_features <= _MOST_DOUBLE_INPUTS else 4
+    copies = 1 if in_features > _MOST_COPIED_INPUTS else 5
+    return numbers * (4 + copies * number_bytes + (4 if number_bytes == 8 else 0))
+
+
+def _rows_at_once(in_features: int) -> int:
+    return max(1, _VALUES_AT_ONCE // in_features)
 
 
 def damped_moments(moments: Tensor, damping: float) -> Tensor:
@@ -83,12 +110,54 @@ def _inverse_factor(matrix: Tensor, damping: float) -> Tensor:
         lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if not bool(failed) and bool(lower.isfinite().all()):
             break
-        if damping > _MOST_DAMPING:
-            raise ArithmeticError("second moments that are not finite")
-        damping = max(10 * damping, float(torch.finfo(matrix.dtype).eps))
+        damping = _raised(damping, matrix.dtype)
     upper = lower.flip(0, 1)
     identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
     return torch.linalg.solve_triangular(upper, identity, upper=True)
+
+
+def _inverse_factor_in_place(reversed_matrix: Callable[[], Tensor], damping: float) -> Tensor:
+    """The same in the memory of one matrix, which is given with its rows and columns reversed, anew for every damping.
+
+    LAPACK, which counts along columns, factors the lower triangle and inverts it where it lies. Its values in reverse
+    are the matrix with rows and columns reversed.
+    """
+    from scipy.linalg import get_lapack_funcs
+
+    while True:
+        matrix = reversed_matrix()
+        matrix.diagonal().add_(damping)
+        by_column = matrix.numpy().T
+        factor, invert = get_lapack_funcs(("potrf", "trtri"), (by_column,))
+        by_column, failed = factor(by_column, lower=False, overwrite_a=True, clean=True)
+        if not failed and bool(matrix.diagonal().isfinite().all()):
+            break
+        damping = _raised(damping, matrix.dtype)
+    invert(by_column, lower=False, overwrite_c=True)
+    _reverse(matrix.view(-1))
+    return matrix
+
+
+def _raised(damping: float, dtype: torch.dtype) -> float:
+    """The next damping to try. Raises ArithmeticError where none can help."""
+    if damping > _MOST_DAMPING:
+        raise ArithmeticError("second moments that are not finite")
+    return max(10 * damping, float(torch.finfo(dtype).eps))
+
+
+def _reverse(values: Tensor) -> None:
+    """Reverse a vector in place."""
+    for start in range(0, len(values) // 2, _VALUES_AT_ONCE):
+        stop = min(start + _VALUES_AT_ONCE, len(values) // 2)
+        front, back = values[start:stop], values[len(values) - stop : len(values) - start]
+        kept = front.flip(0)
+        front.copy_(back.flip(0))
+        back.copy_(kept)
+
+
+def stacked(matrices: Sequence[Tensor]) -> Tensor:
+    """Matrices as one tensor [matrices, ...]; a single one, which may be large, is not copied."""
+    return matrices[0][None] if len(matrices) == 1 else torch.stack(list(matrices))
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,7 +227,7 @@ def codes_with_feedback(
 ) -> list[Tensor]:
     """The same on lattices of any kind: codes uint8 [out_features, in_features] of each matrix."""
     order = torch.stack([feedback.order for feedback in feedbacks])
-    factor = torch.stack([feedback.factor for feedback in feedbacks])
+    factor = stacked([feedback.factor for feedback in feedbacks])
     in_features = weights.shape[2]
     remaining = torch.stack([weight.float().t()[of] for weight, of in zip(weights, order, strict=True)])
     codes = torch.empty(remaining.shape, dtype=torch.uint8, device=weights.device)

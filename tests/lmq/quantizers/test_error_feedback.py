@@ -9,7 +9,7 @@ from torch import Tensor
 from lmq.formats.coded_grid import CodedGrid
 from lmq.formats.groups import Grid, encode, from_groups, to_groups
 from lmq.formats.spec import QuantSpec
-from lmq.quantizers import quantizer
+from lmq.quantizers import error_feedback, quantizer
 from lmq.quantizers.error_feedback import Feedback, feedback_of, round_with_feedback
 
 SHAPES = [(48, 64), (40, 96), (24, 160)]
@@ -115,6 +115,37 @@ def test_codes_are_those_of_the_published_algorithm(shape: tuple[int, int], bloc
     (coded,) = round_with_feedback(weight[None], [grid], [feedback])
     expected = by_published_algorithm(weight, grid, moments, 0.01, block_size)
     assert float((_codes(coded, weight) == expected).double().mean()) > 0.999
+
+
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize(("inputs", "tokens"), [(97, 300), (96, 20)], ids=["odd", "rank-deficient"])
+def test_large_factors_are_made_in_place_and_are_the_same(
+    inputs: int, tokens: int, double: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moments = _moments(inputs, tokens)
+    moments[5] = moments[:, 5] = 0
+    damping = 0.01 if double else 0.1
+    if not double:
+        monkeypatch.setattr(error_feedback, "_MOST_DOUBLE_INPUTS", 0)
+    expected = feedback_of(moments, damping=damping)
+    monkeypatch.setattr(error_feedback, "_MOST_COPIED_INPUTS", 0)
+    monkeypatch.setattr(error_feedback, "_VALUES_AT_ONCE", 1000)
+    found = feedback_of(moments, damping=damping)
+    assert torch.equal(found.order, expected.order)
+    torch.testing.assert_close(found.factor, expected.factor, rtol=1e-5 if double else 1e-3, atol=1e-4)
+    ordered = (moments / moments.diagonal().mean())[found.order][:, found.order].double()
+    ordered.diagonal().add_(damping + (ordered.diagonal() == 0))
+    inverse = found.factor.double().t() @ found.factor.double()
+    assert torch.allclose(inverse @ ordered, torch.eye(inputs, dtype=torch.float64), atol=1e-2)
+
+
+def test_damping_is_raised_for_factors_made_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    moments = _moments(96, 10)
+    expected = feedback_of(moments, damping=0.0)
+    monkeypatch.setattr(error_feedback, "_MOST_COPIED_INPUTS", 0)
+    found = feedback_of(moments, damping=0.0)
+    assert bool(found.factor.isfinite().all())
+    torch.testing.assert_close(found.factor, expected.factor, rtol=1e-2, atol=1.0)
 
 
 def test_matrices_together_are_rounded_as_each_alone() -> None:
