@@ -21,6 +21,7 @@ COMMANDS = {
     "report": "print a run's table; compare several runs",
     "verify": "check every byte of a checkpoint, and say what its bytes are",
     "export": "write a checkpoint in the format of another program, and check that it opens there as the same model",
+    "imatrix": "write the importance matrix that llama-quantize reads, from what a finished run measured",
     "frontier": "solve many budgets from the measurements of a finished run, and draw cost against bytes",
     "study": "study the measurements: do they agree, and do they predict?",
     "importance": "measure how much a model needs each of its layers, by several metrics",

@@ -17,7 +17,8 @@ from lmq.model.structure import ModelStructure
 from lmq.report.results import VariantResult, read_results
 from lmq_flows.config.run import RunConfig, load_run_config
 from lmq_flows.config.sections import StrategyConfig
-from lmq_flows.graph.build import build_graph
+from lmq_flows.graph.build import Variant, build_graph
+from lmq_flows.graph.model_nodes import PreparedModel
 from lmq_flows.graph.node import Graph, Node, resolve_inputs
 from lmq_flows.run.prepare import (
     absolute_store_url,
@@ -25,7 +26,6 @@ from lmq_flows.run.prepare import (
     identify_texts,
     preparation_graph,
     prepared_model,
-    read_structure_of,
 )
 from lmq_storage import ArtifactRef
 from lmq_tasks.allocate import read_measurements
@@ -143,19 +143,25 @@ def _labels(strategies: Sequence[StrategyConfig]) -> str:
 def _allocation_job(config: RunConfig, run_dir: Path) -> tuple[Job, ModelStructure]:
     """What the allocation of the first strategy of a run with one model works with, all of it from the store."""
     store = open_store(absolute_store_url(config.store))
-    preparation, structures = preparation_graph(config, identify_models(config))
-    node = structures[config.models[0].name]
-    structure_ref = _refs_above(preparation, [node], run_dir)[node]
-    model = prepared_model(config, config.models[0], node, structure_ref, "cpu")
-    graph, variants, _ = build_graph(config, [model], identify_texts(config))
+    model, graph, variants = finished_graph(config, run_dir)
     allocation = next(variant.allocation for variant in variants if variant.allocation is not None)
-    refs = _refs_above(graph, allocation.parents, run_dir)
+    refs = refs_above(graph, allocation.parents, run_dir)
     inputs = resolve_inputs(allocation, {done: ref.to_json() for done, ref in refs.items()})
     job = Job(store, allocation.site, allocation.config, inputs, output=run_dir)
-    return job, read_structure_of(store, structure_ref)
+    return job, model.structure
 
 
-def _refs_above(graph: Graph, wanted: Sequence[Node], run_dir: Path) -> dict[Node, ArtifactRef]:
+def finished_graph(config: RunConfig, run_dir: Path) -> tuple[PreparedModel, Graph, list[Variant]]:
+    """The first model of a run that has ended, the graph of the run and its variants. Raises as `refs_above`."""
+    preparation, structures = preparation_graph(config, identify_models(config))
+    node = structures[config.models[0].name]
+    structure_ref = refs_above(preparation, [node], run_dir)[node]
+    model = prepared_model(config, config.models[0], node, structure_ref, "cpu")
+    graph, variants, _ = build_graph(config, [model], identify_texts(config))
+    return model, graph, variants
+
+
+def refs_above(graph: Graph, wanted: Sequence[Node], run_dir: Path) -> dict[Node, ArtifactRef]:
     """Artifacts of the wanted nodes and of all that they were made from. Raises InputError when one is gone."""
     refs: dict[Node, ArtifactRef] = {}
     for node in graph.leading_to(wanted):
