@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from lmq.allocation.targets import TARGETS
 from lmq_flows.cli.arguments import add_model, add_store
 from lmq_flows.cli.terminal import console, say
 
@@ -63,8 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--for",
         dest="target",
         metavar="ENGINE",
-        help=f"plan over what an engine holds and write what it opens: {', '.join(TARGETS)}. llama.cpp: a .gguf file, "
-        "with embedding and head quantized, which --bits counts too",
+        help="plan over what an engine holds and write what it opens: llama.cpp or vllm. llama.cpp: a .gguf file, with "
+        "embedding and head quantized, which --bits counts too",
     )
     add_store(parser)
     parser.set_defaults(command=quantize_command)
