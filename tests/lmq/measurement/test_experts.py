@@ -17,7 +17,7 @@ from lmq.measurement.expert_tokens import measure_expert_tokens, pooled_experts
 from lmq.measurement.part_replay import judged_with
 from lmq.measurement.pooling import pooled_moments, pooled_traces
 from lmq.measurement.quantized_model import QuantizedPoint
-from lmq.measurement.quantizer_moments import fisher_moments, input_moments
+from lmq.measurement.quantizer_moments import backward_with_moments, input_moments
 from lmq.measurement.sequence_fisher import sequence_loss_changes
 from lmq.measurement.traces import ModuleTrace, trace_modules
 from lmq.model.discovery import discover
@@ -140,7 +140,7 @@ def test_second_moments_are_sums_over_the_routed_tokens(
     monkeypatch.setattr("lmq.measurement.pooling.FEWEST_TOKENS", fewest)
     traces = seen.traces()
     with seen.model.block(LAYER) as block:
-        weighted = fisher_moments(block, seen.inputs, seen.hidden, seen.gradient, seen.kinds)
+        _, weighted = backward_with_moments(block, seen.inputs, seen.hidden, seen.gradient, seen.kinds, layer=LAYER)
         plain = input_moments(block, seen.inputs, seen.hidden, seen.kinds)
     sums: dict[str, tuple[Tensor, Tensor, int]] = {}
     for kind in experts_of(seen):
