@@ -52,6 +52,10 @@ _QUIET_LIBRARIES = {
 }
 """Settings for a readable terminal; what the user's environment says wins."""
 
+_WITHOUT_COMPILER = "TORCHDYNAMO_DISABLE"
+"""transformers imports hqq, whose decorators import torch's compiler: a second of every command, and none compiles.
+"""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns 0, 1 (the work failed) or 2 (the input cannot be used)."""
@@ -77,6 +81,8 @@ def quiet_libraries() -> None:
     """Settings for a readable terminal, in the environment; libraries read them when they are imported."""
     for name, value in _QUIET_LIBRARIES.items():
         os.environ.setdefault(name, value)
+    if "torch" not in sys.modules:  # a process that is not the command's own may compile
+        os.environ.setdefault(_WITHOUT_COMPILER, "1")
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -20,6 +20,7 @@ from lmq.quantizers.error_feedback import feedback_bytes
 from lmq_flows.config.run import RunConfig
 from lmq_flows.graph.build import POLISH_STEPS_PER_NODE
 from lmq_flows.graph.explain import PlannedNode
+from lmq_flows.graph.node import Node
 
 _FLOAT32_BYTES = 4
 _PROCESS_BYTES = 900_000_000
@@ -46,9 +47,9 @@ _EMBEDDING_RATES = {"embedding-grids": 630.0, "embedding-fisher": 600.0, "embedd
 """Nanoseconds per weight of embedding and head, with 12 configurations: timed once on SmolLM2-135M on a busy machine,
 less what the grids of its blocks took longer there than their rate says."""
 
-_CALIBRATED = 5.0
-"""How much longer `grids` take where the quantizer looks at the calibration text: a rough factor, timed once on one
-matrix of 1536 × 576, before coordinate descent."""
+_CALIBRATED = 5.7
+"""How much longer `grids` take where their quantizer looks at the calibration text: 7.5 seconds of processor time for
+`fisher-gptq` on the seven matrices of a layer of SmolLM2-135M with 12 configurations, on one machine."""
 
 _DRAWN = ("sampled-backward", "sequence-fisher", "sampled-loss-gradient")
 _FOR_EVERY_CONFIGURATION = ("grids", "fisher", "sequence-fisher")
@@ -77,7 +78,7 @@ class Expectation:
 def expect(config: RunConfig, structure: ModelStructure, planned: Iterable[PlannedNode]) -> Expectation:
     """What is left to do of the run of one model, on this machine."""
     nodes = list(planned)
-    seconds = sum(_reference_seconds(item.node.stage.name, config, structure) for item in nodes if not item.cached)
+    seconds = sum(_reference_seconds(item.node, config, structure) for item in nodes if not item.cached)
     slower = _REFERENCE_SPEED / _operations_per_second(config.runner.threads_per_worker)
     return Expectation(
         seconds=seconds * slower / config.runner.workers,
@@ -87,15 +88,16 @@ def expect(config: RunConfig, structure: ModelStructure, planned: Iterable[Plann
     )
 
 
-def _reference_seconds(stage: str, config: RunConfig, structure: ModelStructure) -> float:
-    """Seconds of one node of a stage on one thread of the machine that the rates are from."""
+def _reference_seconds(node: Node, config: RunConfig, structure: ModelStructure) -> float:
+    """Seconds of one node on one thread of the machine that the rates are from."""
+    stage = node.stage.name
     tokens = config.calibration.sequences * config.calibration.sequence_length
     head = structure.hidden_size * structure.vocabulary_size
     draws = config.measure.label_draws / 4 if stage in _DRAWN else 1.0
     if stage in _BLOCK_RATES:
         per_weight, per_token = _BLOCK_RATES[stage]
         configurations = len(config.measure.menu) / 12 if stage in _FOR_EVERY_CONFIGURATION else 1.0
-        if stage == "grids" and _is_calibrated(config):
+        if stage == "grids" and isinstance(quantizer(**node.config["quantizer"]), CalibratedQuantizer):
             per_weight *= _CALIBRATED
         block = _block_weights(structure) / structure.layers
         return block * (1e-9 * per_weight * configurations + 1e-12 * per_token * tokens * draws)

@@ -6,14 +6,17 @@ from pathlib import Path
 
 from lmq.errors import InputError, unknown_name
 from lmq.export.imatrix import write_imatrix
-from lmq.measurement.base import Need
 from lmq.measurement.quantizer_moments import load_moments
 from lmq.model.skeleton import read_model_config
 from lmq.model.structure import ModuleId
 from lmq_flows.studies.frontier import FinishedRun, finished_graph, refs_above
 from lmq_tasks.inputs import located_dir
-from lmq_tasks.measure import MOMENTS_FILE
+from lmq_tasks.measure import measure_second_moments
 from lmq_tasks.stage import open_store
+from lmq_tasks.states import MOMENTS_FILE, sampled_backward
+
+_WEIGHTED, _PLAIN = sampled_backward.name, measure_second_moments.name
+"""Stages that make second moments."""
 
 
 def write_run_imatrix(run_dir: Path, model_name: str | None, path: Path) -> tuple[int, str]:
@@ -30,13 +33,12 @@ def write_run_imatrix(run_dir: Path, model_name: str | None, path: Path) -> tupl
         raise unknown_name(f"model of run {run.config.name!r}:", str(model_name), run.models)
     config = run.config.model_copy(update={"models": tuple(wanted)})
     model, graph, _ = finished_graph(config, run_dir)
-    nodes = [node for node in graph if node.stage.name == "second-moments"]
-    weighted = [node for node in nodes if Need.DRAWN_GRADIENTS.value in node.inputs]
-    if not nodes:
+    weighted, plain = ([node for node in graph if node.stage.name == name] for name in (_WEIGHTED, _PLAIN))
+    chosen = weighted or plain
+    if not chosen:
         raise InputError(
-            f"the quantizers of {run_dir} look at weights alone, so it has no second moments; run it with fisher-gptq"
+            f"the quantizers of {run_dir} look at weights alone, and nothing else measured second moments; run it with fisher-gptq"
         )
-    chosen = weighted or nodes
     refs = refs_above(graph, chosen, run_dir)
     store, structure = open_store(chosen[0].site.store_url), model.structure
     importance = {}

@@ -16,7 +16,7 @@ from lmq_flows.graph.build import build_graph
 from lmq_flows.graph.direct import execute_directly
 from lmq_flows.run.prepare import identify_models, identify_texts, preparation_graph, prepared_model
 from lmq_storage import ArtifactStore
-from lmq_tasks.measure import MOMENTS_FILE
+from lmq_tasks.states import MOMENTS_FILE
 from tests.flows.cli.conftest import refusal
 from tests.flows.conftest import tiny_config
 
@@ -44,7 +44,7 @@ def test_the_file_holds_the_diagonal_of_every_matrix(
     assert read.get_field("imatrix.chunk_size").contents() == 32
     tensors = {tensor.name: tensor for tensor in read.tensors}
     assert len(tensors) == 2 * 28
-    moments_of = {node.layer: refs[node] for node in graph if node.stage.name == "second-moments"}
+    moments_of = {node.layer: refs[node] for node in graph if node.stage.name == "sampled-backward"}
     store = ArtifactStore(config.store)
     for layer, kind, name in ((0, "self_attn.q_proj", "attn_q"), (3, "mlp.down_proj", "ffn_down")):
         diagonal = load_moments(store.path(moments_of[layer], MOMENTS_FILE))[kind].matrix().diagonal().numpy()
