@@ -37,7 +37,8 @@ def write_run_imatrix(run_dir: Path, model_name: str | None, path: Path) -> tupl
     chosen = weighted or plain
     if not chosen:
         raise InputError(
-            f"the quantizers of {run_dir} look at weights alone, and nothing else measured second moments; run it with fisher-gptq"
+            f"the quantizers of {run_dir} look at weights alone, as all else did, so it has no second moments; "
+            "run it with fisher-gptq"
         )
     refs = refs_above(graph, chosen, run_dir)
     store, structure = open_store(chosen[0].site.store_url), model.structure

@@ -12,20 +12,21 @@ import yaml
 from lmq.measurement.quantizer_moments import load_moments
 from lmq.report.results import VariantResult, write_results
 from lmq_flows.cli import main
+from lmq_flows.config.run import RunConfig
 from lmq_flows.graph.build import build_graph
 from lmq_flows.graph.direct import execute_directly
+from lmq_flows.graph.node import Graph, Node
 from lmq_flows.run.prepare import identify_models, identify_texts, preparation_graph, prepared_model
-from lmq_storage import ArtifactStore
+from lmq_storage import ArtifactRef, ArtifactStore
 from lmq_tasks.states import MOMENTS_FILE
 from tests.flows.cli.conftest import refusal
 from tests.flows.conftest import tiny_config
 
 
-def test_the_file_holds_the_diagonal_of_every_matrix(
-    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    measure = {"menu": ["b4g64"], "quantizer": "fisher-gptq"}
-    config = tiny_config(tiny_llama, tmp_path, strategies=["uniform"], measure=measure)
+def _measured(model_dir: Path, place: Path, quantizer: str) -> tuple[RunConfig, Graph, dict[Node, ArtifactRef]]:
+    """A run of `uniform` that measured the model and judged nothing."""
+    measure = {"menu": ["b4g64"], "quantizer": quantizer}
+    config = tiny_config(model_dir, place, strategies=["uniform"], measure=measure)
     preparation, nodes = preparation_graph(config, identify_models(config))
     node = nodes["tiny"]
     model = prepared_model(config, config.models[0], node, execute_directly(preparation)[node], "cpu")
@@ -35,7 +36,13 @@ def test_the_file_holds_the_diagonal_of_every_matrix(
     config.run_dir.mkdir(parents=True)
     (config.run_dir / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
     write_results(config.run_dir / "results.json", [VariantResult(model="tiny", strategy="full-precision")])
+    return config, graph, refs
 
+
+def test_the_file_holds_the_diagonal_of_every_matrix(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, graph, refs = _measured(tiny_llama, tmp_path, "fisher-gptq")
     place = tmp_path / "im.gguf"
     assert main(["imatrix", str(config.run_dir), "-o", str(place)]) == 0
     assert "Fisher-weighted second moments of 28 matrices" in capsys.readouterr().out
@@ -60,8 +67,9 @@ def test_the_file_holds_the_diagonal_of_every_matrix(
 
 
 def test_a_run_that_looked_at_weights_alone_has_none(
-    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    message = refusal(capsys, "imatrix", run_dir, "-o", tmp_path / "im.gguf")
+    config, _, _ = _measured(tiny_llama, tmp_path, "rtn")
+    message = refusal(capsys, "imatrix", config.run_dir, "-o", tmp_path / "im.gguf")
     assert "look at weights alone" in message
     assert not (tmp_path / "im.gguf").exists()
