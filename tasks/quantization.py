@@ -39,6 +39,12 @@ def checkpoint(job: Job) -> None:
     """Join quantized layers with the unquantized tensors into a checkpoint that `lmq.load` opens."""
     structure = read_structure(job)
     allocation = read_configurations(job.input("allocation", ALLOCATION_FILE))
+    left_out = [info.id for info in structure.quantized if info.id not in allocation]
+    if left_out:
+        raise LmqError(
+            f"the plan leaves out {left_out[0]} and {len(left_out) - 1} more of {len(structure.quantized)} modules; "
+            "they would stay unquantized, and the checkpoint larger than was promised; allocate again"
+        )
     target = job.output / "checkpoint"
     assemble_checkpoint(
         target,

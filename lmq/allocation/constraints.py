@@ -23,6 +23,7 @@ from lmq.allocation.program import Limit, ProgramConstraints, row_of_modules
 from lmq.allocation.solver import Allocation
 from lmq.errors import InputError, unknown_name
 from lmq.formats.spec import QuantSpec
+from lmq.model.experts import without_number
 from lmq.model.structure import ModuleId, ModuleInfo
 
 ALIKE_PRESETS: Mapping[str, tuple[str, ...]] = {
@@ -30,6 +31,11 @@ ALIKE_PRESETS: Mapping[str, tuple[str, ...]] = {
     "gate-up": ("gate_proj", "up_proj"),
 }
 """Last names of kinds that engines fuse: those of one block's same submodule share a configuration."""
+
+EXPERTS = "experts"
+"""Preset by which the same matrix of all experts of a layer has one configuration, as engines that run them need it."""
+
+_PRESETS = (*ALIKE_PRESETS, EXPERTS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +69,7 @@ class DeviceLimit:
 class Constraints:
     """What an allocation must keep beside its budget; the default is nothing.
 
-    alike: kinds that share one configuration in every layer: their names, or a preset (`ALIKE_PRESETS`).
+    alike: kinds that share one configuration in every layer: their names, or a preset (`ALIKE_PRESETS`, `EXPERTS`).
     fixed: the configuration of the modules that a pattern matches.
     floor: the least stored bits per weight of the modules that a pattern matches, as a configuration; of several
         floors of a module the highest holds.
@@ -79,8 +85,8 @@ class Constraints:
 
     def __post_init__(self) -> None:
         for kinds in self.alike:
-            if isinstance(kinds, str) and kinds not in ALIKE_PRESETS:
-                raise unknown_name("preset of alike kinds", kinds, ALIKE_PRESETS)
+            if isinstance(kinds, str) and kinds not in _PRESETS:
+                raise unknown_name("preset of alike kinds", kinds, _PRESETS)
             if len(kinds) < 2:
                 raise InputError(f"alike = {list(kinds)} names fewer than two kinds; name those that share")
         if self.most_configurations is not None and self.most_configurations < 1:
@@ -149,7 +155,7 @@ def violations(allocation: Allocation, constraints: Constraints) -> list[str]:
 def parse_constraints(values: Mapping[str, Any]) -> Constraints:
     """Read constraints from plain values; a key that is absent or null constrains nothing.
 
-        alike: [qkv, gate-up, [self_attn.o_proj, mlp.down_proj]]
+        alike: [qkv, gate-up, experts, [self_attn.o_proj, mlp.down_proj]]
         fixed: {"0.*": b8g64}
         floor: {"*.mlp.down_proj": b4g64}
         most_configurations: 3
@@ -230,6 +236,11 @@ def _alike_groups(alike: Iterable[str | tuple[str, ...]], ids: Sequence[ModuleId
     groups: dict[tuple[int, int, str], list[int]] = {}
     known = {module.kind for module in ids}
     for number, kinds in enumerate(alike):
+        if kinds == EXPERTS:
+            for row, module in enumerate(ids):
+                if (name := without_number(module.kind)) != module.kind:
+                    groups.setdefault((number, module.layer, name), []).append(row)
+            continue
         is_preset = isinstance(kinds, str)
         members = ALIKE_PRESETS[kinds] if isinstance(kinds, str) else kinds
         if not is_preset and (missing := [kind for kind in members if kind not in known]):
@@ -282,7 +293,7 @@ def _alike(value: Any) -> tuple[str | tuple[str, ...], ...]:
         for group in groups
     )
     if not texts:
-        raise InputError(f"alike = {value!r} must be a list of {', '.join(ALIKE_PRESETS)} or lists of kinds")
+        raise InputError(f"alike = {value!r} must be a list of {', '.join(_PRESETS)} or lists of kinds")
     return tuple(group if isinstance(group, str) else tuple(group) for group in groups)
 
 

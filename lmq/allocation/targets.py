@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from lmq.errors import InputError, unknown_name
 from lmq.formats.gguf_types import GGUF_TYPES, SMALL_BLOCK
 from lmq.formats.spec import STOPS, QuantSpec
+from lmq.model.experts import expert_number
 from lmq.model.structure import EMBEDDINGS, ModuleInfo, layer_ranges
 
 _IN_LAYER = re.compile(r"(?:.*\.)?(\d+)\.(.+)")
@@ -114,6 +115,12 @@ def restrict_menu(menu: Sequence[QuantSpec], target: Target, modules: Sequence[M
 
     Raises InputError naming those that it would hold where the menu has none of them.
     """
+    routed = [module for module in modules if expert_number(module.id.kind) is not None]
+    if routed:
+        raise InputError(
+            f"the export for {target.name} writes no mixtures of experts ({routed[0].id} and {len(routed) - 1} more); "
+            "leave out the target"
+        )
     held = tuple(spec for spec in menu if _holds_all(target, spec, modules))
     if held:
         return held

@@ -53,6 +53,8 @@ def problems(checkpoint: QuantizedCheckpoint) -> list[str]:
             found[reason].append(path)
     if checkpoint.embeddings:
         found[f"{TARGET.name} is given no quantized embeddings and heads"] += checkpoint.embeddings
+    if checkpoint.experts:
+        found[f"mixtures of experts are not written for {TARGET.name}"] += checkpoint.experts
     for members in _fused(checkpoint):
         if len({_scheme(checkpoint, path) for path in members}) > 1:
             names = ", ".join(path.rpartition(".")[2] for path in members)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
@@ -20,6 +21,7 @@ from lmq.export.dtypes import cast, dtype_name, parse_dtype, with_dtype
 from lmq.export.report import ExportReport, ModuleStep, directory_bytes, relative_error
 from lmq.export.source import FLOAT_TYPES, QuantizedCheckpoint
 from lmq.model.directory import complete_directory, copy_companions, write_json
+from lmq.model.experts import expert_number
 from lmq.model.tensors import INDEX_FILE, StoredTensor, read_tensors, size_bytes
 
 _STORED_NAMES = {dtype: name for name, dtype in FLOAT_TYPES.items()}
@@ -57,7 +59,8 @@ class _DenseModel:
     def __init__(self, checkpoint: QuantizedCheckpoint, dtype: torch.dtype | None):
         self._checkpoint = checkpoint
         self._dtype = dtype
-        self._matrices = {f"{path}.weight": path for path in checkpoint.specs}
+        self._matrices = {f"{path}.weight": path for path in checkpoint.specs if expert_number(path) is None}
+        self._experts = _joined(checkpoint)
         self.matrix_dtype = dtype or checkpoint.dtype
         self.steps: dict[str, ModuleStep] = {}
 
@@ -68,6 +71,10 @@ class _DenseModel:
             name: StoredTensor(self._checkpoint.path, name, self._checkpoint.shapes[path], stored_as)
             for name, path in self._matrices.items()
         }
+        for name, paths in self._experts.items():
+            rows, columns = self._checkpoint.shapes[paths[0]]
+            shape = (columns, rows) if self._are_transposed(name) else (rows, columns)
+            headers[name] = StoredTensor(self._checkpoint.path, name, (len(paths), *shape), stored_as)
         for name, tensor in self._checkpoint.unquantized.items():
             is_cast = self._dtype is not None and tensor.dtype in FLOAT_TYPES
             headers[name] = replace(tensor, dtype=stored_as) if is_cast else tensor
@@ -76,17 +83,34 @@ class _DenseModel:
     def read(self, name: str) -> Tensor:
         """One tensor as it is written."""
         if name in self._matrices:
-            return self._read_matrix(name)
+            return self._read_matrix(name, self._matrices[name])
+        if name in self._experts:
+            matrices = [self._read_matrix(name, path) for path in self._experts[name]]
+            joined = torch.stack(matrices)
+            return joined.transpose(1, 2).contiguous() if self._are_transposed(name) else joined
         return cast(read_tensors([self._checkpoint.unquantized[name]])[name], self._dtype, name)
 
-    def _read_matrix(self, name: str) -> Tensor:
-        path = self._matrices[name]
+    def _are_transposed(self, name: str) -> bool:
+        experts: Any = self._checkpoint.model_tensors.model.get_submodule(name.rpartition(".")[0])
+        return experts.transposed
+
+    def _read_matrix(self, name: str, path: str) -> Tensor:
         weight = self._checkpoint.weight(path)
         written = cast(weight, self.matrix_dtype, name)
         self.steps[path] = ModuleStep(
             target=dtype_name(self.matrix_dtype), relative_error=relative_error(written, weight)
         )
         return written
+
+
+def _joined(checkpoint: QuantizedCheckpoint) -> dict[str, list[str]]:
+    """Paths of the experts' matrices, by number, for each parameter in which transformers holds them together."""
+    joined: dict[str, list[str]] = {}
+    for path in sorted(checkpoint.specs, key=lambda path: expert_number(path) or 0):
+        if expert_number(path) is not None:
+            experts, _, name = path.rsplit(".", 2)
+            joined.setdefault(f"{experts}.{name}", []).append(path)
+    return joined
 
 
 def _write_shards(directory: Path, model: _DenseModel, max_shard_bytes: int) -> None:

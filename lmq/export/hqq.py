@@ -50,6 +50,8 @@ def problems(checkpoint: QuantizedCheckpoint) -> list[str]:
             unpackable[str(error)].append(path)
     if checkpoint.embeddings:
         unpackable["hqq quantizes no embeddings and no heads"] = checkpoint.embeddings
+    if experts := checkpoint.experts:
+        unpackable["hqq quantizes nn.Linear, which the experts of a mixture are not in transformers"] = experts
     found = [f"{reason}: {list_modules(paths)}" for reason, paths in unpackable.items()]
     model = _skeleton(checkpoint)
     if "CausalLM" not in type(model).__name__:

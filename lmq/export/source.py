@@ -19,6 +19,7 @@ from lmq.formats.gguf_types import BLOCKS_TENSOR, GgufMatrix
 from lmq.formats.groups import GRID_TENSORS, Grid, from_groups
 from lmq.formats.packing import unpack
 from lmq.formats.spec import QuantSpec
+from lmq.model.experts import expert_number
 from lmq.model.stored import StoredModel
 from lmq.model.tensors import StoredTensor, read_headers, read_tensors
 
@@ -88,6 +89,11 @@ class QuantizedCheckpoint:
         model = self.model_tensors.model
         around = (model.get_input_embeddings(), model.get_output_embeddings())
         return [path for path in self.specs if any(model.get_submodule(path) is module for module in around)]
+
+    @property
+    def experts(self) -> list[str]:
+        """Paths of the quantized matrices of routed experts."""
+        return [path for path in self.specs if expert_number(path) is not None]
 
     def codes(self, module_path: str) -> Tensor:
         """Codes of a matrix, uint8 [out_features, in_features]."""

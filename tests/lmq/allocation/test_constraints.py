@@ -141,6 +141,17 @@ def test_presets_tie_what_a_submodule_has_of_them():
     assert Constraints(alike=("qkv",)).compile(_modules(1, ("attn.c_attn",)), STOPS).groups == ()
 
 
+def test_the_same_matrix_of_all_experts_of_a_layer_can_be_alike():
+    kinds = ("o_proj", *(f"mlp.experts.{n}.{name}" for n in (0, 1, 10) for name in ("gate_up_proj", "down_proj")))
+    modules = _modules(2, kinds)
+    compiled = Constraints(alike=("experts",)).compile(modules, STOPS)
+    assert set(compiled.groups) == {(1, 3, 5), (2, 4, 6), (8, 10, 12), (9, 11, 13)}
+    assert Constraints(alike=("experts",)).compile(MODULES, STOPS).groups == ()
+    specs = [B4, *(B2, B3) * 3, B4, *(B4, B3) * 2, B4, B8]
+    (broken,) = violations(_allocation(specs, modules), parse_constraints({"alike": ["experts"]}))
+    assert "layer 1 mlp.experts.10.down_proj has b8g64" in broken
+
+
 def test_the_highest_of_several_floors_holds():
     constraints = Constraints(floor={"*": B3, "*.mlp.down_proj": B4, "0.*": B2})
     allowed = constraints.compile(MODULES, (B2, B3, B4, B8)).allowed
