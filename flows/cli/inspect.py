@@ -52,7 +52,7 @@ def summary(structure: ModelStructure) -> str:
 
 def _kinds(structure: ModelStructure) -> Table:
     """A row for every kind; the same matrix of all experts is one. With experts, which tokens a kind sees is said."""
-    from lmq.model.experts import without_number
+    from lmq.model.structure import without_number
 
     active = ("Tokens",) if structure.has_experts else ()
     table = Table("Kind", "Part", "Shape", "Modules", "Weights", *active)

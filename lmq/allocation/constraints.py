@@ -23,8 +23,7 @@ from lmq.allocation.program import Limit, ProgramConstraints, row_of_modules
 from lmq.allocation.solver import Allocation
 from lmq.errors import InputError, unknown_name
 from lmq.formats.spec import QuantSpec
-from lmq.model.experts import without_number
-from lmq.model.structure import ModuleId, ModuleInfo
+from lmq.model.structure import ModuleId, ModuleInfo, without_number
 
 ALIKE_PRESETS: Mapping[str, tuple[str, ...]] = {
     "qkv": ("q_proj", "k_proj", "v_proj"),

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from lmq.errors import InputError, unknown_name
 from lmq.formats.gguf_types import GGUF_TYPES, SMALL_BLOCK
 from lmq.formats.spec import STOPS, QuantSpec
-from lmq.model.experts import expert_number
-from lmq.model.structure import EMBEDDINGS, ModuleInfo, layer_ranges
+from lmq.model.structure import EMBEDDINGS, ModuleInfo, expert_number, layer_ranges
 
 _IN_LAYER = re.compile(r"(?:.*\.)?(\d+)\.(.+)")
 

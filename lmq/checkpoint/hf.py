@@ -28,7 +28,8 @@ from lmq.errors import InputError
 from lmq.formats.packed_layer import QuantizedEmbedding, QuantizedLinear, QuantizedMatrix, TiedHead
 from lmq.formats.spec import QuantSpec
 from lmq.model.discovery import embed_scale
-from lmq.model.experts import expert_number, split_experts
+from lmq.model.experts import split_experts
+from lmq.model.structure import expert_number
 from lmq.model.tensors import headers_of
 
 

@@ -19,8 +19,8 @@ from lmq.formats.gguf_types import BLOCKS_TENSOR, GgufMatrix
 from lmq.formats.groups import GRID_TENSORS, Grid, from_groups
 from lmq.formats.packing import unpack
 from lmq.formats.spec import QuantSpec
-from lmq.model.experts import expert_number
 from lmq.model.stored import StoredModel
+from lmq.model.structure import expert_number
 from lmq.model.tensors import StoredTensor, read_headers, read_tensors
 
 FLOAT_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

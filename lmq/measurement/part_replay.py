@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from lmq.measurement.copies import Copies
-from lmq.model.experts import expert_number
 from lmq.model.streaming import BlockInputs, copied
-from lmq.model.structure import ModuleInfo
+from lmq.model.structure import ModuleInfo, expert_number
 from lmq.numerics import OneDnnProducts, linear
 
 JUDGED_ALONE = ("attn_out", "mlp_down")

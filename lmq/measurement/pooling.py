@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 
 from lmq.measurement.traces import ModuleTrace
-from lmq.model.experts import without_number
+from lmq.model.structure import without_number
 
 FEWEST_TOKENS = 64
 """Experts that saw fewer tokens are pooled."""

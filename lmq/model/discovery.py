@@ -17,10 +17,10 @@ import torch
 from torch import nn
 
 from lmq.errors import UnsupportedModel
-from lmq.model.experts import RoutedExperts, expert_number, is_router
+from lmq.model.experts import RoutedExperts, is_router
 from lmq.model.source import ModelSource, locate, source_digest
 from lmq.model.stored import StoredModel, read_stored_model
-from lmq.model.structure import DTYPE_BYTES, EMBEDDINGS, KeptTensor, ModelStructure, ModuleId, ModuleInfo
+from lmq.model.structure import DTYPE_BYTES, EMBEDDINGS, KeptTensor, ModelStructure, ModuleId, ModuleInfo, expert_number
 from lmq.model.tensors import StoredTensor, size_bytes
 
 if TYPE_CHECKING:

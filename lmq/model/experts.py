@@ -12,7 +12,6 @@ stay in one parameter for all experts.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -175,17 +174,3 @@ def _shape_of(fused: Any, name: str, path: str) -> tuple[int, int]:
         )
     rows, columns = parameter.shape[1:]
     return (columns, rows) if fused.is_transposed else (rows, columns)
-
-
-_NUMBER = re.compile(r"(?<=\.experts\.)\d+(?=\.|$)")
-
-
-def without_number(kind: str) -> str:
-    """A kind with `*` in the place of the expert's number: `mlp.experts.*.down_proj`; others as they are."""
-    return _NUMBER.sub("*", kind)
-
-
-def expert_number(kind: str) -> int | None:
-    """The expert that a module belongs to, by its kind; None for one that every token goes through."""
-    match = _NUMBER.search(kind)
-    return int(match[0]) if match else None

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
-
-from lmq.model.experts import expert_number
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 """Types that matrices to quantize are stored in, and the bytes of a weight."""
@@ -183,3 +182,17 @@ def layer_ranges(layers: Sequence[int]) -> str:
             spans.append([layer, layer])
     words = [str(first) if first == last else f"{first}-{last}" for first, last in spans]
     return f"layer{'s' * (len(layers) != 1)} {', '.join(words)}"
+
+
+_NUMBER = re.compile(r"(?<=\.experts\.)\d+(?=\.|$)")
+
+
+def without_number(kind: str) -> str:
+    """A kind with `*` in the place of the expert's number: `mlp.experts.*.down_proj`; others as they are."""
+    return _NUMBER.sub("*", kind)
+
+
+def expert_number(kind: str) -> int | None:
+    """The expert that a module belongs to, by its kind; None for one that every token goes through."""
+    match = _NUMBER.search(kind)
+    return int(match[0]) if match else None

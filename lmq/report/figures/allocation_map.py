@@ -11,8 +11,7 @@ from matplotlib.patches import PathPatch
 from matplotlib.path import Path
 
 from lmq.formats.spec import QuantSpec
-from lmq.model.experts import expert_number
-from lmq.model.structure import ModuleId
+from lmq.model.structure import ModuleId, expert_number
 from lmq.report.figures.canvas import TEXT_PX, Margins, layer_ticks, new_axes
 from lmq.report.figures.palette import INK, MUTED, Colour, change_colour, ramp_colour
 

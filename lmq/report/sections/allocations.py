@@ -9,8 +9,7 @@ import numpy as np
 
 from lmq.allocation.solver import PROVEN_GAP
 from lmq.formats.spec import QuantSpec
-from lmq.model.experts import without_number
-from lmq.model.structure import ModuleId
+from lmq.model.structure import ModuleId, without_number
 from lmq.report.data import ModelReport, ReportData, Rows
 from lmq.report.figures.allocation_map import allocation_map, difference_map, short_kind
 from lmq.report.figures.palette import DIVERGING, ramp_colour

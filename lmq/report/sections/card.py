@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 
 from lmq.formats.spec import QuantSpec
-from lmq.model.experts import without_number
 from lmq.model.source import ModelSource
+from lmq.model.structure import without_number
 from lmq.report.data import ModelReport, ReportData, Rows
 from lmq.report.results import (
     UNIFORM,
