@@ -78,6 +78,12 @@ PEERS = (
         configurations=_groups(4),
     ),
     Peer(
+        name="llama.cpp",
+        module="llama_cpp",
+        packages=("llama-cpp-python==0.3.36",),
+        configurations={mix: {"mix": mix} for mix in ("Q2_K", "Q3_K_M", "IQ4_XS", "Q4_K_S", "Q4_K_M", "Q5_K_M")},
+    ),
+    Peer(
         name="AutoRound",
         module="auto_round",
         packages=("auto-round==0.16.1",),
@@ -156,7 +162,7 @@ def _of_peer(
         work.mkdir(parents=True, exist_ok=True)
         python = _environment(peer, environments)
         save_file({"tokens": tokens}, work / "tokens.safetensors")
-        paths = {module.id: _path(model, module.id) for module in model.structure.modules}
+        paths = {module.id: model.structure.path(module.id) for module in model.structure.modules}
         out = work / f"{name}.safetensors"
         job = Job(
             model=str(directory.resolve()),
@@ -193,10 +199,6 @@ class _Given:
 
     def round_trip(self, weight: Tensor) -> Tensor:
         return self.weight
-
-
-def _path(model: StreamedModel, module: ModuleId) -> str:
-    return f"{model.structure.layers_path}.{module.layer}.{module.kind}"
 
 
 def _environment(peer: Peer, environments: Path) -> str:

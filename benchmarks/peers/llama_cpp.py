@@ -1,14 +1,12 @@
-"""Files of llama.cpp's own quantizer, judged as `benchmarks.quantizers` judges: mixes of types such as Q4_K_M.
+"""llama-quantize: mixes of types such as Q4_K_M, with the importance matrix of the calibration text.
 
-Run `python -m benchmarks.llama_quantize MODEL --calibration TEXT --evaluation TEXT --work DIR` with the package
-llama-cpp-python (`pip install 'lmq[llama]'`). MODEL is written as a GGUF file and quantized by `llama_model_quantize`,
-which llama-quantize calls, with the importance matrix of the calibration text: the mean square of every input.
-Embedding and head stay, as there. The types of the file are read back: bits per weight are those of the block matrices.
+The model is written as a GGUF file and quantized by `llama_model_quantize`, which llama-quantize calls; the importance
+matrix is the mean square of every input. Embedding and head stay. The types are read back from the file, and what rows
+that are no multiple of 256 take instead of them.
 """
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,17 +17,14 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType, LlamaFileType
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
-from benchmarks.judge import Judge, print_header, print_row, read_tokens
-from benchmarks.quantizers import SEQUENCE_LENGTH, WINDOW
+from benchmarks.peers.job import Job, Quantized, run
 from lmq.checkpoint.write import write_checkpoint
 from lmq.export.gguf import export
 from lmq.export.gguf_model import gguf_name, head_rows
 from lmq.export.source import QuantizedCheckpoint
 from lmq.formats.gguf_types import GGUF_TYPES, GgufMatrix
-from lmq.formats.spec import QuantSpec
-from lmq.measurement.quantized_model import GridsOfLayer
 from lmq.measurement.quantizer_moments import input_moments
 from lmq.measurement.replay import forward_block
 from lmq.model.discovery import discover
@@ -38,48 +33,21 @@ from lmq.model.structure import ModuleId
 from lmq.quantizers import quantizer
 
 
-def main() -> None:
-    options = _arguments()
-    directory = Path(options.model)
-    model = StreamedModel.open(directory, discover(directory))
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    judge = Judge.of(model, read_tokens(tokenizer, options.evaluation, options.windows, WINDOW, None))
-    importance = _importance(
-        model, read_tokens(tokenizer, options.calibration, options.sequences, SEQUENCE_LENGTH, None)
-    )
-    options.work.mkdir(parents=True, exist_ok=True)
-    full, config = options.work / "full.gguf", AutoConfig.from_pretrained(directory)
+def quantize(job: Job) -> Quantized:
+    directory, work = Path(job.model), Path(job.out).parent
+    model, config = StreamedModel.open(directory, discover(directory)), AutoConfig.from_pretrained(directory)
+    importance = {
+        _name(model, config, module): values for module, values in _importance(model, job.token_ids()).items()
+    }
+    full, path = work / "full.gguf", work / f"{job.options['mix']}.gguf"
     if not full.exists():
-        write_checkpoint(options.work / "full", directory, model.structure, {}, quantizer("rtn"))
-        export(QuantizedCheckpoint(options.work / "full"), full)
-    named = {_name(model, config, module): values for module, values in importance.items()}
-    print_header("quantizer")
-    for name in options.mixes.split(","):
-        path = options.work / f"{name}.gguf"
-        if not path.exists():
-            quantize_file(full, path, LlamaFileType[f"MOSTLY_{name}"], named)
-        matrices = _matrices(model, config, path)
-        weights = sum(module.parameters for module in model.structure.modules)
-        bits = 8 * sum(matrix.size_bytes for matrix in matrices.values()) / weights
-        given = {module: QuantSpec.parse(matrix.kind.name) for module, matrix in matrices.items()}
-        print_row(directory.name, "llama-quantize", name, bits, judge.scores(_grids(matrices), given))
-
-
-def _grids(matrices: Mapping[ModuleId, GgufMatrix]) -> GridsOfLayer:
-    by_spec = {module: {QuantSpec.parse(matrix.kind.name): matrix} for module, matrix in matrices.items()}
-    return lambda layer: {module: of_module for module, of_module in by_spec.items() if module.layer == layer}
-
-
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="directory of an unquantized model")
-    parser.add_argument("--calibration", required=True, type=Path, help="text of the importance matrix")
-    parser.add_argument("--evaluation", required=True, type=Path, help="text to evaluate on")
-    parser.add_argument("--work", required=True, type=Path, help="folder for files")
-    parser.add_argument("--sequences", type=int, default=32, help="calibration sequences of 512 tokens (default 32)")
-    parser.add_argument("--windows", type=int, default=8, help="evaluation windows of 1,024 tokens (default 8)")
-    parser.add_argument("--mixes", default="IQ4_XS,Q4_K_S,Q4_K_M", help="default IQ4_XS,Q4_K_S,Q4_K_M")
-    return parser.parse_args()
+        write_checkpoint(work / "full", directory, model.structure, {}, quantizer("rtn"))
+        export(QuantizedCheckpoint(work / "full"), full)
+    quantize_file(full, path, LlamaFileType[f"MOSTLY_{job.options['mix']}"], importance)
+    matrices = _matrices(model, config, path)
+    weights = {model.structure.path(module): matrix.dequantize() for module, matrix in matrices.items()}
+    stored = 8 * sum(matrix.size_bytes for matrix in matrices.values())
+    return Quantized(weights, stored / sum(module.parameters for module in model.structure.modules))
 
 
 def _importance(model: StreamedModel, tokens: Tensor) -> dict[ModuleId, Tensor]:
@@ -135,4 +103,4 @@ def _name(model: StreamedModel, config: PreTrainedConfig, module: ModuleId) -> s
 
 
 if __name__ == "__main__":
-    main()
+    run(quantize)
