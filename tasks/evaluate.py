@@ -8,14 +8,21 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lmq.checkpoint.open import QuantizedBlocks, open_model_directory
 from lmq.evaluation.baselines import RoundedBaseline
 from lmq.evaluation.performance import measure_performance
 from lmq.evaluation.perplexity import Window, full_windows
 from lmq.evaluation.whole_model import reference_logits, require_same_model, score_whole_model, stored_bytes
-from lmq.evaluation.windows import WINDOWS_SCHEMA, last_states, score_windows, summarize, window_tokens
+from lmq.evaluation.windows import (
+    WINDOWS_SCHEMA,
+    BlockPreparation,
+    last_states,
+    score_windows,
+    summarize,
+    window_tokens,
+)
 from lmq.evaluation.zero_shot import load_task, measure_task
 from lmq.measurement.replay import read_hidden_states, write_hidden_states
 from lmq.model.streaming import StreamedModel
@@ -27,6 +34,7 @@ from lmq_tasks.stage import Job, stage
 from lmq_tasks.states import HIDDEN_STATES_FILE
 
 WINDOWS_FILE = "windows.parquet"
+_SHARE_OF_BLOCKS = 0.8
 SIZE_FILE = "size.json"
 """What a baseline takes: size_bytes of its matrices, and checkpoint_bytes of its files or null."""
 
@@ -103,7 +111,7 @@ def _evaluate(job: Job) -> None:
     model = open_model(job)
     windows, tokens = _windows(job)
     if not job.has("checkpoint"):
-        states = last_states(model, tokens)
+        states = last_states(model, tokens, _counting(job, model))
         rows = score_windows(model, windows, tokens, states, None)
         write_hidden_states(job.output / HIDDEN_STATES_FILE, states)
     else:
@@ -112,10 +120,21 @@ def _evaluate(job: Job) -> None:
         if quantized.embeddings:
             judged_model = StreamedModel.open(model_dir(job), model.structure, device=job.device)
             quantized.put_around(judged_model)
-        states = last_states(judged_model, tokens, quantized.put_in)
+        states = last_states(judged_model, tokens, _counting(job, model, quantized.put_in))
         full_precision = read_hidden_states(job.input("reference", HIDDEN_STATES_FILE))
         rows = score_windows(judged_model, windows, tokens, states, full_precision, reference_model=model)
     write_rows(job.output / WINDOWS_FILE, WINDOWS_SCHEMA, rows)
+
+
+def _counting(job: Job, model: StreamedModel, prepare: BlockPreparation | None = None) -> BlockPreparation:
+    """Prepare blocks and say how far the evaluation is: the scoring of the windows is taken for a fifth of it."""
+
+    def prepared(block: nn.Module, layer: int) -> None:
+        job.advance(_SHARE_OF_BLOCKS * layer / model.structure.layers)
+        if prepare is not None:
+            prepare(block, layer)
+
+    return prepared
 
 
 PERFORMANCE_FILE = "performance.json"

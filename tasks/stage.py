@@ -11,7 +11,8 @@ import functools
 import importlib.metadata
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,15 @@ class Site:
         return cls(**{**data, "model": model})
 
 
+_under_way: dict[Path, tuple[str, float]] = {}
+"""Stage and share of what is made in this process, by its directory; a share is known where the stage counts."""
+
+
+def shares_under_way(stage: str) -> list[float]:
+    """How far the layers or variants of a stage are that this process works on, from 0 to 1, where the stage counts."""
+    return sorted((share for name, share in list(_under_way.values()) if name == stage), reverse=True)
+
+
 class Job:
     """What a stage's body works with: its configuration, its inputs as local files, a directory to write into."""
 
@@ -76,6 +86,11 @@ class Job:
         self.config = config
         self.output = output
         self._inputs = inputs
+
+    def advance(self, share: float) -> None:
+        """Say how far this is, from 0 to 1."""
+        if self.output in _under_way:
+            _under_way[self.output] = (_under_way[self.output][0], share)
 
     @property
     def device(self) -> torch.device:
@@ -181,7 +196,8 @@ def run_stage(stage: Stage, key: str, site: Site, config: Mapping[str, Any], inp
     started = time.perf_counter()
     try:
         with store.workspace() as output, PeakMemory() as memory:
-            stage.body(Job(store, site, config, inputs, output))
+            with _counted(stage, output):
+                stage.body(Job(store, site, config, inputs, output))
             files = {path.relative_to(output).as_posix(): path for path in output.rglob("*") if path.is_file()}
             return store.publish(
                 stage=stage.name,
@@ -204,6 +220,15 @@ def run_stage(stage: Stage, key: str, site: Site, config: Mapping[str, Any], inp
             f"no space left in the store {site.store_url} during {stage.name}; nothing half-written was kept. "
             "Free space (`lmq store gc`) or set `store` to another place, then run again: finished work is kept"
         ) from error
+
+
+@contextmanager
+def _counted(stage: Stage, output: Path) -> Iterator[None]:
+    _under_way[output] = (stage.name, 0.0)
+    try:
+        yield
+    finally:
+        del _under_way[output]
 
 
 def _is_gone(error: OSError | SafetensorError, store: ArtifactStore) -> bool:

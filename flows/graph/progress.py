@@ -24,9 +24,10 @@ from rich.progress import (
 from lmq_flows.graph.direct import Outcome
 from lmq_flows.graph.explain import PlannedNode
 from lmq_flows.graph.node import Node
-from lmq_tasks.stage import open_store
+from lmq_tasks.stage import open_store, shares_under_way
 
 _LINE_EVERY_SECONDS = 10.0
+_MOVE_EVERY_SECONDS = 1.0
 _FOLLOWS = "follows "
 
 
@@ -74,7 +75,12 @@ class StageProgress:
     @property
     def remaining_s(self) -> float | None:
         """Seconds still to go at the pace of the nodes that ran; None before the first has."""
-        return self.elapsed_s / self.ran * (self.total - self.done) if self.ran else None
+        return self.remaining_after(0.0)
+
+    def remaining_after(self, under_way: float) -> float | None:
+        """The same where parts of further nodes are done that add up to `under_way`; None before anything is."""
+        made = self.ran + under_way
+        return self.elapsed_s / made * (self.total - self.done - under_way) if made else None
 
 
 @dataclass
@@ -126,7 +132,10 @@ class RunProgress:
 
 
 class TerminalReporter:
-    """Bars on a terminal; elsewhere a line when a stage ends, and every 10 seconds for those under way."""
+    """Bars on a terminal; elsewhere a line when a stage ends, and every 10 seconds for those under way.
+
+    Stages that count say how far their layers or variants are, where these are made in this process.
+    """
 
     def __init__(self, console: Console):
         self._console = console
@@ -149,8 +158,7 @@ class TerminalReporter:
     def __enter__(self) -> TerminalReporter:
         if self._console.is_terminal:
             self._progress.start()
-        else:
-            self._heart.start()
+        self._heart.start()
         return self
 
     def __exit__(
@@ -161,25 +169,33 @@ class TerminalReporter:
 
     def show(self, stage: str, progress: StageProgress) -> None:
         """Update the stage's bar, or print a line when it is done."""
-        if self._console.is_terminal:
-            self._move_bar(stage, progress)
-        elif progress.done < progress.total:
+        if progress.done < progress.total:
             self._under_way[stage] = progress
         else:
             self._under_way.pop(stage, None)
+        if self._console.is_terminal:
+            self._move_bar(stage, progress)
+        elif progress.done == progress.total:
             self._print(stage, progress, f"in {progress.elapsed_s:.1f} s")
 
     def _move_bar(self, stage: str, progress: StageProgress) -> None:
         if stage not in self._bars:
             self._bars[stage] = self._progress.add_task(stage, total=progress.total, note="")
-        self._progress.update(self._bars[stage], completed=progress.done, total=progress.total, note=_note(progress))
+        done = progress.done + sum(shares_under_way(stage))
+        self._progress.update(self._bars[stage], completed=done, total=progress.total, note=_note(progress))
 
     def _beat(self) -> None:
-        while not self._stop.wait(_LINE_EVERY_SECONDS):
+        while not self._stop.wait(_MOVE_EVERY_SECONDS if self._console.is_terminal else _LINE_EVERY_SECONDS):
             for stage, progress in list(self._under_way.items()):
-                left = progress.remaining_s
+                if self._console.is_terminal:
+                    self._move_bar(stage, progress)
+                    continue
+                shares = shares_under_way(stage)
+                left = progress.remaining_after(sum(shares))
+                counted = " and ".join(f"{share:.0%}" for share in shares if share)
+                more = f" and {counted} of the next," if counted else ""
                 rest = "" if left is None else f", about {left:.0f} s left"
-                self._print(stage, progress, f"after {progress.elapsed_s:.0f} s{rest}")
+                self._print(stage, progress, f"{more} after {progress.elapsed_s:.0f} s{rest}".strip())
 
     def _print(self, stage: str, progress: StageProgress, text: str) -> None:
         note = f" ({_note(progress)})" if _note(progress) else ""

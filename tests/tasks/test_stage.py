@@ -13,7 +13,18 @@ from safetensors import SafetensorError
 
 from lmq.errors import InputError, LmqError
 from lmq_storage import ArtifactStore, StoreError
-from lmq_tasks.stage import Job, ModelLocation, Site, Stage, as_inputs, open_store, run_stage, stage, stage_key
+from lmq_tasks.stage import (
+    Job,
+    ModelLocation,
+    Site,
+    Stage,
+    as_inputs,
+    open_store,
+    run_stage,
+    shares_under_way,
+    stage,
+    stage_key,
+)
 
 CONFIG = {"text": "hello", "count": 2}
 
@@ -47,6 +58,27 @@ def make(item: Stage, site: Site, config: dict[str, Any] = CONFIG, inputs: Any =
 
 def files_in(site: Site) -> list[Path]:
     return [path for path in Path(site.store_url).rglob("*") if path.is_file()]
+
+
+def test_a_stage_says_how_far_it_is_while_it_is_made(site: Site) -> None:
+    seen = []
+
+    @stage("count", version=1, schema="text/1")
+    def count(job: Job) -> None:
+        for share in (0.25, 0.5):
+            job.advance(share)
+            seen.append((shares_under_way("count"), shares_under_way("write")))
+        (job.output / "text").write_text("")
+
+    @stage("fail", version=1, schema="text/1")
+    def fail(job: Job) -> None:
+        raise InputError("no")
+
+    make(count, site)
+    with pytest.raises(InputError):
+        make(fail, site)
+    assert seen == [([0.25], []), ([0.5], [])]
+    assert shares_under_way("count") == shares_under_way("fail") == []
 
 
 def test_a_stage_publishes_what_its_body_writes(site: Site, store: ArtifactStore) -> None:

@@ -1,5 +1,6 @@
 import io
 import itertools
+import time
 
 import pytest
 from rich.console import Console
@@ -45,6 +46,30 @@ def test_lines_say_stage_count_and_what_was_cached(graph):
     assert "forward" in text
     assert "4/4" in text
     assert "1 cached, 2 failed" in text
+
+
+def test_lines_say_how_far_the_next_are(graph, monkeypatch):
+    monkeypatch.setattr(progress_module, "_LINE_EVERY_SECONDS", 0.01)
+    monkeypatch.setattr(progress_module, "shares_under_way", lambda stage: [0.5, 0.25, 0.0])
+    stream = io.StringIO()
+    with TerminalReporter(Console(file=stream, width=100)) as terminal:
+        progress = RunProgress([terminal])
+        progress.expect(graph)
+        first = next(iter(graph))
+        progress.watch(first, None)
+        progress.watch(first, Outcome("ran"))
+        deadline = time.monotonic() + 30
+        while "\n" not in stream.getvalue() and time.monotonic() < deadline:
+            time.sleep(0.01)
+    line = stream.getvalue().splitlines()[0]
+    assert line.startswith("forward            1/4 and 50% and 25% of the next, after ")
+    assert line.endswith(" s left")
+
+
+def test_time_left_counts_what_is_under_way():
+    stage = StageProgress(6, ran=2, started_s=0.0, ended_s=50.0)
+    assert stage.remaining_after(0.5) == pytest.approx(50.0 / 2.5 * 3.5)
+    assert StageProgress(6, started_s=0.0, ended_s=50.0).remaining_after(0.5) == pytest.approx(50.0 / 0.5 * 5.5)
 
 
 def test_stage_that_never_started_took_no_time():
