@@ -130,6 +130,7 @@ def test_large_factors_are_made_in_place_and_are_the_same(
     expected = feedback_of(moments, damping=damping)
     monkeypatch.setattr(error_feedback, "_MOST_COPIED_INPUTS", 0)
     monkeypatch.setattr(error_feedback, "_VALUES_AT_ONCE", 1000)
+    monkeypatch.setattr(error_feedback, "_FACTORED_AT_ONCE", 16)
     found = feedback_of(moments, damping=damping)
     assert torch.equal(found.order, expected.order)
     torch.testing.assert_close(found.factor, expected.factor, rtol=1e-5 if double else 1e-3, atol=1e-4)
