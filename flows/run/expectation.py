@@ -147,9 +147,8 @@ def _memory_bytes(config: RunConfig, structure: ModelStructure) -> int:
     tokens = config.calibration.sequences * config.calibration.sequence_length
     states = _FLOAT32_BYTES * tokens * structure.hidden_size
     embeddings = _FLOAT32_BYTES * structure.hidden_size * structure.vocabulary_size
-    if (
-        structure.embeddings
-    ):  # those of the variant beside the model's own while it is judged, or what the head predicts
+    if structure.embeddings:
+        # those of the variant beside the model's own while it is judged, or what the head predicts
         embeddings += _FLOAT32_BYTES * sum(module.parameters for module in structure.embeddings) + _HEAD_SAMPLE_BYTES
     of_worker = 4 * block + 3 * states
     if _is_calibrated(config):
