@@ -44,14 +44,15 @@ def load(
     """
     from lmq.checkpoint.verify import verify_checkpoint
     from lmq.errors import DamagedFile
+    from lmq.model.auto_class import auto_class_of
+    from lmq.model.skeleton import read_model_config
     from lmq.model.transformers_lock import TRANSFORMERS_LOCK
 
     verify_checkpoint(Path(path), checksums=verify)
     precision = "auto" if dtype is None else dtype
+    auto_class = auto_class_of(read_model_config(Path(path)))
     with TRANSFORMERS_LOCK:
-        from transformers import AutoModelForCausalLM
-
-        opened: Any = AutoModelForCausalLM.from_pretrained(
+        opened: Any = auto_class.from_pretrained(
             path, dtype=precision, trust_remote_code=False, output_loading_info=True
         )
     model, report = opened

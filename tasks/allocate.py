@@ -26,10 +26,8 @@ from lmq.measurement.replay import read_hidden_states
 from lmq.measurement.sequence_fisher import SEQUENCE_FISHER
 from lmq.model.structure import EMBEDDINGS, ModelStructure, ModuleId
 from lmq.tables import TableSchema, write_rows
-from lmq.text.calibration import read_tokens
-from lmq_tasks.inputs import open_model, read_structure
+from lmq_tasks.inputs import open_model, read_examples, read_structure
 from lmq_tasks.measure import grids_by_layer, measured_rows, read_profile
-from lmq_tasks.sources import TOKENS_FILE
 from lmq_tasks.stage import Job, stage
 from lmq_tasks.states import HIDDEN_STATES_FILE
 
@@ -139,11 +137,11 @@ def refine(job: Job) -> None:
     chosen = strategy(job.config["strategy"], **job.config["options"])
     assert isinstance(chosen, Auto)
     point = QuantizedPoint(model, grids_by_layer(job))
-    validation = read_tokens(job.input("validation", TOKENS_FILE))
+    validation = read_examples(job, "validation").inputs
     trials = ModelTrials(
         point,
         calibration=Slice(
-            token_ids=read_tokens(job.input("tokens", TOKENS_FILE)),
+            token_ids=read_examples(job).inputs,
             reference_states=read_hidden_states(job.input("hidden", HIDDEN_STATES_FILE)),
         ),
         validation=Slice(token_ids=validation, reference_states=point.last_states(validation)),

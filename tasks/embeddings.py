@@ -15,9 +15,8 @@ from lmq.model.streaming import stored_matrix
 from lmq.quantizers import quantizer
 from lmq.tables import write_rows
 from lmq.text.calibration import read_tokens
-from lmq_tasks.inputs import model_dir, open_model, read_structure
+from lmq_tasks.inputs import TOKENS_FILE, model_dir, open_model, read_structure
 from lmq_tasks.measure import GRIDS_FILE
-from lmq_tasks.sources import TOKENS_FILE
 from lmq_tasks.stage import Job, JsonDict, stage
 from lmq_tasks.states import GRADIENTS_FILE, HIDDEN_STATES_FILE
 

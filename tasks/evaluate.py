@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from lmq.checkpoint.open import QuantizedBlocks, open_model_directory
 from lmq.evaluation.baselines import RoundedBaseline
 from lmq.evaluation.performance import measure_performance
 from lmq.evaluation.perplexity import Window, full_windows
+from lmq.evaluation.predictions import PREDICTIONS_SCHEMA, score_images, summarize_predictions
 from lmq.evaluation.whole_model import reference_logits, require_same_model, score_whole_model, stored_bytes
 from lmq.evaluation.windows import (
     WINDOWS_SCHEMA,
@@ -26,14 +27,15 @@ from lmq.evaluation.windows import (
 from lmq.evaluation.zero_shot import load_task, measure_task
 from lmq.measurement.replay import read_hidden_states, write_hidden_states
 from lmq.model.streaming import StreamedModel
-from lmq.tables import read_rows, write_rows
+from lmq.tables import TableSchema, read_rows, write_rows
 from lmq.text.calibration import load_tokenizer, read_tokens
-from lmq_tasks.inputs import materialized, model_dir, open_model, read_structure
-from lmq_tasks.sources import PREFIX_FILE, TOKENS_FILE
-from lmq_tasks.stage import Job, stage
+from lmq_tasks.inputs import TOKENS_FILE, materialized, model_dir, open_model, read_examples, read_structure
+from lmq_tasks.sources import PREFIX_FILE
+from lmq_tasks.stage import Job, JsonDict, stage
 from lmq_tasks.states import HIDDEN_STATES_FILE
 
 WINDOWS_FILE = "windows.parquet"
+PREDICTIONS_FILE = "predictions.parquet"
 _SHARE_OF_BLOCKS = 0.8
 SIZE_FILE = "size.json"
 """What a baseline takes: size_bytes of its matrices, and checkpoint_bytes of its files or null."""
@@ -46,16 +48,50 @@ def judged(path: Callable[[str], Path]) -> str:
     return f"perplexity {found.perplexity.value:.2f}{divergence}"
 
 
+def judged_images(path: Callable[[str], Path]) -> str:
+    """`top-1 94.1%, KL 0.149`: what the predictions of an evaluation come to."""
+    found = summarize_predictions(read_rows(path(PREDICTIONS_FILE), PREDICTIONS_SCHEMA))
+    accuracy = [f"{score.task} {100 * (score.value or 0):.1f}%" for score in found.scores[:1]]
+    divergence = [] if found.kl_divergence is None else [f"KL {found.kl_divergence.value:.3f}"]
+    return ", ".join(accuracy + divergence)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judge:
+    """How variants are judged: what they are shown, and the rows of the table that says what they made of it.
+
+    `score` takes the model, its states that leave the last block, those of the full-precision model or None, and
+    that model.
+    """
+
+    inputs: Tensor
+    file: str
+    schema: TableSchema
+    score: Callable[[StreamedModel, Tensor, Tensor | None, StreamedModel], list[JsonDict]]
+
+
 @stage("reference", version=3, schema="reference/1", result=judged)
 def reference(job: Job) -> None:
     """Perplexity of the full-precision model, and the states its predictions follow from."""
-    _evaluate(job)
+    _evaluate(job, _of_text(job))
+
+
+@stage("reference-images", version=1, schema="reference-images/1", result=judged_images)
+def reference_images(job: Job) -> None:
+    """Accuracies of the full-precision model on images, and the states its predictions follow from."""
+    _evaluate(job, _of_images(job))
 
 
 @stage("evaluate", version=3, schema=WINDOWS_SCHEMA.label, result=judged)
 def evaluate(job: Job) -> None:
     """Perplexity of a variant, and its divergence from the full-precision model."""
-    _evaluate(job)
+    _evaluate(job, _of_text(job))
+
+
+@stage("evaluate-images", version=1, schema=PREDICTIONS_SCHEMA.label, result=judged_images)
+def evaluate_images(job: Job) -> None:
+    """Accuracies of a variant on images, and its divergence from the full-precision model."""
+    _evaluate(job, _of_images(job))
 
 
 @stage("evaluate-without-layers", version=3, schema=WINDOWS_SCHEMA.label, result=judged)
@@ -70,14 +106,22 @@ def evaluate_without_layers(job: Job) -> None:
 @stage("evaluate-rounded", version=2, schema=WINDOWS_SCHEMA.label, result=judged)
 def evaluate_rounded(job: Job) -> None:
     """Perplexity and divergence of a baseline that rounds every matrix alike, of which no checkpoint is written."""
+    _evaluate_rounded(job, _of_text(job))
+
+
+@stage("evaluate-rounded-images", version=1, schema=PREDICTIONS_SCHEMA.label, result=judged_images)
+def evaluate_rounded_images(job: Job) -> None:
+    """Accuracies and divergence on images of a baseline that rounds every matrix alike."""
+    _evaluate_rounded(job, _of_images(job))
+
+
+def _evaluate_rounded(job: Job, judge: Judge) -> None:
     baseline = RoundedBaseline.parse(job.config["baseline"])
     model = open_model(job)
     baseline.check_fits(model.structure)
-    windows, tokens = _windows(job)
-    states = last_states(model, tokens, baseline.preparation(model.structure))
+    states = last_states(model, judge.inputs, baseline.preparation(model.structure))
     full_precision = read_hidden_states(job.input("reference", HIDDEN_STATES_FILE))
-    rows = score_windows(model, windows, tokens, states, full_precision)
-    write_rows(job.output / WINDOWS_FILE, WINDOWS_SCHEMA, rows)
+    write_rows(job.output / judge.file, judge.schema, judge.score(model, states, full_precision, model))
     _write_size(job, baseline.size_bytes(model.structure), None)
 
 
@@ -107,12 +151,33 @@ def _windows(job: Job) -> tuple[list[Window], Tensor]:
     return windows, window_tokens(stream, windows, prefix)
 
 
-def _evaluate(job: Job) -> None:
-    model = open_model(job)
+def _of_text(job: Job) -> Judge:
     windows, tokens = _windows(job)
+
+    def score(
+        model: StreamedModel, states: Tensor, reference: Tensor | None, reference_model: StreamedModel
+    ) -> list[JsonDict]:
+        return score_windows(model, windows, tokens, states, reference, reference_model=reference_model)
+
+    return Judge(inputs=tokens, file=WINDOWS_FILE, schema=WINDOWS_SCHEMA, score=score)
+
+
+def _of_images(job: Job) -> Judge:
+    examples = read_examples(job)
+
+    def score(
+        model: StreamedModel, states: Tensor, reference: Tensor | None, reference_model: StreamedModel
+    ) -> list[JsonDict]:
+        return score_images(model, examples.labels, states, reference, reference_model=reference_model)
+
+    return Judge(inputs=examples.inputs, file=PREDICTIONS_FILE, schema=PREDICTIONS_SCHEMA, score=score)
+
+
+def _evaluate(job: Job, judge: Judge) -> None:
+    model = open_model(job)
     if not job.has("checkpoint"):
-        states = last_states(model, tokens, _counting(job, model))
-        rows = score_windows(model, windows, tokens, states, None)
+        states = last_states(model, judge.inputs, _counting(job, model))
+        rows = judge.score(model, states, None, model)
         write_hidden_states(job.output / HIDDEN_STATES_FILE, states)
     else:
         quantized = QuantizedBlocks(materialized(job, "checkpoint"), model.structure)
@@ -120,10 +185,10 @@ def _evaluate(job: Job) -> None:
         if quantized.embeddings:
             judged_model = StreamedModel.open(model_dir(job), model.structure, device=job.device)
             quantized.put_around(judged_model)
-        states = last_states(judged_model, tokens, _counting(job, model, quantized.put_in))
+        states = last_states(judged_model, judge.inputs, _counting(job, model, quantized.put_in))
         full_precision = read_hidden_states(job.input("reference", HIDDEN_STATES_FILE))
-        rows = score_windows(judged_model, windows, tokens, states, full_precision, reference_model=model)
-    write_rows(job.output / WINDOWS_FILE, WINDOWS_SCHEMA, rows)
+        rows = judge.score(judged_model, states, full_precision, model)
+    write_rows(job.output / judge.file, judge.schema, rows)
 
 
 def _counting(job: Job, model: StreamedModel, prepare: BlockPreparation | None = None) -> BlockPreparation:

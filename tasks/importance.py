@@ -16,9 +16,8 @@ from lmq.measurement.layer_activity import LAYER_ACTIVITY
 from lmq.numerics import fast_matmul_dtype
 from lmq.tables import read_rows, write_rows
 from lmq.text.calibration import read_tokens
-from lmq_tasks.inputs import open_model
+from lmq_tasks.inputs import TOKENS_FILE, open_model
 from lmq_tasks.measure import TENSORS_FILE, measured_rows
-from lmq_tasks.sources import TOKENS_FILE
 from lmq_tasks.stage import Job, stage
 
 LAYERS_FILE = "importance.parquet"

@@ -5,15 +5,23 @@ from __future__ import annotations
 import functools
 import json
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
+from lmq.errors import InputError
+from lmq.images.prepared import SCHEMA as IMAGES_SCHEMA
+from lmq.images.prepared import read_prepared
 from lmq.model.source import ModelSource, locate
 from lmq.model.streaming import StreamedModel, load_layer_weights
 from lmq.model.structure import ModelStructure
+from lmq.text.calibration import read_tokens
 from lmq_storage import ArtifactRef, ArtifactStore, DamagedArtifact
 from lmq_tasks.stage import Job, ModelLocation
+
+TOKENS_FILE = "tokens.parquet"
+IMAGES_FILE = "images.safetensors"
 
 _thread = threading.local()
 _laying_out = threading.Lock()
@@ -61,6 +69,32 @@ def open_model(job: Job) -> StreamedModel:
         _thread.model = StreamedModel.open(model_dir(job), read_structure(job), device=job.device)
         _thread.wanted = wanted
     return _thread.model
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """What a model is given: token ids [sequences, sequence_length], or images [images, channels, height, width] with
+    the labels [images] of those that have some."""
+
+    inputs: Tensor
+    labels: Tensor | None = None
+
+    @property
+    def given(self) -> Tensor:
+        """What the loss takes its targets from. Raises InputError for images without labels."""
+        if self.labels is not None:
+            return self.labels
+        if self.inputs.is_floating_point():
+            raise InputError("the images have no labels, which the gradient of their loss needs; give some that do")
+        return self.inputs
+
+
+def read_examples(job: Job, name: str = "tokens") -> Examples:
+    """An input of tokens or of images, by what the artifact holds."""
+    if job.ref(name).schema == IMAGES_SCHEMA:
+        prepared = read_prepared(job.input(name, IMAGES_FILE))
+        return Examples(prepared.pixels, prepared.labels)
+    return Examples(read_tokens(job.input(name, TOKENS_FILE)))
 
 
 def layer_weights(job: Job, structure: ModelStructure, layer: int) -> dict[str, Tensor]:

@@ -26,9 +26,7 @@ from lmq.model.structure import ModuleId
 from lmq.outliers import OUTLIERS_SCHEMA, outlier_rows
 from lmq.quantizers import quantizer
 from lmq.tables import read_rows, write_rows
-from lmq.text.calibration import read_tokens
-from lmq_tasks.inputs import layer_weights, open_model, read_structure
-from lmq_tasks.sources import TOKENS_FILE
+from lmq_tasks.inputs import layer_weights, open_model, read_examples, read_structure
 from lmq_tasks.stage import Job, JsonDict, Stage, stage
 from lmq_tasks.states import GRADIENTS_FILE, HIDDEN_STATES_FILE, MOMENTS_FILE
 
@@ -149,8 +147,8 @@ def measure_delta_loss(job: Job) -> None:
     spec = QuantSpec.parse(job.config["spec"])
     modules = model.structure.modules
     point = QuantizedPoint(model, grids_by_layer(job))
-    tokens = read_tokens(job.input("tokens", TOKENS_FILE))
-    delta_losses = point.delta_losses(tokens, {module.id: spec for module in modules})
+    examples = read_examples(job)
+    delta_losses = point.delta_losses(examples.inputs, {module.id: spec for module in modules}, examples.labels)
     rows = [
         cost_row(module, spec, delta_loss=delta_loss)
         for module, delta_loss in zip(modules, delta_losses.tolist(), strict=True)

@@ -15,11 +15,9 @@ from lmq.measurement.grids import Allocation, LayerGrids, save_grids
 from lmq.measurement.quantized_model import QuantizedPoint
 from lmq.measurement.replay import read_hidden_states, write_hidden_states
 from lmq.model.structure import ModuleId
-from lmq.text.calibration import read_tokens
 from lmq_tasks.allocate import ALLOCATION_FILE, read_configurations
-from lmq_tasks.inputs import materialized, open_model
+from lmq_tasks.inputs import materialized, open_model, read_examples
 from lmq_tasks.measure import grids_by_layer
-from lmq_tasks.sources import TOKENS_FILE
 from lmq_tasks.stage import Job, stage
 from lmq_tasks.states import HIDDEN_STATES_FILE
 
@@ -29,7 +27,7 @@ POLISHED_FILE = "polished.json"
 @stage("last-states", version=1, schema="hidden-states/1")
 def last_states(job: Job) -> None:
     """States that leave the unquantized model's last block for a text, without those in between."""
-    tokens = read_tokens(job.input("tokens", TOKENS_FILE))
+    tokens = read_examples(job).inputs
     write_hidden_states(job.output / HIDDEN_STATES_FILE, _unquantized(job, tokens))
 
 
@@ -43,7 +41,7 @@ def polish(job: Job) -> None:
             shutil.copyfile(job.input("state", polish_file(layer)), job.output / polish_file(layer))
     else:
         tuning.start(grids_by_layer(job))
-    tokens = read_tokens(job.input("tokens", TOKENS_FILE))
+    tokens = read_examples(job).inputs
     reference = read_hidden_states(job.input("hidden", HIDDEN_STATES_FILE))
     divergences = list(tuning.run(job.config["first"], job.config["last"], tokens, reference))
     (job.output / "divergences.json").write_text(json.dumps(divergences))
@@ -57,7 +55,7 @@ def polished(job: Job) -> None:
     """
     model, allocation, measured = open_model(job), _allocation(job), grids_by_layer(job)
     tuning = Polish(model, allocation, materialized(job, "state"), _schedule(job))
-    tokens = read_tokens(job.input("validation", TOKENS_FILE))
+    tokens = read_examples(job, "validation").inputs
     reference = _unquantized(job, tokens)
     before = QuantizedPoint(model, measured).divergences(tokens, reference, allocation)
     after = QuantizedPoint(model, tuning.stored).divergences(tokens, reference, allocation)

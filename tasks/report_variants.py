@@ -9,15 +9,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from lmq.allocation.solver import ALLOCATION_SCHEMA
+from lmq.evaluation.predictions import PREDICTIONS_SCHEMA, PredictionSummary, summarize_predictions
 from lmq.evaluation.task_scores import TaskScore, task_scores_from_json
 from lmq.evaluation.windows import WINDOWS_SCHEMA, Evaluation, summarize
 from lmq.model.structure import ModelStructure
 from lmq.report.results import FULL_PRECISION, VariantResult
 from lmq.tables import TableSchema, read_rows
 from lmq_storage import Manifest
-from lmq_tasks.evaluate import PERFORMANCE_FILE, SCORES_FILE, SIZE_FILE
+from lmq_tasks.evaluate import PERFORMANCE_FILE, PREDICTIONS_FILE, SCORES_FILE, SIZE_FILE, WINDOWS_FILE
 from lmq_tasks.polish import POLISHED_FILE
 from lmq_tasks.stage import Job, JsonDict
+
+_BASELINE_STAGES = ("evaluate-rounded", "evaluate-rounded-images", "evaluate-other")
 
 
 @dataclass(frozen=True)
@@ -52,13 +55,19 @@ class ReportedVariant:
         self.item = item
         self.slug = item["slug"]
         inputs = InputsOf.variant(number)
-        self.windows = rows_of(job, inputs.part("evaluation"), "windows.parquet", WINDOWS_SCHEMA)
+        evaluation = inputs.part("evaluation")
+        on_images = job.has(evaluation) and job.ref(evaluation).stage.endswith("-images")
+        self.windows = [] if on_images else rows_of(job, evaluation, WINDOWS_FILE, WINDOWS_SCHEMA)
+        self.predictions = rows_of(job, evaluation, PREDICTIONS_FILE, PREDICTIONS_SCHEMA) if on_images else []
         self.allocation = rows_of(job, inputs.part("allocation"), "allocation.parquet", ALLOCATION_SCHEMA)
         self.result = self._result(job, inputs, structures.get(item["model"]))
 
     def _result(self, job: Job, inputs: InputsOf, structure: ModelStructure | None) -> VariantResult:
-        evaluation = summarize(self.windows) if self.windows else None
-        measured, note = _measured(evaluation)
+        measured, note = _measured(summarize(self.windows) if self.windows else None)
+        scores = _scores(job, inputs, self.item.get("tasks", {}))
+        if self.predictions:
+            found = summarize_predictions(self.predictions)
+            measured, scores = _measured_on_images(found), (*found.scores, *(scores or ()))
         item = self.item
         is_reference = item["strategy"] == FULL_PRECISION
         size = _size(job, inputs, structure, self.allocation, is_reference)
@@ -75,7 +84,7 @@ class ReportedVariant:
             **measured,
             **_solution(job, inputs),
             **_performance(job, inputs.part("performance")),
-            tasks=_scores(job, inputs, item.get("tasks", {})),
+            tasks=scores,
         )
 
 
@@ -98,6 +107,20 @@ def _measured(evaluation: Evaluation | None) -> tuple[dict[str, Any], str | None
     broken = evaluation.broken_window
     where = f", first in the window of tokens {broken.start} to {broken.end}" if broken else ""
     return fields, None if finite else f"perplexity is infinite{where}: the model gives tokens no probability"
+
+
+def _measured_on_images(found: PredictionSummary) -> dict[str, Any]:
+    """Fields of the record that an evaluation on images gives."""
+    perplexity, kl = found.perplexity, found.kl_divergence
+    return {
+        "perplexity": perplexity.value if perplexity else None,
+        "perplexity_stderr": perplexity.stderr if perplexity else None,
+        "kl_divergence": kl.value if kl else None,
+        "kl_divergence_stderr": kl.stderr if kl else None,
+        "kl_p99": found.kl_p99,
+        "top1_agreement": found.top1_agreement,
+        "protocol": found.protocol,
+    }
 
 
 def _size(
@@ -125,7 +148,7 @@ def _size(
 
 def _baseline_size(job: Job, evaluation: str, structure: ModelStructure) -> dict[str, Any]:
     """Size of a baseline, which has no allocation: as its evaluation wrote it down; empty for other variants."""
-    if not job.has(evaluation) or job.ref(evaluation).stage not in ("evaluate-rounded", "evaluate-other"):
+    if not job.has(evaluation) or job.ref(evaluation).stage not in _BASELINE_STAGES:
         return {}
     size = json.loads(job.input(evaluation, SIZE_FILE).read_text())
     return {**size, "bits_per_weight": 8 * size["size_bytes"] / structure.parameters}

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 
 from lmq.checkpoint.dry_run import dry_run
+from lmq.images.prepared import SCHEMA as IMAGES_SCHEMA
+from lmq.images.prepared import ImageDraw, prepare_images, write_images
 from lmq.model.discovery import discover
 from lmq.model.source import convert_gguf
 from lmq.text.calibration import (
@@ -21,7 +23,7 @@ from lmq.text.calibration import (
     token_stream,
     write_tokens,
 )
-from lmq_tasks.inputs import model_dir
+from lmq_tasks.inputs import IMAGES_FILE, TOKENS_FILE, model_dir
 from lmq_tasks.stage import Job, stage
 
 
@@ -48,7 +50,6 @@ def discover_structure(job: Job) -> None:
     (job.output / "structure.json").write_text(json.dumps(structure.to_json()))
 
 
-TOKENS_FILE = "tokens.parquet"
 PREFIX_FILE = "prefix.json"
 
 
@@ -75,6 +76,14 @@ def draw_evaluation(job: Job) -> None:
     tokens = token_stream(documents(_source(job), tokenizer), tokenizer, job.config["tokens"])
     write_tokens(job.output / TOKENS_FILE, tokens[None])
     (job.output / PREFIX_FILE).write_text(json.dumps(text_prefix(tokenizer)))
+
+
+@stage("images", version=1, schema=IMAGES_SCHEMA)
+def draw_images(job: Job) -> None:
+    """Images drawn from a source and prepared by the model's own processor, with their labels."""
+    options = {name: value for name, value in job.config.items() if name != "images"}
+    draw = ImageDraw(source=job.site.places["images"], **options)
+    write_images(job.output / IMAGES_FILE, prepare_images(draw, model_dir(job)))
 
 
 def _source(job: Job) -> TextSource:

@@ -17,9 +17,7 @@ from lmq.measurement.replay import (
 )
 from lmq.measurement.sequence_fisher import sampled_loss_gradient
 from lmq.numerics import fast_products
-from lmq.text.calibration import read_tokens
-from lmq_tasks.inputs import open_model
-from lmq_tasks.sources import TOKENS_FILE
+from lmq_tasks.inputs import open_model, read_examples
 from lmq_tasks.stage import Job, stage
 
 HIDDEN_STATES_FILE = "hidden-states.parquet"
@@ -29,9 +27,8 @@ MOMENTS_FILE = "moments.safetensors"
 
 @stage("embed", version=1, schema="hidden-states/1")
 def embed(job: Job) -> None:
-    """States that enter the first block for the calibration tokens."""
-    tokens = read_tokens(job.input("tokens", TOKENS_FILE))
-    write_hidden_states(job.output / HIDDEN_STATES_FILE, open_model(job).embed(tokens))
+    """States that enter the first block for the calibration tokens or images."""
+    write_hidden_states(job.output / HIDDEN_STATES_FILE, open_model(job).embed(read_examples(job).inputs))
 
 
 @stage("forward", version=1, schema="hidden-states/1")
@@ -48,9 +45,9 @@ def forward(job: Job) -> None:
 @stage("loss-gradient", version=1, schema="gradients/1")
 def loss_gradient(job: Job) -> None:
     """Gradient of the summed calibration loss at the states that leave the last block."""
-    tokens = read_tokens(job.input("tokens", TOKENS_FILE))
+    given = read_examples(job).given
     hidden = read_hidden_states(job.input("hidden", HIDDEN_STATES_FILE))
-    write_gradients(job.output / GRADIENTS_FILE, open_model(job).loss_gradient(hidden, tokens).gradient)
+    write_gradients(job.output / GRADIENTS_FILE, open_model(job).loss_gradient(hidden, given).gradient)
 
 
 @stage("backward", version=1, schema="gradients/1")

@@ -62,7 +62,8 @@ def dry_run(model_dir: Path, structure: ModelStructure) -> tuple[ModuleId, ...]:
                 "states; lmq measures modules that are called once"
             )
     called = [info for info in structure.in_layer(0) if calls[info.id]]
-    _try_reading(model.bare_block(0), inputs[0], structure, called)
+    if model.loss.per_token:
+        _try_reading(model.bare_block(0), inputs[0], structure, called)
     _try_opening(build_skeleton(model_dir), structure)
     return tuple(info.id for info in structure.modules if not calls[info.id])
 

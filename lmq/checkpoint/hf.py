@@ -89,7 +89,7 @@ def put_quantized_layers(model: Any, config: LmqConfig) -> None:
     paths = {
         _path_in(model, modules, stored_path): stored_path
         for stored_path in config.modules
-        if not _is_head_of_another(model, stored_path)
+        if stored_path in modules or not _is_head_of_another(model, stored_path)
     }
     for path, stored_path in paths.items():
         dense = modules[path]

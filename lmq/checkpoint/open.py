@@ -24,6 +24,7 @@ from lmq.checkpoint.config import QUANT_METHOD
 from lmq.checkpoint.verify import read_quantization_config, verify_checkpoint
 from lmq.errors import DamagedFile, InputError, LmqError
 from lmq.formats.packed_layer import QuantizedMatrix
+from lmq.model.auto_class import auto_class_of
 from lmq.model.skeleton import read_model_config, skeleton_of
 from lmq.model.source import nearest_sibling
 from lmq.model.stored import StoredModel, match_tensors, read_stored_model
@@ -185,10 +186,9 @@ def read_stored_directory(path: Path) -> StoredModel:
 
 def _open_completely(path: Path, dtype: torch.dtype | None, device: torch.device | str) -> PreTrainedModel:
     """A model whose tensors all come from the files: transformers makes up what is missing."""
+    auto_class = auto_class_of(read_model_config(path))
     with TRANSFORMERS_LOCK:
-        from transformers import AutoModelForCausalLM
-
-        opened: Any = AutoModelForCausalLM.from_pretrained(
+        opened: Any = auto_class.from_pretrained(
             path,
             dtype="auto" if dtype is None else dtype,
             output_loading_info=True,

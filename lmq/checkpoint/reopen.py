@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from lmq.checkpoint.open import DOES_NOT_OPEN, open_model_directory, read_stored_directory
 from lmq.errors import LmqError
-from lmq.model.streaming import StreamedModel
+from lmq.model.losses import LOSSES
+from lmq.model.streaming import StreamedModel, sample_inputs
 from lmq.model.structure import ModelStructure
 from lmq.model.tensors import read_headers, size_bytes
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 OPENED_WHOLE_BYTES = 10**9
 """Larger models are opened a block at a time: the same names and code, one block in memory."""
 
-_SAMPLE_TOKENS = 12
 _TOLERANCE = 1e-3
 """Relative difference of logits; products of packed weights round otherwise than those of dense ones, by 1e-6."""
 
@@ -37,11 +37,12 @@ def sample_logits(
     prepare: Callable[[nn.Module, int], None] | None = None,
     kept: Sequence[int] | None = None,
 ) -> Tensor:
-    """Logits [1, tokens, vocabulary] of a model read block by block, for the tokens that `check_opens` takes.
+    """Logits [1, tokens, vocabulary] of a model read block by block, for the tokens that `check_opens` takes; of an
+    encoder the outputs [1, outputs] for one image.
 
     `prepare` may change a block's weights; without the layers that are not `kept` (None: all).
     """
-    hidden = model.embed(_tokens(model.structure.vocabulary_size))
+    hidden = model.embed(model.sample_inputs())
     inputs = model.block_inputs(hidden.shape[1])
     for layer in range(model.structure.layers) if kept is None else kept:
         with model.block(layer) as block:
@@ -63,7 +64,9 @@ def check_opens(
     try:
         if sum(size_bytes(tensor) for tensor in read_headers(path).values()) <= whole_bytes:
             opened: PreTrainedModel = open_model_directory(path, dtype=torch.float32)
-            found = opened(_tokens(structure.vocabulary_size), use_cache=False).logits.float()
+            loss = LOSSES[structure.loss]
+            caching = {"use_cache": False} if loss.per_token else {}
+            found = loss.outputs(opened(sample_inputs(opened), **caching)).float()
         else:
             cpu = torch.device("cpu")
             found = sample_logits(StreamedModel(read_stored_directory(path), structure, cpu, torch.float32))
@@ -79,13 +82,6 @@ def check_opens(
             "from those that were measured, so it was not kept; the model computes with something that is neither in "
             "its tensors nor in its configuration"
         )
-
-
-def _tokens(vocabulary_size: int) -> Tensor:
-    """A few arbitrary tokens [1, tokens] from the beginning of the vocabulary, where ordinary ones are."""
-    generator = torch.Generator().manual_seed(0)
-    first, end = min(vocabulary_size // 10, 500), min(vocabulary_size, 1000)
-    return torch.randint(first, end, (1, _SAMPLE_TOKENS), generator=generator)
 
 
 def _difference(found: Tensor, expected: Tensor) -> float:

@@ -62,11 +62,12 @@ def last_states(
 ) -> Tensor:
     """States that leave the last block for token windows [windows, tokens]: float32 [windows, tokens, hidden].
 
+    Images [images, channels, height, width] give [images, patches, hidden].
     One block is in memory at a time. `prepare` may replace a block's weights. `skipped_layers` are left out, as
     pruning leaves them out. Raises NotFiniteError when the states stop being finite, naming layer and window.
     """
     hidden = model.embed(windows)
-    inputs = model.block_inputs(windows.shape[1])
+    inputs = model.block_inputs(hidden.shape[1])
     for layer in (layer for layer in range(model.structure.layers) if layer not in skipped_layers):
         with model.block(layer) as block:
             if prepare is not None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lmq.model.losses import divergence
+
 
 @dataclass(frozen=True, eq=False)
 class TokenScores:
@@ -30,8 +32,3 @@ def score_tokens(logits: Tensor, targets: Tensor, reference_logits: Tensor | Non
     reference = torch.log_softmax(reference_logits.float(), dim=-1)
     agrees = reference.argmax(dim=-1) == log_probabilities.argmax(dim=-1)
     return TokenScores(nll.double(), divergence(reference, log_probabilities), agrees)
-
-
-def divergence(reference: Tensor, log_probabilities: Tensor) -> Tensor:
-    """KL(p_reference ‖ p) of every token in nats, float64 [tokens], from log-probabilities [tokens, vocabulary]."""
-    return (reference.exp() * (reference - log_probabilities)).sum(dim=-1).double()

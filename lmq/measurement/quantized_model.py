@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from lmq.formats.spec import QuantSpec
-from lmq.measurement.divergence import divergence
 from lmq.measurement.grids import Allocation
 from lmq.model.streaming import BlockInputs, StreamedModel
 from lmq.model.structure import ModuleId
@@ -57,7 +56,8 @@ class LayerGradients:
 
 
 class QuantizedPoint:
-    """Runs a model with the weights of an allocation, over token ids [sequences, sequence_length].
+    """Runs a model with the weights of an allocation, over token ids [sequences, sequence_length] or images [images,
+    channels, height, width], of which each is a sequence.
 
     Products are taken in `matmul_dtype`: unless given, bfloat16 where the processor is fast at it. Compare only
     what was run with the same.
@@ -86,11 +86,11 @@ class QuantizedPoint:
     @torch.no_grad()
     def losses(self, token_ids: Tensor, allocation: Allocation | None = None) -> Tensor:
         """Mean next-token loss of each sequence in nats, float64 [sequences]; None: full precision."""
-        step = self._model.tokens_at_once
-        states = self.last_states(token_ids, allocation)[:, :-1].flatten(0, 1).split(step)
-        targets = token_ids[:, 1:].flatten().to(self._model.device).long().split(step)
+        loss = self._model.loss
+        states = self._model.split(loss.predicting(self.last_states(token_ids, allocation)))
+        targets = loss.targets(token_ids).to(self._model.device).split([len(piece) for piece in states])
         found = [
-            -self._log_probabilities(piece).gather(1, target[:, None])[:, 0].double()
+            -self._predictions(piece).gather(1, target[:, None])[:, 0].double()
             for piece, target in zip(states, targets, strict=True)
         ]
         return torch.cat(found).view(len(token_ids), -1).mean(dim=1).cpu()
@@ -129,7 +129,7 @@ class QuantizedPoint:
         What replacing one module's configuration does to the divergence, to first order. Raises NotFiniteError
         naming the layer.
         """
-        at_once = self._sequences_at_once(token_ids)
+        at_once = self._sequences_at_once(reference_states.shape[1])
         pairs = zip(token_ids.split(at_once), reference_states.split(at_once), strict=True)
         sums = [
             self._gradient_products(
@@ -140,25 +140,32 @@ class QuantizedPoint:
             )
             for token_ids, reference in pairs
         ]
-        return np.sum(sums, axis=0) / _predicted(token_ids)
+        return np.sum(sums, axis=0) / len(self._model.loss.predicting(reference_states[..., :1]))
 
-    def delta_losses(self, token_ids: Tensor, allocation: Allocation) -> np.ndarray:
-        """|⟨∇_Ŵ L, W − Ŵ⟩| of the next-token loss L, gradient at the quantized point.
+    def delta_losses(self, token_ids: Tensor, allocation: Allocation, labels: Tensor | None = None) -> np.ndarray:
+        """|⟨∇_Ŵ L, W − Ŵ⟩| of the loss L, gradient at the quantized point; `labels` are those of images.
 
         Float64 [modules] in model order, nats per token: to first order what putting one module back to full precision
         does to the loss, as Intel AutoRound's choice of schemes takes it. Raises NotFiniteError naming the layer.
         """
-        pieces = token_ids.split(self._sequences_at_once(token_ids))
-        gradients = [functools.partial(self._loss_gradient, token_ids=piece) for piece in pieces]
+        given = token_ids if labels is None else labels
+        targets = self._model.loss.targets(given)
+        at_once = self._sequences_at_once(self._sequence_length(token_ids))
+        pieces = token_ids.split(at_once)
+        gradients = [functools.partial(self._loss_gradient, given=piece) for piece in given.split(at_once)]
         sums = [
             self._gradient_products(piece, allocation, gradient, _way_back)
             for piece, gradient in zip(pieces, gradients, strict=True)
         ]
-        return np.abs(np.sum(sums, axis=0))[:, 0] / _predicted(token_ids)
+        return np.abs(np.sum(sums, axis=0))[:, 0] / len(targets)
 
-    def _sequences_at_once(self, token_ids: Tensor) -> int:
+    def _sequence_length(self, inputs: Tensor) -> int:
+        """States of a sequence: its tokens, or the patches of an image."""
+        return self._model.embed(inputs[:1]).shape[1]
+
+    def _sequences_at_once(self, sequence_length: int) -> int:
         structure = self._model.structure
-        return max(1, _STATES_AT_ONCE // (structure.layers * token_ids.shape[1] * structure.hidden_size))
+        return max(1, _STATES_AT_ONCE // (structure.layers * sequence_length * structure.hidden_size))
 
     def _gradient_products(
         self,
@@ -200,8 +207,8 @@ class QuantizedPoint:
         `last_gradient` makes the gradient at the states that leave the last block from these. A layer's grids are not
         looked at any more once its gradients are given. Raises NotFiniteError naming the layer.
         """
-        inputs = self._model.block_inputs(token_ids.shape[1])
         entering = self._entering_states(token_ids, allocation, keep_all=True)
+        inputs = self._model.block_inputs(entering[0].shape[1])
         gradient = last_gradient(entering.pop())
         for layer in reversed(range(self._model.structure.layers)):
             with self._block(layer, allocation) as (block, weights):
@@ -211,8 +218,8 @@ class QuantizedPoint:
 
     def _entering_states(self, token_ids: Tensor, allocation: Allocation | None, *, keep_all: bool) -> list[Tensor]:
         """States that enter every block, then those that leave the last; or these alone."""
-        inputs = self._model.block_inputs(token_ids.shape[1])
         states = [self._model.embed(token_ids)]
+        inputs = self._model.block_inputs(states[0].shape[1])
         for layer in range(self._model.structure.layers):
             leaving = states[-1].clone() if keep_all else states.pop()
             with self._block(layer, allocation) as (block, _), torch.no_grad(), self._autocast():
@@ -231,12 +238,12 @@ class QuantizedPoint:
     @torch.no_grad()
     def _divergences(self, states: Sequence[Tensor], reference_states: Tensor) -> Tensor:
         """Mean KL per token of each sequence, float64 [states, sequences]; the last position predicts nothing."""
-        step = self._model.tokens_at_once
-        by_piece = zip(*(part[:, :-1].flatten(0, 1).split(step) for part in (reference_states, *states)), strict=True)
+        loss = self._model.loss
+        by_piece = zip(*(self._model.split(loss.predicting(part)) for part in (reference_states, *states)), strict=True)
         found = []
         for reference, *pieces in by_piece:
-            expected = self._log_probabilities(reference)
-            found.append(torch.stack([divergence(expected, self._log_probabilities(piece)) for piece in pieces]))
+            expected = self._predictions(reference)
+            found.append(torch.stack([loss.divergence(expected, self._predictions(piece)) for piece in pieces]))
         return torch.cat(found, dim=1).view(len(states), len(reference_states), -1).mean(dim=2).cpu()
 
     @contextmanager
@@ -252,28 +259,26 @@ class QuantizedPoint:
                     linear.weight = nn.Parameter(grid.round_trip(weights[module]))
             yield block, weights
 
-    def _loss_gradient(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
-        """Gradient of the summed next-token loss at the states that leave the last block."""
-        return self._model.loss_gradient(hidden, token_ids).gradient
+    def _loss_gradient(self, hidden: Tensor, given: Tensor) -> Tensor:
+        """Gradient of the summed loss at the states that leave the last block."""
+        return self._model.loss_gradient(hidden, given).gradient
 
     def _divergence_gradient(self, hidden: Tensor, reference_states: Tensor) -> Tensor:
         """Gradient of the summed KL(p ‖ p_hidden) at the states that leave the last block, float32, same shape.
 
-        It is 0 at the last position of every sequence, which predicts nothing.
+        It is 0 at the last position of every text, which predicts nothing.
         """
-        gradient = torch.zeros_like(hidden, dtype=torch.float32)
-        step = self._model.tokens_at_once
-        states, reference = (part[:, :-1].flatten(0, 1).split(step) for part in (hidden, reference_states))
+        loss = self._model.loss
+        states, reference = (self._model.split(loss.predicting(part)) for part in (hidden, reference_states))
         pieces = []
         for piece, reference_piece in zip(states, reference, strict=True):
             leaving = piece.detach().to(self._model.device, self._model.dtype).requires_grad_(True)
             with torch.no_grad():
-                expected = self._log_probabilities(reference_piece)
+                expected = self._predictions(reference_piece)
             with torch.enable_grad():
-                total = divergence(expected, self._log_probabilities(leaving)).sum()
+                total = loss.divergence(expected, self._predictions(leaving)).sum()
                 pieces.append(torch.autograd.grad(total, leaving)[0].float())
-        gradient[:, :-1] = torch.cat(pieces).to(gradient.device).view_as(gradient[:, :-1])
-        return gradient
+        return loss.at_states(torch.cat(pieces)[None], hidden)[0]
 
     def _backward(
         self,
@@ -301,11 +306,11 @@ class QuantizedPoint:
                     total += weight_gradient
         return entering_gradient, sums
 
-    def _log_probabilities(self, states: Tensor) -> Tensor:
-        """Float32 [tokens, vocabulary] for states that leave the last block [tokens, hidden]."""
+    def _predictions(self, states: Tensor) -> Tensor:
+        """What divergences compare, float32 [predictions, outputs], for the states they are made from."""
         with self._autocast():
-            logits = self._model.head_logits(states)
-        return logits.float().log_softmax(-1)
+            outputs = self._model.head_logits(states)
+        return self._model.loss.predictions(outputs)
 
     def _autocast(self) -> torch.autocast:
         return fast_products(self._model.device, self._matmul_dtype)
@@ -334,8 +339,3 @@ def _way_back(
     """⟨gradient, W − Ŵ_chosen⟩."""
     change = weight - grids[chosen].to(weight.device).round_trip(weight)
     return [float((gradient * change).sum(dtype=torch.float64))]
-
-
-def _predicted(token_ids: Tensor) -> int:
-    sequences, sequence_length = token_ids.shape
-    return sequences * (sequence_length - 1)

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import pyarrow as pa
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lmq.errors import InputError
 from lmq.formats.spec import QuantSpec
@@ -48,24 +48,21 @@ _GRADIENTS_AT_ONCE = 8
 def sampled_loss_gradient(model: StreamedModel, hidden: Tensor, *, draws: int, seed: int) -> Tensor:
     """Gradient of the summed loss, for labels the model draws itself, at the states that leave the last block.
 
-    `hidden` [sequences, sequence_length, hidden]; `draws` labels are drawn per position from the model's prediction
-    there, but for each last position, whose gradient is 0 (nothing follows it in the text). Float32 [draws ·
-    sequences, sequence_length, hidden], sequences fastest, on the device of `hidden`. Equal seeds draw equal labels.
+    `hidden` [sequences, sequence_length, hidden]; `draws` labels are drawn per prediction: of a text at every position
+    but each last one, whose gradient is 0 (nothing follows it), of images one for each. Float32 [draws · sequences,
+    sequence_length, hidden], sequences fastest, on the device of `hidden`. Equal seeds draw equal labels.
     """
     generator = torch.Generator(model.device).manual_seed(seed)
-    gradient = torch.zeros(draws, *hidden.shape, dtype=torch.float32, device=hidden.device)
-    states = hidden[:, :-1].flatten(0, 1)
     pieces = []
-    for piece in states.split(model.tokens_at_once):
+    for piece in model.split(model.loss.predicting(hidden)):
         leaving = piece.detach().to(model.device, model.dtype).requires_grad_(True)
         with torch.enable_grad():
-            logits = model.head_logits(leaving).float()
-            drawn = torch.multinomial(logits.detach().softmax(-1), draws, replacement=True, generator=generator)
-            losses = [nn.functional.cross_entropy(logits, labels, reduction="sum") for labels in drawn.t()]
+            outputs = model.head_logits(leaving).float()
+            drawn = model.loss.draw(outputs.detach(), draws, generator)
+            losses = [model.loss.summed(outputs, targets) for targets in drawn]
             found = [torch.autograd.grad(loss, leaving, retain_graph=True)[0].float() for loss in losses]
         pieces.append(torch.stack(found))
-    gradient[:, :, :-1] = torch.cat(pieces, dim=1).to(gradient.device).view_as(gradient[:, :, :-1])
-    return gradient.flatten(0, 1)
+    return model.loss.at_states(torch.cat(pieces, dim=1), hidden).flatten(0, 1)
 
 
 def sequence_loss_changes(
@@ -131,9 +128,10 @@ def measure_sequence_fisher(layer: LayerReplay) -> Iterator[Row]:
     Matrix products are taken in bfloat16 where the processor is fast at it: the draws vary far more than its rounding.
     """
     length = layer.hidden.shape[1]
+    predictions = length - 1 if layer.model.loss.per_token else 1
     for module, trace in layer.traces(fast_matmul_dtype(layer.device), fast_block=True):
         changes, by_token = _module_costs(layer, module, trace, length)
-        by_sequence = {spec: sequence_fisher(of, tokens_per_sequence=length - 1) for spec, of in changes.items()}
+        by_sequence = {spec: sequence_fisher(of, tokens_per_sequence=predictions) for spec, of in changes.items()}
         for spec, fisher in pooled_costs(by_sequence, by_token).items():
             yield cost_row(module, spec, fisher=fisher, loss_changes=changes[spec].tolist())
 

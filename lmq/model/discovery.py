@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from lmq.errors import UnsupportedModel
+from lmq.model.auto_class import loss_of
 from lmq.model.experts import RoutedExperts, is_router
 from lmq.model.source import ModelSource, locate, source_digest
 from lmq.model.stored import StoredModel, read_stored_model
@@ -70,7 +71,7 @@ def discover(
         layers_path=layers_path,
         layers=modules[-1].id.layer + 1,
         hidden_size=hidden_size,
-        vocabulary_size=embedding_shape(model)[0],
+        vocabulary_size=_output_size(model),
         tied_embeddings=tied,
         modules=modules,
         other_parameters=sum(tensor.elements for tensor in others),
@@ -79,6 +80,7 @@ def discover(
         kept=kept_tensors,
         stored_bytes=source_bytes if is_mixed else None,
         embeddings=around,
+        loss=loss_of(model.config).name,
     )
 
 
@@ -86,6 +88,15 @@ def embedding_shape(model: PreTrainedModel) -> torch.Size:
     """Shape [vocabulary, embedding] of the table of token embeddings, dense or quantized."""
     table: Any = model.get_input_embeddings()
     return torch.Size((table.num_embeddings, table.embedding_dim))
+
+
+def _output_size(model: PreTrainedModel) -> int:
+    """Outputs of the head: the vocabulary, the classes of a classifier, or the numbers of an embedding."""
+    loss = loss_of(model.config)
+    if loss.per_token:
+        return embedding_shape(model)[0]
+    config: Any = model.config
+    return int(config.num_labels if loss.has_classes else config.hidden_size)
 
 
 def embed_scale(table: nn.Module) -> float:

@@ -10,6 +10,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from lmq.errors import InputError, UnsupportedModel
+from lmq.model.auto_class import auto_class_of
 from lmq.model.transformers_lock import TRANSFORMERS_LOCK
 
 if TYPE_CHECKING:
@@ -72,12 +73,10 @@ def build_skeleton(model_dir: Path) -> PreTrainedModel:
 
 def skeleton_of(config: Any, name: str) -> PreTrainedModel:
     """The model of a configuration as `build_skeleton` makes it; `name` is what errors call it."""
-    with TRANSFORMERS_LOCK:
-        from transformers import AutoModelForCausalLM
-
+    auto_class = auto_class_of(config)
     try:
         with TRANSFORMERS_LOCK, _EmptyWithoutMemory():
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+            model: PreTrainedModel = auto_class.from_config(config, dtype=torch.float32, trust_remote_code=False)
     except (ValueError, ImportError) as error:
         raise UnsupportedModel(_cannot_be_built(config, name, error)) from error
     lost = [
@@ -97,7 +96,8 @@ def _cannot_be_built(config: Any, name: str, error: Exception) -> str:
         saved_as = ", ".join(getattr(config, "architectures", None) or ()) or "a class that it does not name"
         return (
             f"{name} cannot be built as a language model: transformers has no model of type {config.model_type} that "
-            f"predicts the next token (it was saved as {saved_as}); pass a causal language model"
+            f"predicts the next token (it was saved as {saved_as}); pass a causal language model or an "
+            "image classifier"
         )
     return f"{name} ({config.model_type}) cannot be built as a language model: {str(error).strip().splitlines()[0]}"
 

@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lmq.errors import InputError, UnsupportedModel
+from lmq.model.auto_class import loss_of
 from lmq.model.discovery import embed_scale, embedding_shape
+from lmq.model.losses import LOSSES, Loss
 from lmq.model.stored import StoredModel, read_stored_model
 from lmq.model.structure import ModelStructure, ModuleInfo
 from lmq.model.stubs import BlockStub, StopForward, StubHandler, StubSwitch
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
 _MATRIX_ELEMENTS_AT_ONCE = 1 << 22
 """Weights of an embedding that are held in float32 at a time."""
+_SAMPLE_TOKENS = 12
 _LOGITS_AT_ONCE = 1 << 24
 """Logits held at a time (64 MB in float32), whatever the vocabulary."""
 
@@ -40,6 +43,20 @@ _LOGITS_AT_ONCE = 1 << 24
 def tokens_at_once(vocabulary_size: int) -> int:
     """Tokens whose logits are held at a time."""
     return max(1, _LOGITS_AT_ONCE // vocabulary_size)
+
+
+def sample_inputs(model: PreTrainedModel, seed: int = 0) -> Tensor:
+    """A few arbitrary tokens [1, tokens] from the beginning of the vocabulary, where ordinary ones are, or one
+    arbitrary image [1, channels, height, width]."""
+    generator = torch.Generator().manual_seed(seed)
+    if not loss_of(model.config).per_token:
+        config: Any = model.config
+        size = config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return torch.randn(1, config.num_channels, height, width, generator=generator)
+    vocabulary = embedding_shape(model)[0]
+    first, end = min(vocabulary // 10, 500), min(vocabulary, 1000)
+    return torch.randint(first, end, (1, _SAMPLE_TOKENS), generator=generator)
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,9 +143,25 @@ class StreamedModel:
         return cls(read_stored_model(model_dir), structure, torch.device(device), dtype)
 
     @property
+    def loss(self) -> Loss:
+        """What the model is judged by."""
+        return LOSSES[self.structure.loss]
+
+    @property
+    def input_name(self) -> str:
+        """What transformers' model calls its inputs: `input_ids`, or `pixel_values`."""
+        return "input_ids" if self.loss.per_token else self._model.main_input_name
+
+    @property
     def tokens_at_once(self) -> int:
         """Tokens whose logits are held at a time."""
         return tokens_at_once(self.structure.vocabulary_size)
+
+    def split(self, predicting: Tensor) -> tuple[Tensor, ...]:
+        """States that predictions are made from [predictions, ...], in pieces whose outputs are held at a time."""
+        if self.loss.per_token:
+            return predicting.split(self.tokens_at_once)
+        return predicting.split(max(1, _LOGITS_AT_ONCE // predicting[0].numel()))
 
     @contextmanager
     def block(self, layer: int) -> Iterator[nn.Module]:
@@ -168,58 +201,62 @@ class StreamedModel:
         return recordings[0]
 
     @torch.no_grad()
-    def embed(self, token_ids: Tensor) -> Tensor:
+    def embed(self, inputs: Tensor) -> Tensor:
         """States that enter block 0 [sequences, sequence_length, hidden] for token ids [sequences, sequence_length].
 
-        Raises InputError for a token outside the vocabulary.
+        Images [images, channels, height, width] in the place of tokens give [images, patches, hidden]. Raises
+        InputError for a token outside the vocabulary.
         """
-        largest = int(token_ids.max())
-        if largest >= self.structure.vocabulary_size or int(token_ids.min()) < 0:
-            raise InputError(
-                f"token {largest} is outside the model's vocabulary of {self.structure.vocabulary_size}; "
-                "is the tokenizer the model's own?"
-            )
+        if not inputs.is_floating_point():
+            largest = int(inputs.max())
+            if largest >= self.structure.vocabulary_size or int(inputs.min()) < 0:
+                raise InputError(
+                    f"token {largest} is outside the model's vocabulary of {self.structure.vocabulary_size}; "
+                    "is the tokenizer the model's own?"
+                )
         self._load_tables()
 
         def stop(_: int, entering: Tensor, *__: Any) -> Any:
             raise StopForward(entering)
 
-        rows = token_ids.to(self.device).long().split(1)
-        return torch.cat([self._run_until_stopped(stop, input_ids=row) for row in rows])
+        rows = inputs.to(self.device).split(1)
+        return torch.cat([self._run_until_stopped(stop, **self._given(row)) for row in rows])
 
     def head_logits(self, hidden: Tensor) -> Tensor:
-        """Logits [..., vocabulary] of states that leave the last block [..., hidden], token by token."""
+        """Logits [..., vocabulary] of states that leave the last block [..., hidden], token by token.
+
+        Where sequences predict as a whole: the outputs [sequences, outputs] of states [sequences, patches, hidden].
+        """
         self._load_tables()
-        states = hidden.reshape(-1, 1, hidden.shape[-1]).to(self.device, self.dtype, copy=True)
+        sequences = hidden.reshape(-1, 1, hidden.shape[-1]) if self.loss.per_token else hidden
+        states = sequences.to(self.device, self.dtype, copy=True)
         last = len(self._blocks) - 1
 
         def replace_last(layer: int, entering: Tensor, *_: Any) -> Any:
             return self._as_output(states if layer == last else entering)
 
         with self._switch.to(replace_last), OneDnnProducts():
-            logits = self._model(inputs_embeds=self._dummy(len(states), 1), use_cache=False).logits
-        return logits.reshape(*hidden.shape[:-1], logits.shape[-1])
+            outputs = self.loss.outputs(self._model(**self._dummy(*states.shape[:2])))
+        return outputs.reshape(*hidden.shape[:-1], outputs.shape[-1]) if self.loss.per_token else outputs
 
-    def loss_gradient(self, hidden: Tensor, token_ids: Tensor) -> LossGradient:
-        """Gradient of the summed next-token loss with respect to the states that leave the last block.
+    def loss_gradient(self, hidden: Tensor, given: Tensor) -> LossGradient:
+        """Gradient of the summed loss with respect to the states that leave the last block.
 
-        `hidden` [sequences, sequence_length, hidden]; token t + 1 is predicted from position t, so that the
-        gradient of each last position is 0 here. Same shape and device as `hidden`, float32. Only some logits
-        are held at a time: norm and head work token by token.
+        `hidden` [sequences, sequence_length, hidden], `given` the token ids of a text, or the labels of images. Token
+        t + 1 is predicted from position t, so that the gradient of each last position of a text is 0 here. Same shape
+        and device as `hidden`, float32. Only some logits are held at a time.
         """
-        gradient = torch.zeros_like(hidden, dtype=torch.float32)
-        states, targets = hidden[:, :-1].flatten(0, 1), token_ids[:, 1:].flatten().to(self.device).long()
-        pieces, loss_sum = [], 0.0
-        step = self.tokens_at_once
-        for start in range(0, len(states), step):
-            piece = states[start : start + step].detach().to(self.device, self.dtype).requires_grad_(True)
+        states, targets = self.loss.predicting(hidden), self.loss.targets(given).to(self.device)
+        found, loss_sum, start = [], 0.0, 0
+        for states_piece in self.split(states):
+            piece = states_piece.detach().to(self.device, self.dtype).requires_grad_(True)
             with torch.enable_grad():
-                logits = self.head_logits(piece).float()
-                loss = nn.functional.cross_entropy(logits, targets[start : start + step], reduction="sum")
+                loss = self.loss.summed(self.head_logits(piece).float(), targets[start : start + len(piece)])
                 (piece_gradient,) = torch.autograd.grad(loss, piece)
-            pieces.append(piece_gradient.float())
+            found.append(piece_gradient.float())
             loss_sum += loss.item()
-        gradient[:, :-1] = torch.cat(pieces).view_as(gradient[:, :-1])
+            start += len(piece)
+        gradient = self.loss.at_states(torch.cat(found)[None], hidden)[0]
         return LossGradient(gradient, loss_sum, len(states))
 
     def put_embedding(self, module: ModuleInfo, weight: Tensor) -> None:
@@ -273,7 +310,7 @@ class StreamedModel:
         try:
             for sequence, row in enumerate(token_ids.to(self.device).long().split(1)):
                 with torch.enable_grad():
-                    entering = self._run_until_stopped(stop, input_ids=row)
+                    entering = self._run_until_stopped(stop, **self._given(row))
                 for draw in range(sequence, len(gradient), len(token_ids)):
                     of_states = gradient[draw : draw + 1].to(entering)
                     (of_rows,) = torch.autograd.grad(entering, found["rows"], of_states, retain_graph=True)
@@ -295,6 +332,8 @@ class StreamedModel:
         self._assign(name for name, tensor in self._model.state_dict().items() if tensor.is_meta)
 
     def _table_names(self) -> set[str]:
+        if not self.loss.per_token:
+            return set()
         tables = (self._model.get_input_embeddings(), self._model.get_output_embeddings())
         paths = {path for path, module in self._model.named_modules() if any(module is table for table in tables)}
         names = (name for name in self._model.state_dict() if not name.endswith(".bias"))
@@ -321,19 +360,34 @@ class StreamedModel:
         follows = value.is_floating_point() and self._types.get(name, torch.float32) == torch.float32
         return value.to(self.device, self.dtype) if follows else value.to(self.device)
 
-    def _dummy(self, sequences: int, sequence_length: int, seed: int = 0) -> Tensor:
-        """Arbitrary embeddings, where the model wants some and the stubs put others in their place."""
-        width = embedding_shape(self._model)[1]
+    def _given(self, inputs: Tensor) -> dict[str, Any]:
+        """Arguments of the model for token ids, or for images."""
+        if inputs.is_floating_point():
+            return {self.input_name: inputs.to(self.dtype)}
+        return {self.input_name: inputs.long(), "use_cache": False}
+
+    def _dummy(self, sequences: int, sequence_length: int, seed: int = 0) -> dict[str, Any]:
+        """Arguments of the model with arbitrary embeddings, or images, where the stubs put states in their place."""
         generator = torch.Generator().manual_seed(seed)
-        return torch.randn(sequences, sequence_length, width, generator=generator).to(self.device, self.dtype)
+        if not self.loss.per_token:
+            return self._given(self.sample_inputs(seed).to(self.device).expand(sequences, -1, -1, -1))
+        width = embedding_shape(self._model)[1]
+        embeddings = torch.randn(sequences, sequence_length, width, generator=generator)
+        return {"inputs_embeds": embeddings.to(self.device, self.dtype), "use_cache": False}
+
+    def sample_inputs(self, seed: int = 0) -> Tensor:
+        """A few arbitrary tokens [1, tokens] from the beginning of the vocabulary, where ordinary ones are, or one
+        arbitrary image [1, channels, height, width]."""
+        return sample_inputs(self._model, seed)
 
     def _record_inputs(self, sequence_length: int, layers: int, seed: int) -> list[BlockInputs]:
         """What the first `layers` blocks are called with for arbitrary embeddings."""
         recorded: list[BlockInputs] = []
-        expected = (1, sequence_length, self.structure.hidden_size)
+        is_text = self.loss.per_token
+        expected = (1, sequence_length if is_text else "any", self.structure.hidden_size)
 
         def record(_: int, entering: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if entering.shape != expected:
+            if entering.shape != (1, expected[1] if is_text else entering.shape[1], expected[2]):
                 raise UnsupportedModel(
                     f"the blocks of {self.structure.architecture} take states of shape {list(entering.shape)} where "
                     f"[sequences, tokens, hidden size] is {list(expected)}; such blocks cannot be replayed one by one"
@@ -343,14 +397,14 @@ class StreamedModel:
                 raise StopForward(entering)
             return self._as_output(entering)
 
-        self._run_until_stopped(record, inputs_embeds=self._dummy(1, sequence_length, seed))
+        self._run_until_stopped(record, **self._dummy(1, sequence_length, seed))
         return recorded
 
-    def _run_until_stopped(self, handler: StubHandler, **inputs: Tensor) -> Tensor:
+    def _run_until_stopped(self, handler: StubHandler, **inputs: Any) -> Tensor:
         """Run the model's forward until a stub stops it; the states that entered that stub."""
         try:
             with self._switch.to(handler):
-                self._model(**inputs, use_cache=False)
+                self._model(**inputs)
         except StopForward as stop:
             return stop.entering
         raise UnsupportedModel(f"{self.structure.architecture} does not call its {len(self._blocks)} blocks one by one")

@@ -16,6 +16,9 @@ PARTS = ("attn_in", "attn_out", "mlp_gate", "mlp_down")
 EMBEDDINGS = -1
 """Layer of what lies around the decoder blocks and can be quantized too: the input embedding and the output head."""
 
+NEXT_TOKEN = "next-token"
+"""Name of the loss of causal language models (`lmq.model.losses`)."""
+
 
 @dataclass(frozen=True, order=True)
 class ModuleId:
@@ -77,7 +80,8 @@ class ModelStructure:
     tensor that is not quantized (norms, biases, embeddings and head unless they are) at `dtype`. `weights_sha256`
     identifies the content. `kept` are the tensors of blocks that are among them though they are no vectors, as a hybrid
     has. `dtype` is the type that most modules are stored in; `stored_bytes` is what all of them take where some are
-    stored in another one, else None.
+    stored in another one, else None. `loss` names what the model is judged by (`lmq.model.losses`); `vocabulary_size`
+    are the outputs of its head, whatever they are.
     """
 
     architecture: str
@@ -94,6 +98,7 @@ class ModelStructure:
     kept: tuple[KeptTensor, ...] = ()
     stored_bytes: int | None = None
     embeddings: tuple[ModuleInfo, ...] = ()
+    loss: str = NEXT_TOKEN
 
     @property
     def quantized(self) -> tuple[ModuleInfo, ...]:
@@ -149,12 +154,13 @@ class ModelStructure:
         return [f"{name} {list(shape)} of {layer_ranges(found)}" for (name, shape), found in layers.items()]
 
     def to_json(self) -> dict[str, Any]:
-        """JSON-ready form; `kept`, `stored_bytes` and `embeddings` are there for models that need them."""
+        """JSON-ready form; what most models do without is there for those that need it."""
         data = asdict(self)
         needed = {
             "kept": bool(self.kept),
             "stored_bytes": self.stored_bytes is not None,
             "embeddings": bool(self.embeddings),
+            "loss": self.loss != NEXT_TOKEN,
         }
         return {name: value for name, value in data.items() if needed.get(name, True)}
 

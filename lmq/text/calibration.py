@@ -86,7 +86,7 @@ def documents(source: TextSource, tokenizer: PreTrainedTokenizerBase | None = No
     distinct = list(dict.fromkeys(found))
     if len(distinct) < 2:
         raise InputError(f"{source.source} is one document, of which no part can be taken; pass more, or part 'all'")
-    order = _seeded_order(len(distinct), source.seed)
+    order = seeded_order(len(distinct), source.seed)
     half = len(distinct) // 2
     return [distinct[index] for index in sorted(order[:half] if source.part == "first" else order[half:])]
 
@@ -128,7 +128,7 @@ def pack_tokens(
     Every block begins with what the tokenizer puts in front of a text: some models (Gemma) are useless without.
     Raises InputError with the number of tokens there are and are needed.
     """
-    shuffled = [texts[index] for index in _seeded_order(len(texts), seed)]
+    shuffled = [texts[index] for index in seeded_order(len(texts), seed)]
     prefix = text_prefix(tokenizer)
     text_length = sequence_length - len(prefix)
     if text_length < 1:
@@ -192,7 +192,7 @@ def _encode(text: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int | Non
         characters = min(len(text), 2 * characters)
 
 
-def _seeded_order(count: int, seed: int) -> list[int]:
+def seeded_order(count: int, seed: int) -> list[int]:
     """A permutation that depends on the seed alone, not on the version of a random generator."""
     return sorted(range(count), key=lambda index: hashlib.sha256(f"{seed}/{index}".encode()).digest())
 

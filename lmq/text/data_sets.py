@@ -108,17 +108,22 @@ def folder_digest(folder: Path) -> str:
 
 def read_data_set(source: str, column: str, tokenizer: PreTrainedTokenizerBase | None, *, instead: str) -> list[str]:
     """The texts of a data set. Raises InputError where it cannot be had or read, or holds no text."""
+    rows = load_data_set(source, instead)
+    column = text_column(rows.column_names, column, source)
+    return texts_of_rows(list(rows[column]), column, source, tokenizer)
+
+
+def load_data_set(source: str, instead: str) -> Any:
+    """The rows of a data set, a `datasets.Dataset`. Raises InputError where it cannot be had or read."""
     import datasets  # takes seconds
 
     found = DataSet.parse(source)
     try:
         rows = datasets.load_dataset(found.name, found.config, split=found.split, revision=found.revision)
         require_commit(rows, found.revision, source)
-        column = text_column(rows.column_names, column, source)
-        values: list[Any] = list(rows[column])
     except load_errors() as error:
         raise _not_fetched(source, error, instead, is_folder=found.is_folder) from error
-    return texts_of_rows(values, column, source, tokenizer)
+    return rows
 
 
 def require_commit(rows: Any, revision: str | None, source: str) -> None:

@@ -11,8 +11,9 @@ import torch
 
 from lmq.text.calibration import write_tokens
 from lmq_storage import ArtifactRef, ArtifactStore
+from lmq_tasks.inputs import TOKENS_FILE
 from lmq_tasks.measure import make_grids
-from lmq_tasks.sources import TOKENS_FILE, discover_structure
+from lmq_tasks.sources import discover_structure
 from lmq_tasks.stage import ModelLocation, Site, Stage, as_inputs, run_stage
 from lmq_tasks.states import backward, embed, forward, loss_gradient
 

@@ -36,8 +36,9 @@ from lmq_tasks.importance import (
     join_layer_importance,
     measure_removal_importance,
 )
+from lmq_tasks.inputs import TOKENS_FILE
 from lmq_tasks.measure import MEASUREMENT_STAGES
-from lmq_tasks.sources import PREFIX_FILE, TOKENS_FILE
+from lmq_tasks.sources import PREFIX_FILE
 from lmq_tasks.states import HIDDEN_STATES_FILE
 from tests.tasks.conftest import LAYERS, LENGTH, SEQUENCES, Captured
 

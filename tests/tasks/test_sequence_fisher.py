@@ -13,8 +13,9 @@ from lmq.model.streaming import StreamedModel
 from lmq.tables import read_rows
 from lmq.text.calibration import write_tokens
 from lmq_storage import ArtifactRef, ArtifactStore
+from lmq_tasks.inputs import TOKENS_FILE
 from lmq_tasks.measure import MEASUREMENT_STAGES, make_grids
-from lmq_tasks.sources import TOKENS_FILE, discover_structure
+from lmq_tasks.sources import discover_structure
 from lmq_tasks.stage import ModelLocation, Site, Stage, as_inputs, run_stage
 from lmq_tasks.states import GRADIENTS_FILE, HIDDEN_STATES_FILE, embed, forward, sampled_backward, sampled_gradient
 

@@ -5,18 +5,18 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import lmq
 from lmq.checkpoint.open import QuantizedBlocks
-from lmq.checkpoint.reopen import _tokens, check_opens, sample_logits
+from lmq.checkpoint.reopen import check_opens, sample_logits
 from lmq.checkpoint.write import write_checkpoint
 from lmq.errors import LmqError
 from lmq.export.source import QuantizedCheckpoint
 from lmq.formats.packed_layer import QuantizedLinear
 from lmq.formats.spec import QuantSpec
 from lmq.model.discovery import discover
-from lmq.model.streaming import StreamedModel
+from lmq.model.streaming import StreamedModel, sample_inputs
 from lmq.quantizers import quantizer
 
 SHAPE = {
@@ -131,6 +131,8 @@ def test_a_checkpoint_that_does_not_open_is_not_kept(tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize("vocabulary_size", [16, 512, 49_152, 262_144])
 def test_sample_tokens_are_in_the_vocabulary_of_any_size(vocabulary_size: int) -> None:
-    tokens = _tokens(vocabulary_size)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary_size, num_hidden_layers=0))
+    tokens = sample_inputs(model)
     assert tokens.min() >= 0
     assert tokens.max() < vocabulary_size

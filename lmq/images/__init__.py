@@ -1,0 +1,1 @@
+"""Images to measure and to judge encoders on."""

@@ -1,0 +1,41 @@
+"""Which of transformers' classes opens a model, and which loss it is judged by, from its configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lmq.model.losses import LOSSES, Classification, Embedding, Loss, NextToken
+from lmq.model.transformers_lock import TRANSFORMERS_LOCK
+
+
+def loss_of(config: Any) -> Loss:
+    """The loss of a model: that of image classifiers and of encoders of images for those, else of the next token.
+
+    An encoder of images is what transformers' `AutoModel` makes of a configuration that it knows a classifier for.
+    """
+    with TRANSFORMERS_LOCK:
+        from transformers.models.auto.modeling_auto import (
+            MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+            MODEL_MAPPING_NAMES,
+        )
+
+    saved_as = set(getattr(config, "architectures", None) or ())
+    classifiers = _names(MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.get(config.model_type))
+    if saved_as & classifiers:
+        return LOSSES[Classification.name]
+    if classifiers and saved_as & _names(MODEL_MAPPING_NAMES.get(config.model_type)):
+        return LOSSES[Embedding.name]
+    return LOSSES[NextToken.name]
+
+
+def auto_class_of(config: Any) -> Any:
+    """transformers' class that opens a model of this configuration, such as AutoModelForCausalLM."""
+    with TRANSFORMERS_LOCK:
+        import transformers
+
+    return getattr(transformers, loss_of(config).auto_class)
+
+
+def _names(found: Any) -> set[str]:
+    """Class names that a mapping of transformers has for a type of model: none, one or several."""
+    return set() if found is None else {found} if isinstance(found, str) else set(found)
