@@ -264,8 +264,11 @@ class RunnerConfig(Section):
     )
     workers: int = Field(2, ge=1, description="Stages (with Dask and Ray: tasks) worked on at once")
     threads_per_worker: int = Field(1, ge=1, description="Threads of one stage's tensor work")
-    chunk_seconds: float = Field(
-        20.0, gt=0, description="Seconds of work per task, which carries several layers of a stage"
+    chunk_seconds: float | None = Field(
+        None,
+        gt=0,
+        description="Seconds of work per task, which carries several layers of a stage; none: 60 with threads, "
+        "20 with Dask and Ray, which may lose a worker",
     )
     device: str = Field("auto", description="auto (CUDA when there is one), cpu, or cuda[:n]")
 
@@ -274,3 +277,8 @@ class RunnerConfig(Section):
         if self.kind == "threads" and self.address is not None:
             raise ValueError(f"address = {self.address!r} is for kind dask or ray; threads run in this process")
         return self
+
+    @property
+    def seconds_per_task(self) -> float:
+        """`chunk_seconds`, or what it is for this kind of runner."""
+        return self.chunk_seconds or (60.0 if self.kind == "threads" else 20.0)

@@ -157,7 +157,7 @@ def execute_with_progress(
             graph,
             in_flight=runner.workers,
             watch=keeping(lease, progress.watch),
-            chunk_seconds=runner.chunk_seconds,
+            chunk_seconds=runner.seconds_per_task,
             elsewhere=runner.kind != "threads",
         )
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import copy
 import functools
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from safetensors import safe_open
@@ -38,6 +40,10 @@ _MATRIX_ELEMENTS_AT_ONCE = 1 << 22
 _SAMPLE_TOKENS = 12
 _LOGITS_AT_ONCE = 1 << 24
 """Logits held at a time (64 MB in float32), whatever the vocabulary."""
+
+_tables: WeakValueDictionary[tuple[Any, ...], Tensor] = WeakValueDictionary()
+"""Embeddings and heads that are in memory, by where they come from: models that are open at once share them."""
+_reading_tables = threading.Lock()
 
 
 def tokens_at_once(vocabulary_size: int) -> int:
@@ -104,8 +110,8 @@ class HeadTrace(NamedTuple):
 class StreamedModel:
     """A model of which only what lies around the decoder blocks is in memory; blocks are loaded one at a time.
 
-    The two large tables, embedding and head, are read when they are first needed. An object is for one thread;
-    different objects can work in different threads.
+    The two large tables, embedding and head, are read when they are first needed, and held once by all that are open
+    on the same files. An object is for one thread; different objects can work in different threads.
     """
 
     def __init__(
@@ -123,6 +129,7 @@ class StreamedModel:
         self._blocks = list(self._model.get_submodule(structure.layers_path).children())
         self._types = {name: tensor.dtype for name, tensor in self._model.state_dict().items()}
         self._extra_outputs: tuple[Any, ...] | None = None
+        self._held_tables: dict[str, Tensor] = {}
         self._switch = StubSwitch()
         parent, _, name = structure.layers_path.rpartition(".")
         stubs = [BlockStub(block, layer, self._switch) for layer, block in enumerate(self._blocks)]
@@ -328,8 +335,23 @@ class StreamedModel:
         self._assign(name for name in self._model.state_dict() if name not in self._table_names())
 
     def _load_tables(self) -> None:
-        """Read embedding and head, unless that is done."""
-        self._assign(name for name, tensor in self._model.state_dict().items() if tensor.is_meta)
+        """Read embedding and head, unless that is done or another model holds them."""
+        missing = [name for name, tensor in self._model.state_dict().items() if tensor.is_meta]
+        if not missing:
+            return
+        with _reading_tables:
+            keys = {name: self._table_key(name) for name in missing}
+            held = {name: table for name, key in keys.items() if (table := _tables.get(key)) is not None}
+            self._held_tables = held | self._read(name for name in missing if name not in held)
+            _tables.update({keys[name]: table for name, table in self._held_tables.items()})
+        self._model.load_state_dict(self._held_tables, strict=False, assign=True)
+
+    def _table_key(self, name: str) -> tuple[Any, ...]:
+        """What two tensors that hold the same values have in common."""
+        stored = self._stored.tensors.get(name)
+        if stored is None:  # computed from several
+            return (id(self), name)
+        return (stored, stored.file.stat().st_mtime_ns, self.dtype, self.device)
 
     def _table_names(self) -> set[str]:
         if not self.loss.per_token:

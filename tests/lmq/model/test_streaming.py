@@ -125,6 +125,32 @@ def test_two_models_can_be_read_in_two_threads(tiny_llama: Path, tiny_gemma: Pat
             assert torch.equal(found, expected[path])
 
 
+def tables(model: StreamedModel) -> list[Tensor]:
+    model.embed(torch.tensor([[1, 2]]))
+    return [model._model.get_input_embeddings().weight, model._model.get_output_embeddings().weight]
+
+
+def test_models_that_are_open_at_once_hold_embedding_and_head_once(tiny_llama: Path) -> None:
+    structure = discover(tiny_llama, embeddings=True)
+    first, second = (StreamedModel.open(tiny_llama, structure) for _ in range(2))
+    half = StreamedModel.open(tiny_llama, structure, dtype=torch.bfloat16)
+    for mine, others, smaller in zip(tables(first), tables(second), tables(half), strict=True):
+        assert mine.data_ptr() == others.data_ptr() != smaller.data_ptr()
+    before = tables(second)[0].clone()
+    first.put_embedding(structure.embeddings[0], torch.zeros_like(before))
+    assert tables(second)[0].equal(before)
+    assert not tables(first)[0].any()
+
+
+def test_tables_of_a_file_that_was_written_anew_are_read_anew(tiny_llama: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    first = StreamedModel.open(copy, discover(copy))
+    before = tables(first)[0].clone()
+    changed = {name: 2 * tensor for name, tensor in load_file(copy / "model.safetensors").items()}
+    save_file(changed, copy / "model.safetensors", metadata={"format": "pt"})
+    assert tables(StreamedModel.open(copy, discover(copy)))[0].equal(2 * before)
+
+
 def test_a_token_outside_the_vocabulary_is_refused(tiny_llama: Path) -> None:
     with pytest.raises(InputError, match="token 512 is outside the model's vocabulary of 512"):
         open_streamed(tiny_llama).embed(torch.tensor([[1, 512]]))
