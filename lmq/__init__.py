@@ -35,7 +35,7 @@ def load(
     dense: bool = False,
     verify: bool = False,
 ) -> PreTrainedModel:
-    """Open a checkpoint written by lmq as a transformers model in evaluation mode.
+    """Open a checkpoint written by lmq as a transformers model in evaluation mode, one with a tower for images whole.
 
     `dtype` is that of the unquantized tensors and of the computation (None: as stored). With `dense` the weights
     are unpacked once: full memory, faster calls. `verify` reads all of it once more and compares it with the

@@ -39,7 +39,7 @@ def convert_model(job: Job) -> None:
     target.rmdir()
 
 
-@stage("discover", version=5, schema="structure/1")
+@stage("discover", version=6, schema="structure/1")
 def discover_structure(job: Job) -> None:
     """Discover layers, modules, kinds and parts of a model; refuse by name what cannot be quantized or measured."""
     sha256 = job.ref("model").sha256 if job.has("model") else job.config["weights_sha256"]

@@ -156,7 +156,10 @@ class _Ready:
         ]
         kept, left_out = [], []
         for model in self.models:
-            kept += [f"{model.config.name} keeps {note} as it is" for note in model.structure.kept_notes]
+            kept_parts = map(str, model.structure.kept_parts)
+            kept += [
+                f"{model.config.name} keeps {note} as it is" for note in (*model.structure.kept_notes, *kept_parts)
+            ]
             left_out += config.left_out_of_menu(model.config, model.structure.quantized)
         return texts + _tasks_note(config) + kept + left_out
 

@@ -102,7 +102,7 @@ def open_dense(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMode
     Raises InputError for another directory and without the package, LmqError where tensors are missing.
     """
     with TRANSFORMERS_LOCK:
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     fields = getattr(config, "quantization_config", None)
@@ -112,9 +112,10 @@ def open_dense(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMode
         )
     del config.quantization_config
     state = _dense_state(path, fields)
+    auto_class = auto_class_of(config)
     with TRANSFORMERS_LOCK:
         with torch.device("meta"):
-            architecture = type(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
+            architecture = type(auto_class.from_config(config, trust_remote_code=False))
         model, found = architecture.from_pretrained(
             None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
         )

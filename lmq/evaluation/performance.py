@@ -93,13 +93,14 @@ def _measure(path: Path, prompt_tokens: int, generated_tokens: int, device: str,
 def _import_all(path: Path) -> None:
     """Import what opening the model will, and make it once without memory: code is not what is measured."""
     import accelerate  # noqa: F401
-    from transformers import AutoConfig, AutoModelForCausalLM
 
     import lmq.checkpoint.write  # noqa: F401
+    from lmq.model.auto_class import auto_class_of
+    from lmq.model.skeleton import read_model_config
 
-    config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    config = read_model_config(path)
     with torch.device("meta"):
-        AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        auto_class_of(config).from_config(config, trust_remote_code=False)
     torch.nn.functional.linear(torch.ones(1, 8), torch.ones(8, 8))
 
 

@@ -26,6 +26,7 @@ from lmq.evaluation.windows import (
     window_tokens,
 )
 from lmq.measurement.divergence import score_tokens
+from lmq.model.auto_class import auto_class_of
 from lmq.model.causality import require_causal
 from lmq.model.discovery import discover, embedding_shape
 from lmq.model.streaming import StreamedModel, tokens_at_once
@@ -146,13 +147,13 @@ def evaluate_windows(
 def require_language_model(path: Path) -> None:
     """Raise InputError for encoders and other models of which transformers has none that predicts the next token."""
     with TRANSFORMERS_LOCK:
-        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+        from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (ValueError, OSError, LookupError):
         return  # whoever opens the model says why it cannot
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if type(config) not in auto_class_of(config)._model_mapping:
         made_as = ", ".join(config.architectures or ()) or config.model_type
         raise InputError(
             f"{path} is a {config.model_type} model ({made_as}), of which transformers has no kind that predicts the "

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lmq.checkpoint.open import open_dense
 from lmq.errors import InputError, LmqError
 from lmq.export.report import ExportReport
+from lmq.model.auto_class import auto_class_of
+from lmq.model.skeleton import read_model_config
 from lmq.model.transformers_lock import TRANSFORMERS_LOCK
 
 _DOES_NOT_OPEN = (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError)
@@ -47,7 +49,7 @@ def open_tokenizer(report: ExportReport, format_name: str) -> PreTrainedTokenize
 
 
 def _open_directory(report: ExportReport) -> PreTrainedModel:
-    return _open_completely(report.path)
+    return _open_completely(report.path, config=read_model_config(report.path))
 
 
 def _open_gguf(report: ExportReport) -> PreTrainedModel:
@@ -58,11 +60,13 @@ def _open_gguf(report: ExportReport) -> PreTrainedModel:
     return _open_completely(directory, gguf_file=name, config=config)
 
 
-def _open_completely(path: Path, **options: Any) -> PreTrainedModel:
+def _open_completely(path: Path, config: Any, **options: Any) -> PreTrainedModel:
     """A model whose tensors all come from the files: transformers makes up what is missing."""
+    auto_class = auto_class_of(config)
     with TRANSFORMERS_LOCK:
-        opened: Any = AutoModelForCausalLM.from_pretrained(
+        opened: Any = auto_class.from_pretrained(
             path,
+            config=config,
             dtype=torch.float32,
             output_loading_info=True,
             local_files_only=True,

@@ -29,11 +29,22 @@ def loss_of(config: Any) -> Loss:
 
 
 def auto_class_of(config: Any) -> Any:
-    """transformers' class that opens a model of this configuration, such as AutoModelForCausalLM."""
+    """transformers' class that opens a model of this configuration whole, such as AutoModelForCausalLM.
+
+    A vision-language model that this class does not know, or that was saved as one, is AutoModelForImageTextToText's,
+    unless an encoder reads its text.
+    """
     with TRANSFORMERS_LOCK:
         import transformers
 
-    return getattr(transformers, loss_of(config).auto_class)
+        loss = loss_of(config)
+        kind, vision = type(config), transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        if loss.name == NextToken.name and kind in vision and not getattr(config, "is_encoder_decoder", False):
+            whole: Any = vision[kind]
+            saved_whole = whole.__name__ in (getattr(config, "architectures", None) or ())
+            if saved_whole or kind not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+                return transformers.AutoModelForImageTextToText
+        return getattr(transformers, loss.auto_class)
 
 
 def _names(found: Any) -> set[str]:

@@ -21,7 +21,16 @@ from lmq.model.auto_class import loss_of
 from lmq.model.experts import RoutedExperts, is_router
 from lmq.model.source import ModelSource, locate, source_digest
 from lmq.model.stored import StoredModel, read_stored_model
-from lmq.model.structure import DTYPE_BYTES, EMBEDDINGS, KeptTensor, ModelStructure, ModuleId, ModuleInfo, expert_number
+from lmq.model.structure import (
+    DTYPE_BYTES,
+    EMBEDDINGS,
+    KeptPart,
+    KeptTensor,
+    ModelStructure,
+    ModuleId,
+    ModuleInfo,
+    expert_number,
+)
 from lmq.model.tensors import StoredTensor, size_bytes
 
 if TYPE_CHECKING:
@@ -81,6 +90,7 @@ def discover(
         stored_bytes=source_bytes if is_mixed else None,
         embeddings=around,
         loss=loss_of(model.config).name,
+        kept_parts=tuple(_kept_parts(stored, layers_path)),
     )
 
 
@@ -159,6 +169,28 @@ def find_layers(model: PreTrainedModel) -> str:
             return max(sizes, key=lambda path: sizes[path])
         if not place:
             raise UnsupportedModel(f"{type(model).__name__} has no list of decoder blocks, which lmq works through")
+
+
+def _kept_parts(stored: StoredModel, layers_path: str) -> Iterator[KeptPart]:
+    """What lies beside the language model of a model whose configuration has one for the text alone.
+
+    The language model is the innermost module that holds the blocks and the table of token embeddings; its head may lie
+    outside.
+    """
+    model = stored.model
+    if model.config.get_text_config() is model.config:
+        return
+    place = next(path for path, module in model.named_modules() if module is model.get_input_embeddings())
+    while place and not layers_path.startswith(f"{place}."):
+        place = place.rpartition(".")[0]
+    while place:
+        place, _, within = place.rpartition(".")
+        for name, module in model.get_submodule(place).named_children():
+            path = f"{place}.{name}".removeprefix(".")
+            tensors = [stored.headers[tensor] for tensor, owner in stored.owner.items() if owner.startswith(f"{path}.")]
+            if name != within and module is not model.get_output_embeddings() and tensors:
+                elements, total = sum(tensor.elements for tensor in tensors), sum(map(size_bytes, tensors))
+                yield KeptPart(path, elements, total)
 
 
 LinearModules = Mapping[str, nn.Linear]

@@ -327,12 +327,21 @@ class StreamedModel:
         return result
 
     def _load_around_blocks(self) -> None:
-        """Read what lies around the blocks, but for the tables, and put what is computed on the device."""
+        """Read what lies around the blocks, but for the tables, and put what is computed on the device.
+
+        What lies beside the language model is not read: text does not go through it. In its place are tensors that
+        take no memory, of which nothing but NaN comes, on the device that some models ask it for.
+        """
         for module in self._model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 if not buffer.is_meta:
                     setattr(module, name, buffer.to(self.device))
-        self._assign(name for name in self._model.state_dict() if name not in self._table_names())
+        beside = tuple(f"{part.path}." for part in self.structure.kept_parts)
+        unread = {name: tensor for name, tensor in self._model.state_dict().items() if name.startswith(beside)}
+        nothing = torch.tensor(torch.nan, device=self.device, dtype=self.dtype)
+        stand_ins = {name: nothing.expand(t.shape) for name, t in unread.items() if t.is_floating_point()}
+        self._model.load_state_dict(stand_ins, strict=False, assign=True)
+        self._assign(name for name in self._model.state_dict() if name not in {*unread, *self._table_names()})
 
     def _load_tables(self) -> None:
         """Read embedding and head, unless that is done or another model holds them."""

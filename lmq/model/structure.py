@@ -71,6 +71,21 @@ class KeptTensor:
 
 
 @dataclass(frozen=True)
+class KeptPart:
+    """A part of a model beside its language model, which stays as it is: a tower for images, a projector.
+
+    `size_bytes` is what its tensors are stored in.
+    """
+
+    path: str
+    parameters: int
+    size_bytes: int
+
+    def __str__(self) -> str:
+        return f"{self.path} ({self.parameters:,} weights, {self.size_bytes / 1e6:,.1f} MB)"
+
+
+@dataclass(frozen=True)
 class ModelStructure:
     """The structure of one model, discovered from the model itself.
 
@@ -81,7 +96,8 @@ class ModelStructure:
     identifies the content. `kept` are the tensors of blocks that are among them though they are no vectors, as a hybrid
     has. `dtype` is the type that most modules are stored in; `stored_bytes` is what all of them take where some are
     stored in another one, else None. `loss` names what the model is judged by (`lmq.model.losses`); `vocabulary_size`
-    are the outputs of its head, whatever they are.
+    are the outputs of its head, whatever they are. `kept_parts` are what a vision-language model has beside its
+    language model; their bytes are among the others.
     """
 
     architecture: str
@@ -99,6 +115,7 @@ class ModelStructure:
     stored_bytes: int | None = None
     embeddings: tuple[ModuleInfo, ...] = ()
     loss: str = NEXT_TOKEN
+    kept_parts: tuple[KeptPart, ...] = ()
 
     @property
     def quantized(self) -> tuple[ModuleInfo, ...]:
@@ -161,6 +178,7 @@ class ModelStructure:
             "stored_bytes": self.stored_bytes is not None,
             "embeddings": bool(self.embeddings),
             "loss": self.loss != NEXT_TOKEN,
+            "kept_parts": bool(self.kept_parts),
         }
         return {name: value for name, value in data.items() if needed.get(name, True)}
 
@@ -175,7 +193,8 @@ class ModelStructure:
             for name in ("modules", "embeddings")
         )
         kept = tuple(KeptTensor(item["layer"], item["name"], tuple(item["shape"])) for item in data.get("kept", ()))
-        return cls(**{**data, "modules": modules, "embeddings": embeddings, "kept": kept})
+        parts = tuple(KeptPart(**item) for item in data.get("kept_parts", ()))
+        return cls(**{**data, "modules": modules, "embeddings": embeddings, "kept": kept, "kept_parts": parts})
 
 
 def layer_ranges(layers: Sequence[int]) -> str:

@@ -1,4 +1,4 @@
-"""What of a model stays as it is: embeddings, lm_head, norms and biases, by the headers of its checkpoint."""
+"""What of a model stays as it is: embeddings, lm_head, norms, biases, towers, by the headers of its checkpoint."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from lmq.model.tensors import StoredTensor, size_bytes
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-UNQUANTIZED_PARTS = ("embeddings", "lm_head", "norms", "biases", "other", "surplus")
-"""`surplus` is what the model's class does not use, such as layers that predict further tokens; checkpoints keep it."""
+UNQUANTIZED_PARTS = ("embeddings", "lm_head", "norms", "biases", "other", "beside", "surplus")
+"""`beside` is what lies beside the language model, as a tower for images, whatever it consists of; `surplus` what the
+model's class does not use, such as layers that predict further tokens. Checkpoints keep both."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,7 @@ def unquantized_parts(model_dir: Path, structure: ModelStructure) -> tuple[Unqua
     for name, tensor in stored.headers.items():
         if name not in replaced:
             owner = stored.owner.get(name)
-            members["surplus" if owner is None else _part_of(stored.model, owner)].append(tensor)
+            members["surplus" if owner is None else _part_of(stored.model, owner, structure)].append(tensor)
     return tuple(
         UnquantizedPart(
             name=part,
@@ -52,7 +53,9 @@ def unquantized_parts(model_dir: Path, structure: ModelStructure) -> tuple[Unqua
     )
 
 
-def _part_of(model: PreTrainedModel, name: str) -> str:
+def _part_of(model: PreTrainedModel, name: str, structure: ModelStructure) -> str:
+    if name.startswith(tuple(f"{part.path}." for part in structure.kept_parts)):
+        return "beside"
     path, _, tensor = name.rpartition(".")
     owner = model.get_submodule(path)
     if owner is model.get_output_embeddings():

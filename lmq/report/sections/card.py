@@ -37,7 +37,7 @@ def model_card(data: ReportData, result: VariantResult) -> str:
         _head(_source(written, result.model)),
         f"# {result.model}, {result.label}",
         _what(result, source, model),
-        _USE,
+        _USE.format(*_CLASSES[bool(model and model.structure.kept_parts)]),
         "## Results\n\n" + _results(data, result),
         "## Where the bits went\n\n" + (_bits(model.allocations.get(result.label, ())) if model else _NOT_MEASURED),
         *([_warnings(model)] if model and model.warnings else []),
@@ -48,14 +48,20 @@ def model_card(data: ReportData, result: VariantResult) -> str:
 
 _NOT_MEASURED = "Not measured."
 
+_CLASSES = {
+    False: ("AutoModelForCausalLM", "tokenizer", "AutoTokenizer"),
+    True: ("AutoModelForImageTextToText", "processor", "AutoProcessor"),
+}
+"""What opens a language model, and one that sees images."""
+
 _USE = """## Use
 
 ```python
 import lmq  # teaches transformers to open lmq checkpoints
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {0}, {2}
 
-model = AutoModelForCausalLM.from_pretrained(PATH)  # or lmq.load(PATH, dense=True): unpacked once, faster
-tokenizer = AutoTokenizer.from_pretrained(PATH)
+model = {0}.from_pretrained(PATH)  # or lmq.load(PATH, dense=True): unpacked once, faster
+{1} = {2}.from_pretrained(PATH)
 ```
 
 `lmq export PATH --format safetensors | hqq | gguf | compressed-tensors` writes it for other programs."""
@@ -75,6 +81,8 @@ def _head(source: str | None) -> str:
 def _what(result: VariantResult, source: str | None, model: ModelReport | None) -> str:
     notes = model.structure.kept_notes if model else []
     kept = f"; so are, in the blocks, {', '.join(notes)}" if notes else ""
+    if model and model.structure.kept_parts:
+        kept += f"; so are, beside the language model, {', '.join(map(str, model.structure.kept_parts))}"
     return (
         f"`{source or result.model}` with its weight matrices quantized by lmq: strategy "
         f"`{result.strategy}`, {format_number(result.bits_per_weight, 3)} bits per weight. "

@@ -15,6 +15,7 @@ from tests.conftest import TINY_SHAPE
 from tests.flows.cli.conftest import refusal
 from tests.flows.conftest import tiny_config
 from tests.mixtures import mixture
+from tests.vision_language import save_vision_language_model
 
 
 def test_inspect_shows_modules_and_sizes(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -36,6 +37,23 @@ def test_what_a_hybrid_keeps_is_said_by_inspect_and_before_a_run(
     assert "of these, in the blocks: conv.conv.weight [64, 1, 3] of layer 0" in capsys.readouterr().out
     notes = check_run(tiny_config(model, tmp_path, strategies=["uniform"]))
     assert notes == ["tiny keeps conv.conv.weight [64, 1, 3] of layer 0 as it is"]
+
+
+def test_what_lies_beside_a_language_model_is_said_by_inspect_and_before_a_run(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = shutil.copytree(tiny_llama, tmp_path / "llava")
+    save_vision_language_model("llava", model)
+    assert main(["inspect", str(model), "--store", str(tmp_path / "store")]) == 0
+    printed = capsys.readouterr().out
+    assert "LlavaForConditionalGeneration: 2 layers, hidden size 64" in printed
+    assert "of these, beside the language model: model.vision_tower (" in printed
+    assert "of these, beside the language model: model.multi_modal_projector (6,272 weights, 0.0 MB)" in printed
+    notes = check_run(tiny_config(model, tmp_path, strategies=["uniform"]))
+    assert [note.partition(" (")[0] for note in notes] == [
+        "tiny keeps model.vision_tower",
+        "tiny keeps model.multi_modal_projector",
+    ]
 
 
 def test_inspect_refuses_what_is_no_model(

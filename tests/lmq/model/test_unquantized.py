@@ -29,4 +29,4 @@ def test_parts_are_what_the_architecture_has(
 ) -> None:
     path = request.getfixturevalue(model)
     found = {part.name: part.parameters for part in unquantized_parts(path, discover(path))}
-    assert found == {**expected, "other": 0, "surplus": 0}
+    assert found == {**expected, "other": 0, "beside": 0, "surplus": 0}

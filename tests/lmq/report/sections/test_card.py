@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from lmq.model.structure import KeptTensor
+from lmq.model.structure import KeptPart, KeptTensor
 from lmq.report.results import VariantResult
 from lmq.report.sections.allocations import allocations_section
 from lmq.report.sections.card import model_card
@@ -58,6 +58,18 @@ def test_card_and_report_list_what_a_hybrid_keeps() -> None:
     assert "Kept as it is: conv.weight [64, 1, 3] of layers 0-1." in allocations_section(data)
     assert "so are" not in model_card(DATA, MIXED)
     assert "Kept as it is" not in allocations_section(DATA)
+
+
+def test_card_and_report_list_what_lies_beside_a_language_model() -> None:
+    part = KeptPart("model.visual", 1_000, 2_000_000)
+    model = replace(DATA.models[0], structure=replace(DATA.models[0].structure, kept_parts=(part,)))
+    data = replace(DATA, models=[model])
+    card = model_card(data, MIXED)
+    assert "so are, beside the language model, model.visual (1,000 weights, 2.0 MB)." in card
+    assert "AutoModelForImageTextToText.from_pretrained(PATH)" in card
+    assert "processor = AutoProcessor.from_pretrained(PATH)" in card
+    assert "Kept as it is: model.visual (1,000 weights, 2.0 MB)." in allocations_section(data)
+    assert "tokenizer = AutoTokenizer.from_pretrained(PATH)" in model_card(DATA, MIXED)
 
 
 def test_what_was_not_measured_is_said() -> None:
