@@ -24,6 +24,7 @@ from prefect.states import Completed, Failed, State
 from lmq.errors import InputError, LmqError
 from lmq_storage import ArtifactRef, DamagedArtifact, StoreError
 from lmq_tasks.chunk import Tell, run_items
+from lmq_tasks.process_memory import give_back_freed_memory
 from lmq_tasks.retries import STORE_UNAVAILABLE, UNAVAILABLE, is_transient, retry_options
 from lmq_tasks.stage import JsonDict, Site, Stage, open_store, run_stage, stage_key
 
@@ -69,6 +70,7 @@ def stage_task(name: str) -> Task[..., State[Any]]:
         else:
             again = (task_run.run_count or 1) > 1
             outcomes = run_items(items, lambda item: _outcome(stage, item, again=again), tell)
+            give_back_freed_memory()
         state = _state(stage, items, outcomes, total, time.perf_counter() - started)
         if state.is_completed():
             get_run_logger().info("%s: %s", label, state.message)

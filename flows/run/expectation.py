@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from lmq.measurement.upper_triangle import triangle_bytes
+from lmq.model.streaming import tokens_at_once
 from lmq.model.structure import ModelStructure, ModuleInfo
 from lmq.quantizers import CalibratedQuantizer, quantizer
 from lmq.quantizers.error_feedback import feedback_bytes
@@ -59,6 +60,8 @@ _MODEL_RATE = 25.0
 """Picoseconds per weight of the model and token of a window that is judged."""
 _HEAD_SAMPLE_BYTES = 600_000_000
 """What the model predicts at the positions that the head is judged at, soft-capped."""
+_LOGITS_COPIES = 8
+"""Of the logits that a stage holds at a time, while two models' predictions are compared or labels drawn from them."""
 _WEIGHT_COPIES = 5
 """Of a matrix in float32 while its codes are found: weights, errors, what is left to round, and the like."""
 _TRIALS = 60
@@ -142,15 +145,17 @@ def _operations_per_second(threads: int) -> float:
 
 
 def _memory_bytes(config: RunConfig, structure: ModelStructure) -> int:
-    """The most that the process holds: for every worker a block in float32 with gradients, states and logits."""
+    """The most that the process holds: embedding, head, and for every worker a block, gradients, states and logits."""
     block = _FLOAT32_BYTES * _block_weights(structure) // structure.layers
     tokens = config.calibration.sequences * config.calibration.sequence_length
     states = _FLOAT32_BYTES * tokens * structure.hidden_size
-    embeddings = _FLOAT32_BYTES * structure.hidden_size * structure.vocabulary_size
+    tables = 1 if structure.tied_embeddings else 2
+    embeddings = tables * _FLOAT32_BYTES * structure.hidden_size * structure.vocabulary_size
     if structure.embeddings:
         # those of the variant beside the model's own while it is judged, or what the head predicts
         embeddings += _FLOAT32_BYTES * sum(module.parameters for module in structure.embeddings) + _HEAD_SAMPLE_BYTES
-    of_worker = 4 * block + 3 * states
+    logits = _FLOAT32_BYTES * structure.vocabulary_size * tokens_at_once(structure.vocabulary_size)
+    of_worker = 4 * block + 3 * states + _LOGITS_COPIES * logits
     if _is_calibrated(config):
         of_worker = max(of_worker, block + max(_codes_bytes(module) for module in structure.modules))
     return _PROCESS_BYTES + config.runner.workers * of_worker + embeddings

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lmq_tasks.process_memory import PeakMemory
+from lmq_tasks.process_memory import PeakMemory, give_back_freed_memory, keep_freed_memory
 
 MEGABYTE = 1 << 20
 
@@ -41,6 +41,22 @@ def page_faults(way: str) -> int:
 def test_memory_is_allocated_again_without_the_kernel_clearing_pages() -> None:
     kept, usual = page_faults("keep"), page_faults("leave")
     assert kept < usual / 10, (kept, usual)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep freed memory")
+def test_memory_that_is_free_between_what_is_in_use_is_given_back() -> None:
+    keep_freed_memory()
+    blocks = [bytearray(b"1" * MEGABYTE) for _ in range(400)]
+    kept = blocks[::4]
+    del blocks
+    before = resident_bytes()
+    give_back_freed_memory()
+    assert before - resident_bytes() > 200 * MEGABYTE
+    assert all(block[-1] == ord("1") for block in kept)
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_the_peak_of_a_stage_alone_is_its_own():
