@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.core_model_loading import PrefixChange
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -28,7 +29,7 @@ from lmq.errors import InputError
 from lmq.formats.packed_layer import QuantizedEmbedding, QuantizedLinear, QuantizedMatrix, TiedHead
 from lmq.formats.spec import QuantSpec
 from lmq.model.discovery import embed_scale
-from lmq.model.experts import split_experts
+from lmq.model.experts import join_experts, split_experts
 from lmq.model.structure import expert_number
 from lmq.model.tensors import headers_of
 
@@ -47,6 +48,10 @@ class LmqQuantizer(HfQuantizer):
             check_quantized_tensors(self.quantization_config, headers_of(files), files[0].parent)
         put_quantized_layers(model, self.quantization_config)
 
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
+        # names that the source was stored by are not those of packed layers, which are saved by the model's own
+        model._weight_conversions = [step for step in model._weight_conversions if isinstance(step, PrefixChange)]
+
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         dtype = dtype or model.dtype
         tables: dict[int, nn.Embedding] = {}
@@ -59,6 +64,8 @@ class LmqQuantizer(HfQuantizer):
         for path, module in list(model.named_modules()):
             if isinstance(module, TiedHead):
                 model.set_submodule(path, module.to_linear(tables[id(module.table)].get_parameter("weight")))
+        join_experts(model)
+        del model._weight_conversions  # a plain model again, which transformers saves by the names of its architecture
         return model
 
     def is_serializable(self) -> bool:

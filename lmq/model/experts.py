@@ -122,6 +122,18 @@ class RoutedExperts(nn.Module):
         biases = (self._parameters.get(f"{name}_bias") for name in (self.first, "down_proj"))
         return self.get_submodule(str(number))(states, *(None if bias is None else bias[number] for bias in biases))
 
+    def joined(self) -> nn.Module:
+        """transformers' own module with the experts' weights, which takes them over."""
+        fused: Any = next(module for module in self.modules() if isinstance(module, Expert))._fused
+        for name in self.matrices:
+            linear = [self.get_submodule(f"{number}.{name}") for number in range(self.num_experts)]
+            stacked = torch.stack([module.get_parameter("weight").detach() for module in linear])
+            fused.register_parameter(name, nn.Parameter(stacked.mT.contiguous() if self.transposed else stacked, False))
+        for name, bias in self._parameters.items():
+            fused.register_parameter(name, bias)
+        made: nn.Module = fused.train(self.training)
+        return made
+
     def slices(self, path: str) -> Iterator[tuple[str, Slice]]:
         """Every expert's weights by their names in a model where this module is at `path`, and where they come from."""
         for number in range(self.num_experts):
@@ -148,6 +160,13 @@ def split_experts(model: nn.Module, only: Container[str] | None = None) -> dict[
         model.set_submodule(path, split)
         slices.update(split.slices(path))
     return slices
+
+
+def join_experts(model: nn.Module) -> None:
+    """Put transformers' own modules with dense weights back in the place of a model's `RoutedExperts`, in place."""
+    for path, module in list(model.named_modules()):
+        if isinstance(module, RoutedExperts):
+            model.set_submodule(path, module.joined())
 
 
 def is_router(block: nn.Module, path: str) -> bool:
