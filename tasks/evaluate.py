@@ -53,7 +53,7 @@ def judged_images(path: Callable[[str], Path]) -> str:
     found = summarize_predictions(read_rows(path(PREDICTIONS_FILE), PREDICTIONS_SCHEMA))
     accuracy = [f"{score.task} {100 * (score.value or 0):.1f}%" for score in found.scores[:1]]
     divergence = [] if found.kl_divergence is None else [f"KL {found.kl_divergence.value:.3f}"]
-    return ", ".join(accuracy + divergence)
+    return ", ".join(accuracy + divergence) or found.protocol
 
 
 @dataclass(frozen=True, kw_only=True)

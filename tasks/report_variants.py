@@ -67,7 +67,7 @@ class ReportedVariant:
         scores = _scores(job, inputs, self.item.get("tasks", {}))
         if self.predictions:
             found = summarize_predictions(self.predictions)
-            measured, scores = _measured_on_images(found), (*found.scores, *(scores or ()))
+            measured, scores = _measured_on_images(found), (*found.scores, *(scores or ())) or None
         item = self.item
         is_reference = item["strategy"] == FULL_PRECISION
         size = _size(job, inputs, structure, self.allocation, is_reference)

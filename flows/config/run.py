@@ -28,6 +28,7 @@ from lmq_flows.config.sections import (
     CalibrationConfig,
     ConstraintsConfig,
     EvaluationConfig,
+    ImagesConfig,
     MeasureConfig,
     ModelConfig,
     PolishConfig,
@@ -50,6 +51,7 @@ class MeasurementRequest(Section):
 
     models: tuple[ModelConfig, ...] = Field(min_length=1)
     calibration: CalibrationConfig = CalibrationConfig()
+    images: ImagesConfig = ImagesConfig()
     measure: MeasureConfig = MeasureConfig()
     runner: RunnerConfig = RunnerConfig()
     embeddings: bool = Field(False, description="Quantize the input embedding and the output head too")
@@ -377,6 +379,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "constraints": ConstraintsConfig,
     "polish": PolishConfig,
     "calibration": CalibrationConfig,
+    "images": ImagesConfig,
     "measure": MeasureConfig,
     "evaluation": EvaluationConfig,
     "runner": RunnerConfig,

@@ -121,6 +121,43 @@ class EvaluationConfig(TextConfig):
         return self
 
 
+class ImagesConfig(Section):
+    """Images that encoders are measured and judged on, in the place of texts."""
+
+    source: str = Field(
+        "digits",
+        description="digits (of scikit-learn), a folder with a folder for each class, Parquet files, or dataset:NAME",
+    )
+    evaluation_source: str | None = Field(
+        None, description="What is judged on, such as dataset:NAME:test; default: one half of source, by seed"
+    )
+    column: str = Field("image", description="Field of Parquet files and data sets that holds images")
+    label_column: str = Field("label", description="Field that holds labels: numbers or names of classes")
+    calibration: int = Field(128, ge=1, description="Images that activations and gradients are measured on")
+    evaluation: int | None = Field(None, ge=1, description="Images that variants are judged on; default: all there are")
+    unreadable: float = Field(0.01, ge=0, lt=1, description="Share of images that may be damaged, and is left out")
+    seed: int = Field(42, description="Seed of the halves and of the order")
+
+    @property
+    def sources(self) -> tuple[str, str]:
+        """What is measured on, and what is judged on."""
+        return self.source, self.evaluation_source or self.source
+
+    @property
+    def parts(self) -> tuple[str, str]:
+        """Which part of these: the halves of one source never overlap."""
+        return ("all", "all") if self.evaluation_source is not None else ("first", "second")
+
+    @model_validator(mode="after")
+    def _judges_on_other_images(self) -> ImagesConfig:
+        if self.source == self.evaluation_source:
+            raise ValueError(
+                f"source and evaluation_source are both {self.source!r}; leave evaluation_source out to "
+                "take a half each"
+            )
+        return self
+
+
 def _measurement_name(name: str) -> str:
     if name not in MEASUREMENTS:
         raise ValueError(str(unknown_name("measurement", name, MEASUREMENTS)))

@@ -25,12 +25,10 @@ from lmq_flows.config.run import RunConfig
 from lmq_flows.config.sections import BaselineConfig, PolishConfig, StrategyConfig
 from lmq_flows.graph.judging import PERFORMANCE_TOKENS, Subject, baseline_subject, evaluation_tasks
 from lmq_flows.graph.model_nodes import (
-    FLOAT32_BYTES,
     CapturedText,
     ModelNodes,
     PreparedModel,
     TextIdentity,
-    calibration_sizes,
 )
 from lmq_flows.graph.node import FileOf, Graph, Input, Node
 from lmq_tasks.allocate import ALLOCATION_FILE, layer_file
@@ -228,13 +226,17 @@ class _ModelGraph(ModelNodes):
             "sequences": measure.kl_sequences,
         }
 
+    @property
+    def _measured_examples(self) -> int:
+        """Sequences or images that are measured on."""
+        return self._config.images.calibration if self.model.images else self._config.calibration.sequences
+
     def _validation_tokens(self) -> Node:
-        """Sequences of the calibration text after those that are measured on; the same for all that asks."""
+        """Sequences of the calibration text, or images, after those measured on; the same for all that asks."""
         if self._validation is None:
             calibration = self._config.calibration
-            sizes = calibration_sizes(calibration, calibration.validation_sequences)
-            config = {**sizes, "skipped": calibration.sequences}
-            self._validation = self.tokens("calibration", calibration, config, "validation")
+            count = calibration.validation_sequences
+            self._validation = self.calibration_examples(calibration, count, self._measured_examples, "validation")
         return self._validation
 
     def _polish(
@@ -269,21 +271,21 @@ class _ModelGraph(ModelNodes):
         """Tokens that grids are polished on, and the unquantized model's last states there; the same for all."""
         if self._polished_on is None:
             calibration = self._config.calibration
-            sizes = calibration_sizes(calibration, polish.sequences)
-            skipped = calibration.sequences + calibration.validation_sequences
-            tokens = self.tokens("calibration", calibration, {**sizes, "skipped": skipped}, "polish")
-            keep = sizes["tokens"] * self.model.structure.hidden_size * FLOAT32_BYTES
+            skipped = self._measured_examples + calibration.validation_sequences
+            tokens = self.calibration_examples(calibration, polish.sequences, skipped, "polish")
+            keep = self.state_bytes(polish.sequences * calibration.sequence_length)
             self._polished_on = tokens, self.add("last-states", "polish", {}, {"tokens": tokens}, expected_bytes=keep)
         return self._polished_on
 
     def variants(self) -> list[Variant]:
         """Full precision, then every strategy at every budget."""
         evaluation = self._config.evaluation
-        tokens = self.tokens("evaluation-tokens", evaluation, {"tokens": evaluation.tokens})
-        windows = {"window": evaluation.window, "stride": evaluation.stride}
+        tokens = self.evaluation_examples(evaluation)
+        windows = {} if self.model.images else {"window": evaluation.window, "stride": evaluation.stride}
         seen = (1 + max(0, evaluation.tokens - evaluation.window) // evaluation.stride) * evaluation.window
-        keep = seen * self.model.structure.hidden_size * FLOAT32_BYTES
-        reference = self.add("reference", FULL_PRECISION, windows, {"tokens": tokens}, expected_bytes=keep)
+        keep = self.state_bytes(seen)
+        stage = self.judging("reference")
+        reference = self.add(stage, FULL_PRECISION, windows, {"tokens": tokens}, expected_bytes=keep)
         name = self.model.config.name
         found = [Variant(model=name, evaluation=reference)]
         self._judge(found[0], Subject())
@@ -306,10 +308,12 @@ class _ModelGraph(ModelNodes):
         variant = Variant(model=self.model.config.name, baseline=baseline)
         try:
             subject = baseline_subject(baseline, self.model.site.store_url)
+            if subject.opens and self.model.images is not None:
+                raise InputError(f"baseline {baseline.name!r}: checkpoints of other programs are judged on texts alone")
         except InputError as error:
             variant.error = str(error)
             return variant
-        stage = "evaluate-other" if subject.opens else "evaluate-rounded"
+        stage = "evaluate-other" if subject.opens else self.judging("evaluate-rounded")
         site = replace(self.model.site, places=subject.places)
         own: dict[str, Any] = {"variant": variant.label, "tags": variant.tags, "site": site}
         variant.evaluation = self.add(stage, variant.what, subject.config | windows, inputs, **own)
@@ -377,5 +381,5 @@ class _ModelGraph(ModelNodes):
             **own,
         )
         inputs = {"tokens": tokens, "reference": reference, "checkpoint": variant.checkpoint}
-        variant.evaluation = self.add("evaluate", what, windows, inputs, **own)
+        variant.evaluation = self.add(self.judging("evaluate"), what, windows, inputs, **own)
         self._judge(variant, Subject(inputs={"checkpoint": variant.checkpoint}))

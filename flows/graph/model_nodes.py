@@ -16,7 +16,7 @@ from lmq.model.structure import ModelStructure, ModuleInfo
 from lmq.quantizers import CalibratedQuantizer
 from lmq.quantizers import quantizer as quantizer_named
 from lmq.quantizers.calibrated import ErrorFeedback
-from lmq_flows.config.sections import CalibrationConfig, ModelConfig, TextConfig
+from lmq_flows.config.sections import CalibrationConfig, EvaluationConfig, ImagesConfig, ModelConfig, TextConfig
 from lmq_flows.graph.node import FileOf, Graph, Input, Node
 from lmq_storage import ArtifactRef
 from lmq_tasks import STAGES
@@ -35,14 +35,27 @@ class TextIdentity:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ImageSources:
+    """The images of a run: what identifies those that are measured on and those that are judged on."""
+
+    config: ImagesConfig
+    calibration: TextIdentity
+    evaluation: TextIdentity
+
+
+@dataclass(frozen=True, kw_only=True)
 class PreparedModel:
-    """A model that was identified: its structure, the artifact that holds it, and where its files lie."""
+    """A model that was identified: its structure, the artifact that holds it, and where its files lie.
+
+    `images` is there for a model that sees images.
+    """
 
     config: ModelConfig
     structure: ModelStructure
     structure_ref: ArtifactRef
     site: Site
     menu: tuple[QuantSpec, ...]
+    images: ImageSources | None = None
 
 
 class ModelNodes:
@@ -88,6 +101,44 @@ class ModelNodes:
         config = {"text": identity.identity, "column": text.column, "part": text.part, "seed": text.seed, **sizes}
         site = replace(self.model.site, text=identity.location)
         return self.add(stage, what, config, {}, site=site, expected_bytes=12 * sizes["tokens"], here=True)
+
+    def calibration_examples(
+        self, calibration: CalibrationConfig, count: int, skipped: int = 0, what: str = ""
+    ) -> Node:
+        """What the model is measured on: sequences of the text, or images, of which the first are `skipped`."""
+        if self.model.images is not None:
+            return self._images(self.model.images.calibration, 0, count, skipped, what)
+        sizes = calibration_sizes(calibration, count)
+        return self.tokens("calibration", calibration, sizes | ({"skipped": skipped} if skipped else {}), what)
+
+    def evaluation_examples(self, evaluation: EvaluationConfig) -> Node:
+        """What variants of the model are judged on: tokens of the text, or images."""
+        images = self.model.images
+        if images is not None:
+            return self._images(images.evaluation, 1, images.config.evaluation, 0, "evaluation")
+        return self.tokens("evaluation-tokens", evaluation, {"tokens": evaluation.tokens})
+
+    def _images(self, identity: TextIdentity, which: int, count: int | None, skipped: int, what: str) -> Node:
+        """Images of the source that is measured on (0) or judged on (1)."""
+        assert self.model.images is not None
+        images = self.model.images.config
+        config = {
+            "images": identity.identity,
+            "part": images.parts[which],
+            "count": count,
+            "skipped": skipped,
+            **images.model_dump(include={"column", "label_column", "seed", "unreadable"}),
+        }
+        site = replace(self.model.site, places={"images": identity.location})
+        return self.add("images", what, config, {}, site=site, here=True)
+
+    def state_bytes(self, tokens: int) -> int | None:
+        """Bytes of states for so many tokens; how many patches images have is known once they are there."""
+        return None if self.model.images is not None else tokens * self.model.structure.hidden_size * FLOAT32_BYTES
+
+    def judging(self, stage: str) -> str:
+        """The stage that does for the model's kind of examples what `stage` does for texts."""
+        return f"{stage}-images" if self.model.images is not None else stage
 
     def grids(
         self,
@@ -193,16 +244,16 @@ class CapturedText:
 
     @cached_property
     def tokens(self) -> Node:
-        """The calibration tokens."""
-        sizes = calibration_sizes(self._calibration, self._calibration.sequences)
-        return self._nodes.tokens("calibration", self._calibration, sizes)
+        """The calibration tokens, or images."""
+        images = self._nodes.model.images
+        count = self._calibration.sequences if images is None else images.config.calibration
+        return self._nodes.calibration_examples(self._calibration, count)
 
     @cached_property
     def _states(self) -> list[Node]:
         """States that enter every block, then those that leave the last."""
         calibration = self._calibration
-        tokens = calibration.sequences * calibration.sequence_length
-        keep = tokens * self._nodes.model.structure.hidden_size * FLOAT32_BYTES
+        keep = self._nodes.state_bytes(calibration.sequences * calibration.sequence_length)
         states = [self._nodes.add("embed", "", {}, {"tokens": self.tokens}, expected_bytes=keep)]
         for layer in range(self._layers):
             inputs = {"hidden": states[-1]}

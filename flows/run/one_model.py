@@ -212,6 +212,11 @@ def prepare_goal(goal: Goal) -> PreparedGoal:
         else engine.embeddings
     )
     inspected = _inspect(goal, dtype, embeddings=around)
+    if inspected.structure.sees_images:
+        raise InputError(
+            f"{goal.model} sees images, of which `lmq quantize` has none to measure on; name them in the section "
+            "`images` of a run's configuration, and use `lmq run`"
+        )
     beside_bytes = _beside_bytes(inspected)
     known = MENU if engine is None else engine.usual_menu(inspected.structure.quantized)
     sizes = LayoutRange.of(inspected.structure.quantized, known, "paper")

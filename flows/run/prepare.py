@@ -18,6 +18,8 @@ from lmq.allocation.targets import target_named
 from lmq.errors import InputError, LmqError
 from lmq.evaluation.perplexity import full_windows
 from lmq.formats.spec import QuantSpec
+from lmq.images.prepared import ImageDraw, check_images
+from lmq.images.sources import identify_images
 from lmq.model.skeleton import read_model_config
 from lmq.model.source import LocatedModel, ModelSource, locate, nearest_sibling, needs_conversion, source_digest
 from lmq.model.structure import ModelStructure
@@ -37,8 +39,9 @@ from lmq.text.data_sets import identify_data_set
 from lmq.text.files import text_format
 from lmq.text.known_texts import KNOWN_TEXTS, known_text_identity
 from lmq_flows.config.run import MeasurementRequest
-from lmq_flows.config.sections import CalibrationConfig, EvaluationConfig, ModelConfig
+from lmq_flows.config.sections import CalibrationConfig, EvaluationConfig, ImagesConfig, ModelConfig
 from lmq_flows.graph.build import PreparedModel, TextIdentity
+from lmq_flows.graph.model_nodes import ImageSources
 from lmq_flows.graph.node import Graph, Input, Node
 from lmq_storage import ArtifactRef, ArtifactStore, canonical_json, file_sha256, text_sha256
 from lmq_tasks import STAGES
@@ -186,7 +189,24 @@ def prepared_model(
         threads_per_worker=config.runner.threads_per_worker,
     )
     menu = config.menu_of(model, structure.modules)
-    return PreparedModel(config=model, structure=structure, structure_ref=structure_ref, site=site, menu=menu)
+    return PreparedModel(
+        config=model,
+        structure=structure,
+        structure_ref=structure_ref,
+        site=site,
+        menu=menu,
+        images=_identified_images(config.images) if structure.sees_images else None,
+    )
+
+
+def _identified_images(images: ImagesConfig) -> ImageSources:
+    """What is measured and judged on. Raises InputError for a source that is not there."""
+    measured, judged = (identify_images(source) for source in images.sources)
+    return ImageSources(
+        config=images,
+        calibration=TextIdentity(identity=measured[0], location=measured[1]),
+        evaluation=TextIdentity(identity=judged[0], location=judged[1]),
+    )
 
 
 def read_structure_of(store: ArtifactStore, structure_ref: ArtifactRef) -> ModelStructure:
@@ -220,8 +240,13 @@ def check_context(model_dir: Path, tokens: int, key: str, *, prefix_tokens: int 
 def check_texts(config: MeasurementRequest, models: list[PreparedModel]) -> None:
     """Raise InputError for text files that cannot be read, are empty, or hold fewer tokens than are asked for.
 
-    Data sets of the hub are not fetched for that.
+    So for images of which there are too few, or whose labels or processor do not suit a model. Data sets of the hub are
+    not fetched for that.
     """
+    for model in models:
+        if model.images is not None:
+            _check_images(config, model, model.images)
+    models = [model for model in models if model.images is None]
     for text in config.texts:
         if text.source != PYDOC_TOPICS and not is_file_text(text.source):
             continue
@@ -238,6 +263,20 @@ def check_texts(config: MeasurementRequest, models: list[PreparedModel]) -> None
                 sizes = text.model_dump(include={"sequence_length", "seed"})
                 tokens = pack_tokens(found, tokenizer, sequences=config.calibration_sequences, **sizes)
                 _check_vocabulary(tokens, model)
+
+
+def _check_images(config: MeasurementRequest, model: PreparedModel, images: ImageSources) -> None:
+    extra = config.calibration_sequences - config.calibration.sequences
+    counts = (images.config.calibration + extra if config.needs_calibration else 1, images.config.evaluation)
+    options = images.config.model_dump(include={"column", "label_column", "seed", "unreadable"})
+    for source, part, count in zip(images.config.sources, images.config.parts, counts, strict=True):
+        if not source.startswith(DATA_SET):
+            check_images(ImageDraw(source=source, part=part, count=count, **options), _model_dir(model))
+
+
+def _model_dir(model: PreparedModel) -> Path:
+    assert model.site.model is not None
+    return located_dir(open_store(model.site.store_url), model.site.model)
 
 
 def _check_vocabulary(tokens: Tensor, model: PreparedModel) -> None:
@@ -259,7 +298,18 @@ def _check_sensitivity_spec(config: MeasurementRequest, structure: ModelStructur
 
 
 def check_context_of(config: MeasurementRequest, model: PreparedModel) -> None:
-    """Raise InputError when the model's context does not hold the sequences and windows it would see."""
+    """Raise InputError when the model's context does not hold the sequences and windows it would see.
+
+    Of a model that sees images, when it is asked for what language models do.
+    """
+    if model.images is not None:
+        evaluation = getattr(config, "evaluation", None)
+        if evaluation is not None and (evaluation.performance or evaluation.tasks):
+            raise InputError(
+                f"{model.config.name} sees images: evaluation.performance and evaluation.tasks are for language "
+                "models; leave them out, and give language models a run of their own"
+            )
+        return
     assert model.site.model is not None
     model_dir = located_dir(open_store(model.site.store_url), model.site.model)
     for text in config.texts:

@@ -68,12 +68,13 @@ def last_states(
     """
     hidden = model.embed(windows)
     inputs = model.block_inputs(hidden.shape[1])
+    step = model.sequences_at_once(hidden.shape[1])
     for layer in (layer for layer in range(model.structure.layers) if layer not in skipped_layers):
         with model.block(layer) as block:
             if prepare is not None:
                 prepare(block, layer)
-            for index in range(len(hidden)):
-                hidden[index : index + 1] = inputs[layer].run(block, hidden[index : index + 1])
+            for start in range(0, len(hidden), step):
+                hidden[start : start + step] = inputs[layer].run(block, hidden[start : start + step])
         finite = hidden.isfinite().flatten(1).all(dim=1)
         if not finite.all():
             raise NotFiniteError(

@@ -73,6 +73,15 @@ def prepare_images(draw: ImageDraw, model_dir: Path) -> PreparedImages:
     return PreparedImages(torch.cat(pieces).float(), taken)
 
 
+def check_images(draw: ImageDraw, model_dir: Path) -> None:
+    """Raise InputError where `prepare_images` would, but for images that cannot be read: none is decoded."""
+    load_processor(model_dir)
+    found = read_images(draw.source, draw.column, draw.label_column)
+    _chosen(found, draw)
+    if found.labels is not None:
+        model_labels(found, read_model_config(model_dir), draw.source)
+
+
 def load_processor(model_dir: Path) -> Any:
     """The image processor of a model directory. Raises InputError when there is none that can be read."""
     try:

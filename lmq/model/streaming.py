@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 _MATRIX_ELEMENTS_AT_ONCE = 1 << 22
 """Weights of an embedding that are held in float32 at a time."""
 _SAMPLE_TOKENS = 12
+_IMAGES_AT_ONCE = 16
+_STATES_AT_ONCE = 2048
+"""States, as patches of images have one each, that go through a block together."""
 _LOGITS_AT_ONCE = 1 << 24
 """Logits held at a time (64 MB in float32), whatever the vocabulary."""
 
@@ -164,6 +167,10 @@ class StreamedModel:
         """Tokens whose logits are held at a time."""
         return tokens_at_once(self.structure.vocabulary_size)
 
+    def sequences_at_once(self, sequence_length: int) -> int:
+        """Sequences that go through a block together: of texts one, of images, which are short, several."""
+        return 1 if self.loss.per_token else max(1, _STATES_AT_ONCE // sequence_length)
+
     def split(self, predicting: Tensor) -> tuple[Tensor, ...]:
         """States that predictions are made from [predictions, ...], in pieces whose outputs are held at a time."""
         if self.loss.per_token:
@@ -226,7 +233,7 @@ class StreamedModel:
         def stop(_: int, entering: Tensor, *__: Any) -> Any:
             raise StopForward(entering)
 
-        rows = inputs.to(self.device).split(1)
+        rows = inputs.to(self.device).split(1 if self.loss.per_token else _IMAGES_AT_ONCE)
         return torch.cat([self._run_until_stopped(stop, **self._given(row)) for row in rows])
 
     def head_logits(self, hidden: Tensor) -> Tensor:

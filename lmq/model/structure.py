@@ -133,6 +133,11 @@ class ModelStructure:
         return sum(module.parameters for module in self.quantized)
 
     @property
+    def sees_images(self) -> bool:
+        """Whether it is an encoder of images, and no language model."""
+        return self.loss != NEXT_TOKEN
+
+    @property
     def experts(self) -> dict[int, int]:
         """How many routed experts each layer has that has some."""
         numbers = ((module.id.layer, expert_number(module.id.kind)) for module in self.modules)

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from lmq.formats.spec import QuantSpec
+from lmq.model.losses import LOSSES
 from lmq.model.source import ModelSource
 from lmq.model.structure import without_number
 from lmq.report.data import ModelReport, ReportData, Rows
@@ -37,7 +38,7 @@ def model_card(data: ReportData, result: VariantResult) -> str:
         _head(_source(written, result.model)),
         f"# {result.model}, {result.label}",
         _what(result, source, model),
-        _USE.format(*_CLASSES[bool(model and model.structure.kept_parts)]),
+        *_use(model),
         "## Results\n\n" + _results(data, result),
         "## Where the bits went\n\n" + (_bits(model.allocations.get(result.label, ())) if model else _NOT_MEASURED),
         *([_warnings(model)] if model and model.warnings else []),
@@ -48,12 +49,6 @@ def model_card(data: ReportData, result: VariantResult) -> str:
 
 _NOT_MEASURED = "Not measured."
 
-_CLASSES = {
-    False: ("AutoModelForCausalLM", "tokenizer", "AutoTokenizer"),
-    True: ("AutoModelForImageTextToText", "processor", "AutoProcessor"),
-}
-"""What opens a language model, and one that sees images."""
-
 _USE = """## Use
 
 ```python
@@ -62,9 +57,18 @@ from transformers import {0}, {2}
 
 model = {0}.from_pretrained(PATH)  # or lmq.load(PATH, dense=True): unpacked once, faster
 {1} = {2}.from_pretrained(PATH)
-```
+```"""
 
-`lmq export PATH --format safetensors | hqq | gguf | compressed-tensors` writes it for other programs."""
+_EXPORT = "`lmq export PATH --format safetensors | hqq | gguf | compressed-tensors` writes it for other programs."
+
+
+def _use(model: ModelReport | None) -> list[str]:
+    """How the checkpoint is opened, and written for other programs where these know such models."""
+    if model is not None and model.structure.sees_images:
+        return [_USE.format(LOSSES[model.structure.loss].auto_class, "processor", "AutoImageProcessor")]
+    if model is not None and model.structure.kept_parts:
+        return [_USE.format("AutoModelForImageTextToText", "processor", "AutoProcessor"), _EXPORT]
+    return [_USE.format("AutoModelForCausalLM", "tokenizer", "AutoTokenizer"), _EXPORT]
 
 
 def _source(config: Mapping[str, Any], model: str) -> str | None:
