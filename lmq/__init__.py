@@ -40,14 +40,27 @@ def load(
     `dtype` is that of the unquantized tensors and of the computation (None: as stored). With `dense` the weights
     are unpacked once: full memory, faster calls. `verify` reads all of it once more and compares it with the
     checksums that lie beside the weights. Tensors that the model's class does not have are left aside, as transformers
-    leaves them. Raises DamagedFile or InputError naming what is wrong.
+    leaves them.
+
+    What GPTQ, AutoRound, AWQ or compressed-tensors quantized, and a .gguf file, is dequantized (None: to float32), and
+    other methods are left to transformers; they have no checksums to `verify`. Raises DamagedFile or InputError naming
+    what is wrong.
     """
+    from lmq.checkpoint.config import QUANT_METHOD
+    from lmq.checkpoint.open import open_gguf, open_model_directory, quantization_method
     from lmq.checkpoint.verify import verify_checkpoint
-    from lmq.errors import DamagedFile
+    from lmq.errors import DamagedFile, InputError
     from lmq.model.auto_class import auto_class_of
     from lmq.model.skeleton import read_model_config
     from lmq.model.transformers_lock import TRANSFORMERS_LOCK
 
+    is_gguf = Path(path).suffix == ".gguf"
+    if is_gguf or quantization_method(Path(path)) not in (None, QUANT_METHOD):
+        if verify:
+            raise InputError(f"{path} is not a checkpoint of lmq and has no checksums; leave out verify")
+        if is_gguf:
+            return open_gguf(Path(path), dtype=dtype, device=device)
+        return open_model_directory(Path(path), dtype=dtype, device=device, dense=True)
     verify_checkpoint(Path(path), checksums=verify)
     precision = "auto" if dtype is None else dtype
     auto_class = auto_class_of(read_model_config(Path(path)))

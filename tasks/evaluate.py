@@ -125,7 +125,7 @@ def _evaluate_rounded(job: Job, judge: Judge) -> None:
     _write_size(job, baseline.size_bytes(model.structure), None)
 
 
-@stage("evaluate-other", version=2, schema=WINDOWS_SCHEMA.label, result=judged)
+@stage("evaluate-other", version=3, schema=WINDOWS_SCHEMA.label, result=judged)
 def evaluate_other(job: Job) -> None:
     """Perplexity and divergence of a checkpoint that another program made of the model, opened whole."""
     path = Path(job.site.places["checkpoint"])

@@ -62,8 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--for",
         dest="target",
         metavar="ENGINE",
-        help="plan over what an engine holds and write what it opens: llama.cpp or vllm. llama.cpp: a .gguf file, with "
-        "embedding and head quantized, which --bits counts too",
+        help="plan over what an engine holds and write what it opens: llama.cpp (a .gguf file, with embedding and head "
+        "quantized, which --bits counts too), vllm (compressed-tensors: 4 and 8 bits), gptq (vLLM and GPTQModel: 2, 3, "
+        "4 and 8 bits), auto-round (transformers: 2 to 8 bits) or awq (4 bits for all)",
     )
     add_store(parser)
     parser.set_defaults(command=quantize_command)
@@ -167,7 +168,9 @@ def _print_samples(made: MadeModel, prepared: PreparedGoal) -> None:
 def _usage(path: Path, target: str | None) -> str:
     """Three lines of Python, or what the target is started with."""
     if target is not None:
-        return {"llama.cpp": f"llama-cli -m {path}", "vllm": f"vllm serve {path}"}[target]
+        from lmq.allocation.targets import target_named
+
+        return target_named(target).usage.format(path=str(path))
     return (
         "import lmq; from transformers import AutoModelForCausalLM, AutoTokenizer\n"
         f'model, tokenizer = lmq.load("{path}"), AutoTokenizer.from_pretrained("{path}")\n'

@@ -318,8 +318,11 @@ class RunConfig(MeasurementRequest):
         """The constraints of the run with those of its target."""
         if self.target is None:
             return self.constraints
-        alike = dict.fromkeys((*self.constraints.alike, *target_named(self.target).alike))
-        return self.constraints.model_copy(update={"alike": tuple(alike)})
+        target = target_named(self.target)
+        alike = dict.fromkeys((*self.constraints.alike, *target.alike))
+        most = [most for most in (self.constraints.most_configurations, target.most_configurations) if most is not None]
+        kept = {"alike": tuple(alike), "most_configurations": min(most, default=None)}
+        return self.constraints.model_copy(update=kept)
 
     def quantizer_named(self, name: str) -> dict[str, Any]:
         """A quantizer with the run's axis and what its target needs; options are those of measure.quantizer."""

@@ -23,16 +23,19 @@ class Target:
     """What the kernels of an engine take.
 
     bits, group_sizes: any of one with any of the other. Groups run along in_features and do not straddle rows.
-    types: those of GGUF, in the place of both, and of them `menu` is what a run chooses from that names no menu.
+    types: those of GGUF, in the place of both. menu: what a run chooses from that names no menu.
     embeddings: whether input embedding and output head may be quantized. export: the format of `lmq export`.
+    usage: what opens an export at `{path}`.
     alike: kinds that the engine holds in one matrix, and so in one configuration; presets of
     `lmq.allocation.constraints`. integer_zeros: zeros are whole numbers, as `lmq.quantizers.integer_zeros` fits them.
     out_features_multiple: what the rows of every matrix must be a multiple of.
+    most_configurations: how many different ones a checkpoint may have.
     """
 
     name: str
     description: str
     export: str
+    usage: str
     bits: tuple[int, ...] = ()
     group_sizes: tuple[int, ...] = ()
     types: tuple[str, ...] = ()
@@ -41,6 +44,7 @@ class Target:
     alike: tuple[str, ...] = ()
     integer_zeros: bool = False
     out_features_multiple: int = 1
+    most_configurations: int | None = None
 
     def misfit(self, spec: QuantSpec, out_features: int, in_features: int) -> str | None:
         """Why the engine cannot hold such a matrix in this configuration; None where it can."""
@@ -84,6 +88,7 @@ TARGETS: Mapping[str, Target] = {
             name="vllm",
             description="vLLM and SGLang through compressed-tensors: the weight-only kernels of Marlin",
             export="compressed-tensors",
+            usage="vllm serve {path}",
             bits=(4, 8),
             group_sizes=(32, 64, 128),
             alike=("qkv", "gate-up"),
@@ -94,9 +99,43 @@ TARGETS: Mapping[str, Target] = {
             name="llama.cpp",
             description="llama.cpp and the programs built on it, by GGUF files",
             export="gguf",
+            usage="llama-cli -m {path}",
             types=tuple(GGUF_TYPES),
             menu=("q2_k", "q3_k", "iq4_xs", "q4_k", "q4_1", "q5_k", "q6_k", "q8_0"),
             embeddings=True,
+        ),
+        Target(
+            name="gptq",
+            description="GPTQModel, vLLM and SGLang by GPTQ's layout, with bits and groups by module",
+            export="gptq",
+            usage="vllm serve {path}",
+            bits=(2, 3, 4, 8),
+            group_sizes=(32, 64, 128),
+            alike=("qkv", "gate-up"),
+            integer_zeros=True,
+            out_features_multiple=32,  # zeros of 3 bits are packed 32 to three int32 along the rows
+        ),
+        Target(
+            name="auto-round",
+            description="transformers with the auto-round package, with bits and groups by module",
+            export="auto-round",
+            usage="AutoModelForCausalLM.from_pretrained({path!r})",
+            bits=(2, 3, 4, 5, 6, 8),
+            group_sizes=(32, 64, 128),
+            menu=(*(spec.name for spec in STOPS if spec.bits < 8), "b5g64", "b6g64", "b8g64"),
+            integer_zeros=True,
+            out_features_multiple=32,
+        ),
+        Target(
+            name="awq",
+            description="vLLM, SGLang and transformers by AWQ's layout: 4 bits, one group size for all",
+            export="awq",
+            usage="vllm serve {path}",
+            bits=(4,),
+            group_sizes=(32, 64, 128),
+            integer_zeros=True,
+            out_features_multiple=8,
+            most_configurations=1,
         ),
     )
 }

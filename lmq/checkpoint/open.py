@@ -1,17 +1,13 @@
 """Opening of a model directory as it is served: plain, of lmq, or quantized by another program.
 
 `open_model_directory` opens the whole model. `QuantizedBlocks` opens a checkpoint of lmq one block at a time.
-`open_dense` has the compressed-tensors package decompress its checkpoints: transformers 5.23 with compressed-tensors
-0.20 cannot open 4-bit checkpoints with zeros as they are. It prepares its modules on the meta device, where that
-version does not pack zeros, and then refuses the packed ones. It can with
-`quantization_config=CompressedTensorsConfig(dequantize=True)`, but takes the first group's configuration for all.
+`open_dense` opens the dense weights that `lmq.checkpoint.dense_state` makes of checkpoints of other programs.
 """
 
 from __future__ import annotations
 
 import json
-from collections import defaultdict
-from collections.abc import Mapping
+import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +17,7 @@ from torch import Tensor, nn
 
 from lmq import load
 from lmq.checkpoint.config import QUANT_METHOD
+from lmq.checkpoint.dense_state import DENSE_STATES, SELF_READ
 from lmq.checkpoint.verify import read_quantization_config, verify_checkpoint
 from lmq.errors import DamagedFile, InputError, LmqError
 from lmq.formats.packed_layer import QuantizedMatrix
@@ -30,7 +27,7 @@ from lmq.model.source import nearest_sibling
 from lmq.model.stored import StoredModel, match_tensors, read_stored_model
 from lmq.model.streaming import StreamedModel
 from lmq.model.structure import ModelStructure, ModuleInfo
-from lmq.model.tensors import StoredTensor, read_headers, read_tensors
+from lmq.model.tensors import read_headers, read_tensors
 from lmq.model.transformers_lock import TRANSFORMERS_LOCK
 
 if TYPE_CHECKING:
@@ -54,13 +51,16 @@ def open_model_directory(
 ) -> PreTrainedModel:
     """The model in evaluation mode, by plain `from_pretrained`, in `dtype` (None: as stored).
 
-    With `dense` a checkpoint of lmq is unpacked once: full memory, faster calls. Raises InputError where there is no
-    model directory or a package that opens it is missing, DamagedFile for a damaged checkpoint of lmq, and LmqError
-    where it does not open for another reason, or not completely.
+    With `dense` a checkpoint of lmq is unpacked once: full memory, faster calls; those of GPTQ, AutoRound and AWQ are
+    dequantized, and no package of theirs is needed. Raises InputError where there is no model directory or a package
+    that opens it is missing, DamagedFile for a damaged checkpoint, and LmqError where it does not open for another
+    reason, or not completely.
     """
     method = quantization_method(path)
     if method == QUANT_METHOD:
         return load(path, device=device, dtype=dtype, dense=dense)
+    if dense and method in SELF_READ:
+        return _open_dense(path, method, dtype, device)
     if method is not None and method not in (known := _quantization_methods()):
         raise InputError(
             f"{path} is quantized by {method}, which this transformers does not open; it opens: {', '.join(known)}"
@@ -73,7 +73,7 @@ def open_model_directory(
         ) from error
     except DOES_NOT_OPEN as error:
         if method == "compressed-tensors":
-            return _open_compressed_tensors(path, dtype, device)
+            return _open_dense(path, method, dtype, device)
         raise LmqError(f"{path} ({method or 'not quantized'}) does not open: {_first_line(error)}") from error
 
 
@@ -97,21 +97,21 @@ def _quantization_methods() -> list[str]:
 
 
 def open_dense(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The model with dense weights in `dtype`, all of it in memory.
+    """The model of another program's checkpoint with dense weights in `dtype`, all of it in memory.
 
-    Raises InputError for another directory and without the package, LmqError where tensors are missing.
+    Raises InputError for another directory and without a package that it takes, LmqError where tensors are missing.
     """
     with TRANSFORMERS_LOCK:
         from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     fields = getattr(config, "quantization_config", None)
-    if not isinstance(fields, dict) or fields.get("quant_method") != "compressed-tensors":
+    if not isinstance(fields, dict) or fields.get("quant_method") not in DENSE_STATES:
         raise InputError(
-            f"{path} is not a checkpoint of compressed-tensors: see quantization_config in its config.json"
+            f"{path} is not a checkpoint of {', '.join(DENSE_STATES)}: see quantization_config in its config.json"
         )
     del config.quantization_config
-    state = _dense_state(path, fields)
+    state = DENSE_STATES[fields["quant_method"]](path, fields, dtype)
     auto_class = auto_class_of(config)
     with TRANSFORMERS_LOCK:
         with torch.device("meta"):
@@ -123,6 +123,25 @@ def open_dense(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMode
     if amiss:
         raise LmqError(f"{path} does not hold the tensors of its model: {amiss}; write it again")
     return model.eval()
+
+
+def open_gguf(path: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> PreTrainedModel:
+    """The model of a GGUF file with dense weights in `dtype` (None: float32), as transformers reads it.
+
+    Raises InputError where there is no such file, LmqError where it does not open.
+    """
+    if not path.is_file():
+        raise InputError(f"there is no file {path}{nearest_sibling(path)}")
+    with TRANSFORMERS_LOCK:
+        from transformers import AutoModelForCausalLM
+
+        try:
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                path.parent, gguf_file=path.name, dtype=dtype or torch.float32, trust_remote_code=False
+            )
+        except (*DOES_NOT_OPEN, NotImplementedError, struct.error) as error:
+            raise LmqError(f"{path} does not open as a GGUF model: {_first_line(error)}") from error
+    return model.to(device).eval()
 
 
 class QuantizedBlocks:
@@ -203,42 +222,13 @@ def _open_completely(path: Path, dtype: torch.dtype | None, device: torch.device
     return model.to(device).eval()
 
 
-def _open_compressed_tensors(path: Path, dtype: torch.dtype | None, device: torch.device | str) -> PreTrainedModel:
-    """What transformers refuses of compressed-tensors (packed zeros), decompressed before it is opened."""
+def _open_dense(path: Path, method: str, dtype: torch.dtype | None, device: torch.device | str) -> PreTrainedModel:
     try:
         model: Any = open_dense(path, dtype or torch.float32)
     except DOES_NOT_OPEN as error:
-        raise LmqError(f"{path} (compressed-tensors) does not open: {_first_line(error)}") from error
+        raise LmqError(f"{path} ({method}) does not open: {_first_line(error)}") from error
     return model.to(device)
 
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
-
-
-def _dense_state(path: Path, fields: dict[str, Any]) -> dict[str, Tensor]:
-    """Every tensor by name, with dense weights in the place of compressed ones."""
-    try:
-        from compressed_tensors.compressors import BaseCompressor
-        from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
-    except ImportError as error:
-        raise InputError("the package compressed-tensors is not installed; pip install 'lmq[vllm]'") from error
-    groups = QuantizationConfig.model_validate(fields).config_groups.values()
-    schemes = [group for group in groups if isinstance(group, QuantizationScheme)]
-    scheme_of = {target: scheme for scheme in schemes for target in scheme.targets}
-    state: dict[str, Tensor] = {}
-    for module_path, stored in _by_module(read_headers(path)).items():
-        tensors = {name.rpartition(".")[2]: tensor for name, tensor in read_tensors(stored).items()}
-        if scheme := scheme_of.get(module_path):
-            tensors["weight_scale"] = tensors["weight_scale"].float()
-            decompressed = BaseCompressor.get_value_from_registry(scheme.format).decompress(tensors, scheme)
-            tensors = {name: tensor for name, tensor in decompressed.items() if name in ("weight", "bias")}
-        state |= {f"{module_path}.{name}": tensor for name, tensor in tensors.items()}
-    return state
-
-
-def _by_module(headers: Mapping[str, StoredTensor]) -> dict[str, list[StoredTensor]]:
-    modules: dict[str, list[StoredTensor]] = defaultdict(list)
-    for name, tensor in headers.items():
-        modules[name.rpartition(".")[0]].append(tensor)
-    return modules

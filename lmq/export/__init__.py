@@ -55,6 +55,13 @@ FORMATS: Mapping[str, ExportFormat] = {
         summary="a file for llama.cpp and its relatives", module="lmq.export.gguf", options=("fidelity", "tensor_types")
     ),
     "compressed-tensors": ExportFormat(summary="packed integers for vLLM", module="lmq.export.compressed_tensors"),
+    "gptq": ExportFormat(
+        summary="packed integers of GPTQ, bits by module, for GPTQModel and vLLM", module="lmq.export.gptq"
+    ),
+    "auto-round": ExportFormat(
+        summary="packed integers of AutoRound, bits by module, for transformers", module="lmq.export.auto_round"
+    ),
+    "awq": ExportFormat(summary="packed 4-bit integers of AWQ, for vLLM", module="lmq.export.awq"),
 }
 
 

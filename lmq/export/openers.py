@@ -80,7 +80,7 @@ def _open_completely(path: Path, config: Any, **options: Any) -> PreTrainedModel
     return model
 
 
-def _open_compressed_tensors(report: ExportReport) -> PreTrainedModel:
+def _open_dense(report: ExportReport) -> PreTrainedModel:
     return open_dense(report.path)
 
 
@@ -103,6 +103,9 @@ def _open_hqq(report: ExportReport) -> PreTrainedModel:
 _OPENERS: Mapping[str, Callable[[ExportReport], PreTrainedModel]] = {
     "hqq": _open_hqq,
     "gguf": _open_gguf,
-    "compressed-tensors": _open_compressed_tensors,
+    "compressed-tensors": _open_dense,
+    "gptq": _open_dense,
+    "auto-round": _open_dense,
+    "awq": _open_dense,
 }
 """Formats that are not opened as a plain directory of transformers."""

@@ -34,14 +34,14 @@ def judged(server, tiny_qwen, tmp_path_factory):
     question = {"question": "The value", "choices": ["of", "is"], "answer": 0}
     (place / "words.jsonl").write_text(f"{json.dumps(question)}\n" * 5)
     (place / "words.yaml").write_text(TASK)
-    shutil.copytree(tiny_qwen, place / "gptq")
-    config = json.loads((place / "gptq" / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 64}
-    (place / "gptq" / "config.json").write_text(json.dumps(config))
+    shutil.copytree(tiny_qwen, place / "aqlm")
+    config = json.loads((place / "aqlm" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "aqlm"}
+    (place / "aqlm" / "config.json").write_text(json.dumps(config))
     baselines = [
         "rtn b3g64",
         "nf4",
-        {"name": "GPTQ 4-bit", "path": str(place / "gptq")},
+        {"name": "AQLM 2-bit", "path": str(place / "aqlm")},
         {"name": "same", "path": str(tiny_qwen)},
     ]
     tasks = [str(place / "words.yaml"), "openbookqa"]
@@ -60,7 +60,7 @@ def results(judged):
 def test_baselines_stand_in_the_same_table(judged, results):
     config, model = judged
     structure = discover(model, weights_sha256="0")
-    assert list(results) == ["full-precision", "uniform", "rtn b3g64", "nf4 g64", "GPTQ 4-bit", "same"]
+    assert list(results) == ["full-precision", "uniform", "rtn b3g64", "nf4 g64", "AQLM 2-bit", "same"]
     assert results["nf4 g64"].bits_per_weight == 4.5
     assert results["nf4 g64"].kl_divergence > 0
     assert results["rtn b3g64"].kl_divergence > results["nf4 g64"].kl_divergence
@@ -69,16 +69,16 @@ def test_baselines_stand_in_the_same_table(judged, results):
     assert same.perplexity == pytest.approx(full.perplexity, rel=1e-4)
     assert same.kl_divergence == pytest.approx(0, abs=1e-6)
     assert same.size_bytes == 4 * structure.parameters
-    for name in ("rtn b3g64", "nf4 g64", "same", "GPTQ 4-bit"):
+    for name in ("rtn b3g64", "nf4 g64", "same", "AQLM 2-bit"):
         assert results[name].checkpoint is None
     page = (config.run_dir / "report.html").read_text()
     assert "nf4 g64" in page
-    assert "GPTQ 4-bit" in page
+    assert "AQLM 2-bit" in page
 
 
 def test_a_missing_kernel_package_fails_one_row(results):
-    failed = results["GPTQ 4-bit"]
-    assert "is quantized by gptq, and a package that opens it is missing" in failed.error
+    failed = results["AQLM 2-bit"]
+    assert "is quantized by aqlm, and a package that opens it is missing" in failed.error
     assert failed.perplexity is None
 
 
@@ -110,7 +110,7 @@ def test_what_was_not_at_hand_is_asked_again_and_the_rest_is_cached(judged, resu
     config, _ = judged
     to_run = {label for (stage, label), cached in promised(config).items() if not cached}
     assert to_run
-    assert all("openbookqa" in label or "GPTQ 4-bit" in label for label in to_run)
+    assert all("openbookqa" in label or "AQLM 2-bit" in label for label in to_run)
     questions = config.run_dir.parent.parent / "words.jsonl"
     questions.write_text(questions.read_text() * 2)
     changed = {label for (_, label), cached in promised(config).items() if not cached} - to_run

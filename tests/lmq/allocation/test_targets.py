@@ -5,6 +5,7 @@ import pytest
 from lmq.allocation.constraints import ALIKE_PRESETS
 from lmq.allocation.targets import TARGETS, left_out, list_modules, restrict_menu, target_named
 from lmq.errors import InputError
+from lmq.export import FORMATS
 from lmq.formats.spec import ALLOWED_BITS, ALLOWED_GROUP_SIZES, STOPS, QuantSpec
 from lmq.model.structure import ModuleId, ModuleInfo
 
@@ -26,6 +27,9 @@ def test_every_target_names_what_lmq_has() -> None:
         assert set(target.bits) <= set(ALLOWED_BITS)
         assert set(target.group_sizes) <= set(ALLOWED_GROUP_SIZES)
         assert set(target.alike) <= set(ALIKE_PRESETS)
+        assert target.export in FORMATS
+        assert "dir" in target.usage.format(path="dir")
+        assert all(QuantSpec.parse(spec) in target.specs for spec in target.menu)
 
 
 def test_an_unknown_target_is_refused_with_the_nearest() -> None:
@@ -53,6 +57,22 @@ def test_the_menu_keeps_its_order_and_what_every_module_can_have() -> None:
 )
 def test_what_does_not_fit_is_said(spec: str, shape: tuple[int, int], reason: str | None) -> None:
     assert VLLM.misfit(QuantSpec.parse(spec), *shape) == reason
+
+
+@pytest.mark.parametrize(
+    ("target", "spec", "shape", "reason"),
+    [
+        ("gptq", "b3g32", (48, 64), "48 rows, not a multiple of 32"),
+        ("gptq", "b5g64", (64, 64), "5-bit codes, where gptq takes 2 or 3 or 4 or 8 bits"),
+        ("gptq", "q4_k", (64, 256), "a type of GGUF, which gptq does not open"),
+        ("auto-round", "b5g64", (64, 64), None),
+        ("awq", "b8g64", (64, 64), "8-bit codes, where awq takes 4 bits"),
+    ],
+)
+def test_what_the_layouts_of_integers_do_not_hold_is_said(
+    target: str, spec: str, shape: tuple[int, int], reason: str | None
+) -> None:
+    assert TARGETS[target].misfit(QuantSpec.parse(spec), *shape) == reason
 
 
 def test_what_is_left_out_of_a_menu_is_said_with_the_modules() -> None:

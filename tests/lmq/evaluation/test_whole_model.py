@@ -158,11 +158,11 @@ def plain_quantization_config(path: Path, fields: dict[str, object]) -> None:
     (path / "config.json").write_text(json.dumps({**config, "quantization_config": fields}))
 
 
-GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 64, "desc_act": False, "sym": True}
-AWQ = {"quant_method": "awq", "bits": 4, "group_size": 64, "version": "gemm", "zero_point": True}
+AQLM = {"quant_method": "aqlm"}
+VPTQ = {"quant_method": "vptq"}
 
 
-@pytest.mark.parametrize("fields", [GPTQ, AWQ], ids=["gptq", "awq"])
+@pytest.mark.parametrize("fields", [AQLM, VPTQ], ids=["aqlm", "vptq"])
 def test_a_missing_kernel_package_is_named(tiny_llama: Path, tmp_path: Path, fields: dict[str, object]) -> None:
     shutil.copytree(tiny_llama, tmp_path / "model")
     plain_quantization_config(tmp_path / "model", fields)
@@ -177,19 +177,20 @@ def test_a_method_that_nobody_knows_is_named(tiny_llama: Path, tmp_path: Path) -
         evaluate_checkpoint(tmp_path / "model", text="pydoc-topics", column="text", tokens=99, window=50, stride=25)
 
 
-def test_compressed_tensors_are_evaluated_by_the_same_code(tiny_llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("format_name", ["compressed-tensors", "gptq", "auto-round", "awq"])
+def test_what_others_store_is_evaluated_by_the_same_code(format_name: str, tiny_llama: Path, tmp_path: Path) -> None:
     """The export has the checkpoint's codes, scales rounded to the type it stores them in."""
     structure = discover(tiny_llama, weights_sha256="0")
     choice = {module.id: QuantSpec(4, 64) for module in structure.modules}
     whole = quantizer("rtn", integer_zeros=True)
     write_checkpoint(tmp_path / "lmq", tiny_llama, structure, choice, whole)
-    exporter = export_format("compressed-tensors").exporter()
-    exporter.export(QuantizedCheckpoint(tmp_path / "lmq"), tmp_path / "ct")
+    exporter = export_format(format_name).exporter()
+    exporter.export(QuantizedCheckpoint(tmp_path / "lmq"), tmp_path / "theirs")
     options = {"text": "pydoc-topics", "column": "text", "tokens": 60, "window": 30, "stride": 30}
-    ours, theirs = (evaluate_checkpoint(tmp_path / name, **options) for name in ("lmq", "ct"))
+    ours, theirs = (evaluate_checkpoint(tmp_path / name, **options) for name in ("lmq", "theirs"))
     assert theirs.perplexity.value == pytest.approx(ours.perplexity.value, rel=2e-2)
-    matrices, _ = stored_bytes(tmp_path / "ct", structure)
-    assert 0.5 < matrices / structure.parameters < 0.75  # 4-bit codes, scales, zeros and shapes
+    matrices, _ = stored_bytes(tmp_path / "theirs", structure)
+    assert 0.5 < matrices / structure.parameters < 0.75  # 4-bit codes, scales, zeros, and shapes or g_idx
 
 
 def test_sizes_are_those_of_the_files(tiny_qwen: Path, tmp_path: Path) -> None:

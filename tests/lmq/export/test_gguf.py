@@ -21,7 +21,7 @@ from transformers import (
 )
 
 import lmq
-from lmq.errors import InputError
+from lmq.errors import InputError, LmqError
 from lmq.export.gguf import export, problems
 from lmq.export.gguf_blocks import GRID_BLOCKS, decode, encode
 from lmq.export.openers import open_export
@@ -128,6 +128,16 @@ def test_the_gguf_package_reads_the_same_weights(wide_llama: Path, tmp_path: Pat
         if step.target == "Q4_1":  # the very codes: what differs is the rounding of scale and offset to float16
             block = np.abs(weight).reshape(-1, 32).max(axis=1, keepdims=True)
             assert (np.abs(found - weight).reshape(-1, 32) <= 3 * FLOAT16_ROUNDING * block).all()
+
+
+def test_lmq_loads_a_file(wide_llama: Path, tmp_path: Path) -> None:
+    report = export(write_small(wide_llama, tmp_path / "lmq", "b4g32"), tmp_path / "model.gguf", fidelity="exact")
+    assert torch.equal(logits(lmq.load(report.path)), logits(open_gguf(report)))
+    with pytest.raises(InputError, match="there is no file"):
+        lmq.load(tmp_path / "other.gguf")
+    (tmp_path / "other.gguf").write_bytes(b"GGUF and nothing else")
+    with pytest.raises(LmqError, match=r"other.gguf does not open as a GGUF model"):
+        lmq.load(tmp_path / "other.gguf")
 
 
 @pytest.mark.parametrize("fidelity", ["exact", "size"])
