@@ -1,6 +1,8 @@
 """Solving the budget program: exact knapsack, HiGHS through PuLP, and scipy's milp with a dense constraint matrix.
 
-Run `python benchmarks/allocation.py`. Times are CPU seconds. Slow solvers get fewer budgets; figures for 100 budgets
+Then the frontier of 100 budgets for every target, with its constraints, all from one error table of made-up costs.
+
+Run `python -m benchmarks.allocation`. Times are CPU seconds. Slow solvers get fewer budgets; figures for 100 budgets
 marked ~ are extrapolated from those. The Llama-2-7B table is the published one where it lies beside the checkout,
 otherwise it is made up like the 405B-sized one: costs that fall with bits, lognormal over modules.
 """
@@ -18,12 +20,19 @@ from pathlib import Path
 import numpy as np
 import scipy.optimize
 
+from lmq.allocation.error_table import ErrorTable
+from lmq.allocation.frontier import budget_steps, frontier, within_target
 from lmq.allocation.solver import Solution, relative_gap, solve
-from lmq.formats.spec import STOPS
+from lmq.allocation.strategies import Measurements, strategy
+from lmq.allocation.targets import TARGETS
+from lmq.formats.spec import STOPS, QuantSpec
+from lmq.model.structure import ModuleId, ModuleInfo
 
 PUBLISHED_TABLE = Path(__file__).resolve().parents[2] / "shared" / "vectors" / "table-Llama-2-7b-hf.csv.gz"
 LLAMA_7B_BLOCK = [4096 * 4096] * 4 + [4096 * 11008] * 3
 LLAMA_405B_BLOCK = [16384 * 16384] * 2 + [16384 * 1024] * 2 + [16384 * 53248] * 3
+LLAMAS = {"7B-sized": (4096, 4096, 11008, 32), "405B-sized": (16384, 1024, 53248, 126)}
+"""Hidden size, rows of keys and values, rows of gate and up, layers."""
 BUDGETS = 100
 BITS_PER_WEIGHT = (2.2, 8.4)
 SCIPY_GAP = 1e-4
@@ -71,6 +80,45 @@ def main() -> None:
                 f"| {timing.largest_gap:.0e} |",
                 flush=True,
             )
+
+    print("\n| table, made up | target | configurations | 100 budgets, s | largest gap |")
+    print("|---|---|---:|---:|---:|")
+    for name, shape in LLAMAS.items():
+        measurements = llama_costs(*shape)
+        for target in TARGETS.values():
+            held = within_target(measurements, target)
+            start_s = time.process_time()
+            points = frontier(strategy("loss-aware"), held, budget_steps(held, BUDGETS))
+            elapsed_s = time.process_time() - start_s
+            gap = max(point.gap for point in points)
+            modules = len(held.modules)
+            print(f"| {name}, {modules} modules | {target.name} | {len(held.menu)} | {elapsed_s:.2f} | {gap:.0e} |")
+
+
+def llama_costs(hidden: int, keys: int, inner: int, layers: int) -> Measurements:
+    """One error table of the matrices of a Llama, for every configuration that some target holds; costs made up."""
+    shapes = {
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (keys, hidden),
+        "self_attn.v_proj": (keys, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
+    modules = tuple(
+        ModuleInfo(ModuleId(layer, kind), *shape, part=kind)
+        for layer in range(layers)
+        for kind, shape in shapes.items()
+    )
+    menu = tuple(dict.fromkeys([*STOPS, *(QuantSpec.parse(n) for target in TARGETS.values() for n in target.menu)]))
+    generator = np.random.default_rng(0)
+    fall = np.array([4.0**-spec.bits * (1 + spec.group_size / 100) for spec in menu])
+    scale = generator.lognormal(0, 1, (len(modules), 1))
+    costs = scale * fall * generator.lognormal(0, 0.05, (len(modules), len(menu)))
+    sizes = np.array([[spec.size_bytes(m.parameters, m.in_features) for spec in menu] for m in modules])
+    table = ErrorTable(tuple(module.id for module in modules), menu, costs, sizes)
+    return Measurements(modules=modules, menu=menu, costs={"sequence_fisher": table})
 
 
 def measure(program: Program, solver: Callable[[Program, int], Solution], budgets: int) -> Timing:

@@ -27,6 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="strategy whose costs are minimized, as the run's table names it (default: %(default)s)",
     )
     parser.add_argument("--model", metavar="NAME", help="one of the run's models (default: all)")
+    parser.add_argument(
+        "--target",
+        metavar="ENGINE",
+        help="plan over what an engine holds of the run's menu, as in gptq; costs stay those of the run's own codes",
+    )
     parser.set_defaults(command=frontier_command)
 
 
@@ -37,7 +42,7 @@ def frontier_command(arguments: argparse.Namespace) -> int:
     run_dir = run_directory(arguments.run)
     run = FinishedRun.open(run_dir)
     for model in [arguments.model] if arguments.model else run.models:
-        found = run.frontier(model, arguments.strategy, arguments.points)
+        found = run.frontier(model, arguments.strategy, arguments.points, arguments.target)
         console.print(_table(found))
         for path in _write(found, run_dir):
             say(path)
@@ -50,7 +55,8 @@ def _write(found: RunFrontier, run_dir: Path) -> tuple[Path, Path]:
     from lmq_flows.config.names import slug
     from lmq_flows.studies.frontier import write_points
 
-    table, picture = (run_dir / f"frontier-{slug(found.model)}.{ending}" for ending in ("csv", "svg"))
+    name = f"frontier-{slug(found.model)}" + ("" if found.target is None else f"-for-{slug(found.target)}")
+    table, picture = (run_dir / f"{name}.{ending}" for ending in ("csv", "svg"))
     write_points(table, found)
     figures = frontier_figures(
         found.points,
@@ -66,7 +72,8 @@ def _write(found: RunFrontier, run_dir: Path) -> tuple[Path, Path]:
 
 def _table(found: RunFrontier) -> Table:
     """Evenly spaced points of the frontier, the first and the last among them."""
-    table = Table(title=f"{found.model}: {found.strategy}, {len(found.points)} budgets", title_justify="left")
+    target = "" if found.target is None else f" for {found.target}"
+    table = Table(title=f"{found.model}: {found.strategy}{target}, {len(found.points)} budgets", title_justify="left")
     unit = " (nats per token)" if found.costs_are_divergences else ""
     for header in ("Budget", "Bits/weight", "Unused", f"Predicted cost{unit}", "Gap at most"):
         table.add_column(header, justify="right")

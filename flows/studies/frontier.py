@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lmq.allocation.embeddings import decides_on_embeddings
-from lmq.allocation.frontier import FrontierPoint, budget_steps, frontier, uniform_points
+from lmq.allocation.frontier import FrontierPoint, budget_steps, frontier, uniform_points, within_target
 from lmq.allocation.strategies import strategy
+from lmq.allocation.targets import target_named
 from lmq.errors import InputError, unknown_name
 from lmq.formats.spec import QuantSpec
 from lmq.measurement.frobenius import FROBENIUS
@@ -44,6 +45,7 @@ class RunFrontier:
 
     model: str
     strategy: str
+    target: str | None
     structure: ModelStructure
     costs_are_divergences: bool
     points: Sequence[FrontierPoint]
@@ -76,11 +78,12 @@ class FinishedRun:
         """Names of the run's models."""
         return [model.name for model in self.config.models]
 
-    def frontier(self, model: str, strategy_name: str, points: int) -> RunFrontier:
+    def frontier(self, model: str, strategy_name: str, points: int, target: str | None = None) -> RunFrontier:
         """Solve `points` budgets of a model, from the smallest to the largest feasible size.
 
-        `strategy_name` is a strategy's name, or its label in the run's table where the name is there twice.
-        Raises InputError for what the run does not have, or when the store no longer holds it.
+        `strategy_name` is a strategy's name, or its label in the run's table where the name is there twice. With a
+        `target`, plans are over what it holds of the run's menu, by the run's own costs. Raises InputError for what the
+        run does not have or the target does not hold, or when the store no longer holds it.
         """
         wanted = [item for item in self.config.models if item.name == model]
         if not wanted:
@@ -91,6 +94,8 @@ class FinishedRun:
         config = self.config.model_copy(update=asked)
         job, structure = _allocation_job(config, self.run_dir)
         measurements = read_measurements(job, structure)
+        if target is not None:
+            measurements = within_target(measurements, target_named(target))
         program = strategy(chosen.name, **chosen.options)
         if structure.embeddings and not decides_on_embeddings(program):
             raise InputError(
@@ -100,6 +105,7 @@ class FinishedRun:
         return RunFrontier(
             model=model,
             strategy=chosen.label,
+            target=target,
             structure=structure,
             costs_are_divergences=bool(program.needs) and program.needs <= _DIVERGENCES,
             points=frontier(program, measurements, budget_steps(measurements, points)),

@@ -8,8 +8,10 @@ from dataclasses import dataclass, replace
 from lmq.allocation.budget import module_sizes
 from lmq.allocation.solver import Allocation, relative_gap
 from lmq.allocation.strategies.base import Measurements, Strategy
+from lmq.allocation.targets import Target, restrict_menu
 from lmq.errors import InputError
 from lmq.formats.spec import QuantSpec
+from lmq.model.structure import EMBEDDINGS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +39,23 @@ def budget_steps(measurements: Measurements, points: int) -> list[int]:
     sizes = module_sizes(measurements.modules, measurements.menu)
     smallest, largest = int(sizes.min(axis=1).sum()), int(sizes.max(axis=1).sum())
     return [smallest + (largest - smallest) * step // (points - 1) for step in range(points)]
+
+
+def within_target(measurements: Measurements, target: Target) -> Measurements:
+    """The same measurements with what the target holds of the menu, and with its constraints beside their own.
+
+    Raises InputError where it holds none of the menu, or no quantized embeddings where there are some.
+    """
+    around = [module.id for module in measurements.modules if module.id.layer == EMBEDDINGS]
+    if around and not target.embeddings:
+        raise InputError(f"target {target.name!r} holds no quantized embeddings, and {around[0]} was measured")
+    kept = measurements.constraints
+    most = [most for most in (kept.most_configurations, target.most_configurations) if most is not None]
+    constraints = replace(
+        kept, alike=tuple(dict.fromkeys((*kept.alike, *target.alike))), most_configurations=min(most, default=None)
+    )
+    menu = restrict_menu(measurements.menu, target, measurements.modules)
+    return replace(measurements, menu=menu, constraints=constraints)
 
 
 def frontier(chosen: Strategy, measurements: Measurements, budgets: Sequence[int]) -> list[FrontierPoint]:

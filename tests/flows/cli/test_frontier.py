@@ -40,6 +40,16 @@ def test_frontier_of_another_strategy_from_the_same_measurements(
     assert "nats" not in printed
 
 
+def test_frontier_for_a_target_from_the_same_measurements(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["frontier", str(run_dir), "--points", "5", "--target", "gptq"]) == 0
+    assert "for gptq, 5 budgets" in capsys.readouterr().out
+    with (run_dir / "frontier-tiny-for-gptq.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 5
+    assert all(float(row["gap"]) <= 1e-9 for row in rows)
+    assert "did you mean 'gptq'" in refusal(capsys, "frontier", run_dir, "--points", "3", "--target", "gptqq")
+
+
 def test_frontier_refuses_what_the_run_does_not_have(
     run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

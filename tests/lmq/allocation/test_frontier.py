@@ -10,12 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmq.allocation.error_table import ErrorTable
-from lmq.allocation.frontier import budget_steps, frontier, uniform_points
+from lmq.allocation.frontier import budget_steps, frontier, uniform_points, within_target
 from lmq.allocation.solver import Allocation
 from lmq.allocation.strategies import Measurements, strategy
+from lmq.allocation.targets import TARGETS
 from lmq.errors import InfeasibleBudget, InputError
 from lmq.formats.spec import QuantSpec
-from lmq.model.structure import ModuleId, ModuleInfo
+from lmq.model.structure import EMBEDDINGS, ModuleId, ModuleInfo
 from lmq.report.figures.frontier import frontier_figures
 from lmq.report.figures.standalone import standalone_svg
 from lmq.report.results import VariantResult
@@ -74,6 +75,38 @@ def test_more_bytes_never_cost_more_and_uniform_is_never_below(seed: int, points
     at_the_same_bytes = frontier(strategy("mxq"), measurements, [point.size_bytes for point in uniform.values()])
     for point, best in zip(uniform.values(), at_the_same_bytes, strict=True):
         assert best.objective <= point.objective * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("target", ["vllm", "gptq", "awq"])
+def test_every_point_for_a_target_is_the_least_of_what_it_holds(target: str) -> None:
+    """Brute force over all allocations of six modules; gate and up of a layer are alike where the target fuses them."""
+    kinds = (("mlp.down_proj", 128), ("mlp.gate_proj", 64), ("mlp.up_proj", 64))
+    modules = tuple(ModuleInfo(ModuleId(layer, kind), out, 128, "m") for layer in range(2) for kind, out in kinds)
+    menu = (*MENU, QuantSpec(4, 32))
+    sizes = np.array([[spec.size_bytes(module.parameters) for spec in menu] for module in modules])
+    cost = np.random.default_rng(3).lognormal(0, 1, sizes.shape)
+    table = ErrorTable(tuple(module.id for module in modules), menu, cost, sizes)
+    engine = TARGETS[target]
+    held = within_target(Measurements(modules=modules, menu=menu, costs={"frobenius": table}), engine)
+    columns = [menu.index(spec) for spec in held.menu]
+    assert held.menu == tuple(spec for spec in menu if spec.bits in engine.bits)
+    kept = [
+        choice
+        for choice in itertools.product(columns, repeat=len(modules))
+        if (not engine.alike or (choice[1] == choice[2] and choice[4] == choice[5]))
+        and (engine.most_configurations is None or len(set(choice)) <= engine.most_configurations)
+    ]
+    rows = np.arange(len(modules))
+    of_all = [(sizes[rows, list(choice)].sum(), cost[rows, list(choice)].sum()) for choice in kept]
+    for point in frontier(strategy("mxq"), held, budget_steps(held, 5)):
+        assert point.objective == pytest.approx(min(c for size, c in of_all if size <= point.budget_bytes), rel=1e-9)
+        assert point.gap <= 1e-9
+
+
+def test_a_target_without_embeddings_refuses_those_that_were_measured() -> None:
+    head = ModuleInfo(ModuleId(EMBEDDINGS, "lm_head"), 128, 128, "head")
+    with pytest.raises(InputError, match="target 'gptq' holds no quantized embeddings, and"):
+        within_target(Measurements(modules=(*MODULES, head), menu=MENU), TARGETS["gptq"])
 
 
 def test_budgets_reach_from_the_smallest_to_the_largest_size() -> None:
