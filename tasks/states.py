@@ -37,7 +37,7 @@ def forward(job: Job) -> None:
     model = open_model(job)
     layer = job.config["layer"]
     hidden = read_hidden_states(job.input("hidden", HIDDEN_STATES_FILE))
-    with model.block(layer) as block:
+    with model.block(layer, only_run=True) as block:
         leaving = forward_block(block, model.block_inputs(hidden.shape[1])[layer], hidden, layer=layer)
     write_hidden_states(job.output / HIDDEN_STATES_FILE, leaving)
 
@@ -57,7 +57,7 @@ def backward(job: Job) -> None:
     layer = job.config["layer"]
     hidden = read_hidden_states(job.input("hidden", HIDDEN_STATES_FILE))
     gradient = read_gradients(job.input("gradient", GRADIENTS_FILE))
-    with model.block(layer) as block:
+    with model.block(layer, only_run=True) as block:
         inputs = model.block_inputs(hidden.shape[1])[layer]
         entering = backward_block(block, inputs, hidden, gradient, layer=layer)
     write_gradients(job.output / GRADIENTS_FILE, entering)
@@ -83,7 +83,7 @@ def sampled_backward(job: Job) -> None:
     hidden = read_hidden_states(job.input("hidden", HIDDEN_STATES_FILE))
     gradient = read_gradients(job.input("gradient", GRADIENTS_FILE))
     kinds = [module.id.kind for module in model.structure.in_layer(layer)]
-    with model.block(layer) as block:
+    with model.block(layer, only_run=True) as block:
         inputs = model.block_inputs(hidden.shape[1])[layer]
         entering, moments = backward_with_moments(block, inputs, hidden, gradient, kinds, layer=layer, fast_block=True)
     write_gradients(job.output / GRADIENTS_FILE, entering)

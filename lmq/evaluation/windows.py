@@ -70,7 +70,7 @@ def last_states(
     inputs = model.block_inputs(hidden.shape[1])
     step = model.sequences_at_once(hidden.shape[1])
     for layer in (layer for layer in range(model.structure.layers) if layer not in skipped_layers):
-        with model.block(layer) as block:
+        with model.block(layer, only_run=prepare is None) as block:
             if prepare is not None:
                 prepare(block, layer)
             for start in range(0, len(hidden), step):

@@ -53,7 +53,7 @@ def backward_with_moments(
     there is one (`lmq.numerics.fast_products`). Raises NotFiniteError naming the layer.
     """
     sequences, sequence_length = hidden.shape[:2]
-    device = next(block.parameters()).device
+    device = block_inputs.device
     by_draw = gradient.view(-1, *hidden.shape)
     entering = torch.empty_like(by_draw, dtype=torch.float32)
     found: dict[str, UpperTriangle] = {}

@@ -70,8 +70,9 @@ def trace_block(
 
     def watch(kind: str) -> RemovableHandle:
         def keep(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            inputs[kind].append(copies(args[0]))
-            lengths[kind][-1] = len(inputs[kind][-1])
+            if not lengths[kind][-1]:  # else computed again on the way back, for another draw
+                inputs[kind].append(copies(args[0]))
+                lengths[kind][-1] = len(inputs[kind][-1])
             output.register_hook(lambda output_gradient: found.__setitem__(kind, by_token(output_gradient)))
 
         return block.get_submodule(kind).register_forward_hook(keep)
@@ -101,7 +102,8 @@ def trace_block(
     for kind in kinds:
         if not inputs[kind]:
             weight = block.get_submodule(kind).get_parameter("weight")
-            of_inputs, of_outputs = (weight.new_empty(0, size, dtype=dtype) for size in reversed(weight.shape))
+            none = hidden.new_empty(0, dtype=dtype, device=block_inputs.device)
+            of_inputs, of_outputs = (none.view(0, size) for size in reversed(weight.shape))
         else:
             of_inputs, of_outputs = joined[inputs[kind][0]], torch.cat(by_draw[kind])
         traces[kind] = ModuleTrace(of_inputs, of_outputs, tuple(lengths[kind]), len(draws))

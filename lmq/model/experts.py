@@ -12,7 +12,8 @@ stay in one parameter for all experts.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lmq.errors import UnsupportedModel
+from lmq.numerics import OneDnnProducts
 
 _DESCRIPTION = ("num_experts", "has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
 """What `transformers.integrations.moe.use_experts_implementation` says of a module of fused experts."""
@@ -53,13 +55,24 @@ class Expert(nn.Module):
         # not as a submodule: it holds no tensors any more, only what its class computes between the matrices
         object.__setattr__(self, "_fused", fused)
 
-    def forward(self, states: Tensor, first_bias: Tensor | None = None, last_bias: Tensor | None = None) -> Tensor:
-        """Outputs [tokens, hidden] of `states` [tokens, hidden], before they are weighted by the router."""
-        inside = self.get_submodule(self.first)(states)
+    def forward(
+        self,
+        states: Tensor,
+        first_bias: Tensor | None = None,
+        last_bias: Tensor | None = None,
+        *,
+        unwatched: bool = False,
+    ) -> Tensor:
+        """Outputs [tokens, hidden] of `states` [tokens, hidden], before they are weighted by the router.
+
+        `unwatched` passes the hooks of the two matrices by.
+        """
+        first, last = self.get_submodule(self.first), self.get_submodule("down_proj")
+        inside = first.forward(states) if unwatched else first(states)
         if first_bias is not None:
             inside = inside + first_bias
         inside = self._fused._apply_gate(inside) if self._fused.has_gate else self._fused.act_fn(inside)
-        outputs = self.get_submodule("down_proj")(inside)
+        outputs: Tensor = last.forward(inside) if unwatched else last(inside)
         return outputs if last_bias is None else outputs + last_bias
 
 
@@ -95,6 +108,8 @@ class RoutedExperts(nn.Module):
             delattr(fused, name)
         for number in range(self.num_experts):
             self.add_module(str(number), Expert(fused, self.first, shapes))
+        self.read: Callable[[int], Mapping[str, Tensor]] | None = None
+        """Reads the weights of an expert that has none, by its own names; they are let go after every use."""
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Sum of the experts' outputs [tokens, hidden], weighted by `top_k_weights` [tokens, k].
@@ -103,24 +118,56 @@ class RoutedExperts(nn.Module):
         expert sees every token.
         """
         if hidden_states.is_meta:
-            return torch.stack([self._run(number, hidden_states) for number in range(self.num_experts)]).sum(0)
+            return torch.stack([self.run(number, hidden_states) for number in range(self.num_experts)]).sum(0)
+        if self.read is not None and torch.is_grad_enabled() and hidden_states.requires_grad:
+            summed: Tensor = _OneAtATime.apply(hidden_states, top_k_weights, top_k_index, self)
+            return summed
+        return self.summed(hidden_states, top_k_index, top_k_weights)
+
+    def summed(
+        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *, unwatched: bool = False
+    ) -> Tensor:
+        """What `forward` gives; `unwatched` passes the hooks of the matrices by."""
+        summed = torch.zeros_like(hidden_states)
+        for number, rows in self.routed(top_k_index):
+            tokens = rows // top_k_index.shape[1]
+            with self.in_memory(number):
+                outputs = self.run(number, hidden_states[tokens], unwatched=unwatched)
+            outputs = outputs * top_k_weights.flatten()[rows, None]
+            summed.index_add_(0, tokens, outputs.to(summed.dtype))
+        return summed
+
+    def routed(self, top_k_index: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Every expert that is in use, and its places in the flattened `top_k_index` [tokens, k], tokens ascending."""
         experts = top_k_index.flatten()
         order = experts.argsort(stable=True)
         counts = experts.bincount(minlength=self.num_experts).tolist()
-        summed = torch.zeros_like(hidden_states)
         first = 0
         for number, count in enumerate(counts[: self.num_experts]):
             if count:
-                rows = order[first : first + count]
-                tokens = rows // top_k_index.shape[1]
-                outputs = self._run(number, hidden_states[tokens]) * top_k_weights.flatten()[rows, None]
-                summed.index_add_(0, tokens, outputs.to(summed.dtype))
+                yield number, order[first : first + count]
             first += count
-        return summed
 
-    def _run(self, number: int, states: Tensor) -> Tensor:
+    @contextmanager
+    def in_memory(self, number: int) -> Iterator[None]:
+        """An expert with its weights, read where they are not there and let go afterwards."""
+        expert = self.get_submodule(str(number))
+        bare = expert.state_dict()
+        if self.read is None or not any(tensor.is_meta for tensor in bare.values()):
+            yield
+            return
+        expert.load_state_dict(self.read(number), assign=True)
+        try:
+            yield
+        finally:
+            expert.load_state_dict(bare, assign=True)
+
+    def run(self, number: int, states: Tensor, *, unwatched: bool = False) -> Tensor:
+        """Outputs [tokens, hidden] of one expert, which is in memory, before they are weighted by the router."""
         biases = (self._parameters.get(f"{name}_bias") for name in (self.first, "down_proj"))
-        return self.get_submodule(str(number))(states, *(None if bias is None else bias[number] for bias in biases))
+        of_expert = [None if bias is None else bias[number] for bias in biases]
+        outputs: Tensor = self.get_submodule(str(number))(states, *of_expert, unwatched=unwatched)
+        return outputs
 
     def joined(self) -> nn.Module:
         """transformers' own module with the experts' weights, which takes them over."""
@@ -142,6 +189,35 @@ class RoutedExperts(nn.Module):
                     f"{path}.{number}.{name}.weight",
                     Slice(f"{path}.{name}", number, self.num_experts, self.transposed),
                 )
+
+
+class _OneAtATime(torch.autograd.Function):
+    """The sum of `RoutedExperts`, of which one expert is in memory at a time, forward as well as back.
+
+    Each is computed again on the way back, where hooks of its matrices see it as they otherwise do on the way forward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, weights: Tensor, index: Tensor, experts: RoutedExperts) -> Tensor:
+        ctx.save_for_backward(states, weights, index)
+        ctx.experts = experts
+        return experts.summed(states, index, weights, unwatched=True)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        (gradient,) = gradients
+        states, weights, index = ctx.saved_tensors
+        of_states, of_weights = torch.zeros_like(states), torch.zeros_like(weights)
+        for number, rows in ctx.experts.routed(index):
+            tokens = rows // index.shape[1]
+            entering = states[tokens].detach().requires_grad_(True)
+            with ctx.experts.in_memory(number), torch.enable_grad(), OneDnnProducts():
+                outputs = ctx.experts.run(number, entering)
+                leaving = (gradient[tokens] * weights.flatten()[rows, None]).to(outputs.dtype)
+                (at_entering,) = torch.autograd.grad(outputs, entering, leaving)
+            of_states.index_add_(0, tokens, at_entering)
+            of_weights.view(-1)[rows] = (outputs.detach() * gradient[tokens]).sum(-1).to(of_weights.dtype)
+        return of_states, of_weights, None, None
 
 
 def split_experts(model: nn.Module, only: Container[str] | None = None) -> dict[str, Slice]:

@@ -38,11 +38,28 @@ class Conversion:
     converter: WeightConverter
     sources: list[tuple[StoredTensor, str]] = field(default_factory=list)
 
-    def read(self, model: PreTrainedModel) -> dict[str, Tensor]:
-        """The computed tensors by the model's names, in the types of what is stored."""
+    @property
+    def is_stacked(self) -> bool:
+        """Whether it stacks stored matrices in one tensor, one or several for every expert."""
+        return len(self.targets) == 1 and all("*" in pattern for _, pattern in self.sources)
+
+    def read(self, model: PreTrainedModel, part: int | None = None) -> dict[str, Tensor]:
+        """The computed tensors by the model's names, in the types of what is stored.
+
+        Where matrices are stacked in one tensor, a matrix per expert, `part` is the number of the one that is read: the
+        stack then holds it alone.
+        """
         converter = copy.deepcopy(self.converter)
-        values = read_tensors(stored for stored, _ in self.sources)
+        by_pattern: dict[str, list[StoredTensor]] = {}
         for stored, pattern in self.sources:
+            by_pattern.setdefault(pattern, []).append(stored)
+        sources = [
+            (stored, pattern)
+            for pattern, tensors in by_pattern.items()
+            for stored in (tensors if part is None else tensors[part : part + 1])
+        ]
+        values = read_tensors(stored for stored, _ in sources)
+        for stored, pattern in sources:
             converter.add_tensor(self.first_target, stored.name, pattern, values[stored.name])  # type: ignore[arg-type]
         converted = converter.convert(self.first_target, model=model, config=model.config)
         return {name: value[0] if isinstance(value, list) else value for name, value in converted.items()}
@@ -107,6 +124,9 @@ class StoredModel:
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Tensors by the model's names, in the types of what is stored; tied ones are one tensor."""
         wanted = list(names)
+        parts = {(part.fused, part.number) for name in wanted if (part := self.slices.get(name))}
+        if all(name in self.slices for name in wanted) and len({number for _, number in parts}) == 1:
+            return self._read_expert(wanted)
         whole = list(dict.fromkeys(self._whole(name) for name in wanted))
         direct = {name: self.tensors[name] for name in whole if name in self.tensors}
         values = read_tensors(set(direct.values()))
@@ -117,6 +137,21 @@ class StoredModel:
             name: self.slices[name].of(found[self._whole(name)]) if name in self.slices else found[name]
             for name in wanted
         }
+
+    def _read_expert(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Matrices of one expert, of which the others' are not read where they are stored apart."""
+        found: dict[str, Tensor] = {}
+        for name in names:
+            part = self.slices[name]
+            conversion = self.conversions.get(part.fused)
+            if conversion is None:  # one tensor, of whose pages those of the part are read
+                found[name] = part.of(read_tensors([self.tensors[part.fused]])[self.tensors[part.fused].name])
+            elif conversion.is_stacked:
+                stack = conversion.read(self.model, part.number)[part.fused]
+                found[name] = replace(part, number=0).of(stack)
+            else:
+                found[name] = part.of(conversion.read(self.model)[part.fused])
+        return found
 
     def _whole(self, name: str) -> str:
         """What a tensor is part of."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from lmq.errors import InputError, UnsupportedModel
 from lmq.model.auto_class import loss_of
 from lmq.model.discovery import embed_scale, embedding_shape
+from lmq.model.experts import RoutedExperts
 from lmq.model.losses import LOSSES, Loss
 from lmq.model.stored import StoredModel, read_stored_model
 from lmq.model.structure import ModelStructure, ModuleInfo
@@ -43,6 +44,9 @@ _STATES_AT_ONCE = 2048
 """States, as patches of images have one each, that go through a block together."""
 _LOGITS_AT_ONCE = 1 << 24
 """Logits held at a time (64 MB in float32), whatever the vocabulary."""
+
+_EXPERTS_BYTES = 1 << 31
+"""Routed experts of a block that take more are read one at a time where the block is only run."""
 
 _tables: WeakValueDictionary[tuple[Any, ...], Tensor] = WeakValueDictionary()
 """Embeddings and heads that are in memory, by where they come from: models that are open at once share them."""
@@ -178,20 +182,39 @@ class StreamedModel:
         return predicting.split(max(1, _LOGITS_AT_ONCE // predicting[0].numel()))
 
     @contextmanager
-    def block(self, layer: int) -> Iterator[nn.Module]:
+    def block(self, layer: int, *, only_run: bool = False) -> Iterator[nn.Module]:
         """A decoder block with its weights in `dtype`; they are released on leaving, whoever still holds it.
 
-        The block is the caller's own: its weights and modules may be replaced. Weights need no gradient.
-        Raises NotFiniteError naming layer and tensor.
+        The block is the caller's own: its weights and modules may be replaced. Weights need no gradient. Of a block
+        that is `only_run`, forward and back, with hooks but without a look at its weights, routed experts that take
+        much are read one at a time, each time they are run. Raises NotFiniteError naming layer and tensor.
         """
         block = self.bare_block(layer)
-        read = self._read(block.state_dict(), f"{self.structure.layers_path}.{layer}.")
+        prefix = f"{self.structure.layers_path}.{layer}."
+        apart = self._read_apart(block, prefix) if only_run else set()
+        read = self._read((name for name in block.state_dict() if name not in apart), prefix)
         block.load_state_dict(block.state_dict() | read, assign=True)
-        block.to(self.device)
+        block._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(self.device))
         try:
             yield block
         finally:
             block.to("meta")
+
+    def _read_apart(self, block: nn.Module, prefix: str) -> set[str]:
+        """Have a block's experts read one at a time if they take much; their tensors by their names in the block."""
+        apart: set[str] = set()
+        for path, module in block.named_modules():
+            if isinstance(module, RoutedExperts):
+                names = [name for name, _ in module.slices(path)]
+                size = sum(block.get_parameter(name).numel() for name in names) * self.dtype.itemsize
+                if size > _EXPERTS_BYTES:
+                    module.read = functools.partial(self._read_expert, prefix + path, module.matrices)
+                    apart.update(names)
+        return apart
+
+    def _read_expert(self, path: str, matrices: Sequence[str], number: int) -> dict[str, Tensor]:
+        """The weights of one expert by their names inside it."""
+        return self._read((f"{name}.weight" for name in matrices), f"{path}.{number}.")
 
     def bare_block(self, layer: int) -> nn.Module:
         """A decoder block of the caller's own, without its weights (they are on the meta device)."""
@@ -464,13 +487,17 @@ class StreamedModel:
         return hidden if self._extra_outputs is None else (hidden, *self._extra_outputs)
 
 
-def load_layer_weights(model_dir: Path, structure: ModelStructure, layer: int) -> dict[str, Tensor]:
-    """Weights of one layer's modules, kind -> float32 [out_features, in_features].
+def load_layer_weights(
+    model_dir: Path, structure: ModelStructure, layer: int, kinds: Container[str] | None = None
+) -> dict[str, Tensor]:
+    """Weights of one layer's modules, or of those of some `kinds`, kind -> float32 [out_features, in_features].
 
+    Of the kinds of one expert, no other expert is read that is stored apart.
     Raises NotFiniteError naming layer and module, InputError for a tensor that is not in the checkpoint.
     """
     stored = _stored_model(model_dir)
-    names = {info.id.kind: f"{structure.path(info.id)}.weight" for info in structure.in_layer(layer)}
+    modules = [info.id for info in structure.in_layer(layer) if kinds is None or info.id.kind in kinds]
+    names = {module.kind: f"{structure.path(module)}.weight" for module in modules}
     lacking = [kind for kind, name in names.items() if not stored.holds(name)]
     if lacking:
         raise InputError(f"{model_dir} has no weight of layer {layer} {lacking[0]}; is it the model of this structure?")

@@ -14,10 +14,12 @@ from lmq.formats.spec import QuantSpec
 from lmq.measurement.activation import part_sensitivities
 from lmq.measurement.base import LayerReplay, Need
 from lmq.measurement.expert_tokens import measure_expert_tokens, pooled_experts
+from lmq.measurement.expert_traces import ExpertTraces
 from lmq.measurement.part_replay import judged_with
 from lmq.measurement.pooling import pooled_moments, pooled_traces
 from lmq.measurement.quantized_model import QuantizedPoint
 from lmq.measurement.quantizer_moments import backward_with_moments, input_moments
+from lmq.measurement.replay import backward_block, forward_block
 from lmq.measurement.sequence_fisher import sequence_loss_changes
 from lmq.measurement.traces import ModuleTrace, trace_modules
 from lmq.model.discovery import discover
@@ -131,6 +133,57 @@ def test_loss_changes_are_inner_products_with_the_gradients_of_plain_transformer
     for kind, changes in expected.items():
         found_changes = sequence_loss_changes(traces[kind], {SPEC: errors[kind]}, sequence_length=LENGTH)[SPEC]
         assert found_changes.tolist() == pytest.approx(changes, rel=1e-3, abs=1e-3)
+
+
+def assert_same_trace(found: ModuleTrace, expected: ModuleTrace) -> None:
+    assert (found.lengths, found.draws) == (expected.lengths, expected.draws)
+    torch.testing.assert_close(found.inputs, expected.inputs, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.gradients, expected.gradients, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("at_a_time", ["all experts", "one expert"])
+def test_traces_are_taken_expert_by_expert(seen: Seen, at_a_time: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if at_a_time == "one expert":
+        monkeypatch.setattr("lmq.model.streaming._EXPERTS_BYTES", 0)
+    expected = seen.traces()
+    with seen.model.block(LAYER, only_run=True) as block:
+        traces = ExpertTraces(block, seen.inputs, seen.hidden, seen.gradient, "mlp.experts")
+        found = {kind: trace for number in range(4) for kind, trace in traces.of(number).items()}
+    assert found.keys() == set(experts_of(seen))
+    for kind, trace in found.items():
+        assert_same_trace(trace, expected[kind])
+
+
+def test_a_block_is_run_with_one_expert_in_memory(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
+    """States, gradients, traces and moments are those of the whole block; at no time are two experts there."""
+    work = (seen.inputs, seen.hidden, seen.gradient, seen.kinds)
+    with seen.model.block(LAYER) as block:
+        leaving = forward_block(block, seen.inputs, seen.hidden, layer=LAYER)
+        entering, moments = backward_with_moments(block, *work, layer=LAYER)
+        expected = trace_modules(block, *work, torch.float32)
+    monkeypatch.setattr("lmq.model.streaming._EXPERTS_BYTES", 0)
+    held: list[int] = []
+    with seen.model.block(LAYER, only_run=True) as block:
+        experts = block.mlp.experts
+
+        def count(*_: object) -> None:
+            numbers = {name.partition(".")[0] for name, tensor in experts.named_parameters() if not tensor.is_meta}
+            held.append(sum(number.isdigit() for number in numbers))
+
+        assert all(experts.get_submodule(str(number)).down_proj.weight.is_meta for number in range(4))
+        for number in range(4):
+            experts.get_submodule(str(number)).down_proj.register_forward_hook(count)
+        assert torch.equal(forward_block(block, seen.inputs, seen.hidden, layer=LAYER), leaving)
+        found_entering, found_moments = backward_with_moments(block, *work, layer=LAYER)
+        traces = trace_modules(block, *work, torch.float32)
+        only = backward_block(block, seen.inputs, seen.hidden, seen.gradient, layer=LAYER)
+    assert set(held) == {1}
+    torch.testing.assert_close(found_entering, entering, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(only, entering, rtol=1e-4, atol=1e-5)
+    for kind in seen.kinds:
+        assert_same_trace(traces[kind], expected[kind])
+        for part, other in zip(found_moments[kind].blocks, moments[kind].blocks, strict=True):
+            torch.testing.assert_close(part, other, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("fewest", [0, 1])

@@ -1,5 +1,6 @@
 """Mixtures of experts against the same models of plain transformers."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from lmq.model.discovery import discover
 from lmq.model.experts import split_experts
 from lmq.model.streaming import StreamedModel, load_layer_weights
 from lmq.model.structure import ModelStructure, ModuleId
+from lmq.model.tensors import read_tensors
 from lmq.quantizers import quantizer
 from tests.mixtures import EXPERTS, MIXTURES, mixture, put_weights
 
@@ -137,6 +139,28 @@ def test_experts_of_a_layer_go_together(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"layers\.1\.mlp\.experts\.2\.down_proj\.weight is left out"):
         write_checkpoint(tmp_path / "checkpoint", path, structure, allocation, quantizer("rtn"))
     assert not (tmp_path / "checkpoint").exists()
+
+
+def test_one_expert_is_read_alone(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    structure = discover(saved)
+    layer = max(structure.experts)
+    whole = load_layer_weights(saved, structure, layer)
+    read: set[str] = set()
+
+    def noted(tensors):
+        found = list(tensors)
+        read.update(tensor.name for tensor in found)
+        return read_tensors(found)
+
+    monkeypatch.setattr("lmq.model.stored.read_tensors", noted)
+    for number in range(structure.experts[layer]):
+        kinds = {kind for kind in whole if f".experts.{number}." in kind}
+        weights = load_layer_weights(saved, structure, layer, kinds)
+        assert weights.keys() == kinds
+        assert all(torch.equal(weight, whole[kind]) for kind, weight in weights.items())
+        others = {name for name in read if re.search(r"\.experts\.\d+\.", name) and f".experts.{number}." not in name}
+        assert not others
+        read.clear()
 
 
 def test_a_missing_expert_is_named(tmp_path: Path) -> None:
