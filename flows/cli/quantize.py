@@ -106,6 +106,7 @@ def _may_start(prepared: PreparedGoal, *, yes: bool) -> bool:
     config = prepared.config
     expected = expect(config, prepared.structure, plan_run(config).nodes)
     minutes = expected.seconds / 60
+    notes = config.left_out_of_menu(config.models[0], prepared.structure.quantized)
     say(f"{prepared.goal.name}: {summary(prepared.structure)}")
     if prepared.gpu:
         say(f"{prepared.goal.fit_gpu} of a GPU are divided into")
@@ -116,6 +117,8 @@ def _may_start(prepared: PreparedGoal, *, yes: bool) -> bool:
         f"{config.runner.workers * config.runner.threads_per_worker} threads; "
         f"{expected.cached} of {expected.nodes} layers and variants are there already"
     )
+    for note in notes:
+        say(f"note: {note}")
     if minutes <= _ASK_ABOVE_MINUTES or yes or not sys.stdin.isatty():
         return True
     return console.input("start? [y/N] ").strip().lower() in ("y", "yes")

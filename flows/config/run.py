@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError, field_va
 from lmq.allocation.embeddings import decides_on_embeddings
 from lmq.allocation.strategies import STRATEGIES, TRIALS, strategy
 from lmq.allocation.strategies.uniform import Uniform
-from lmq.allocation.targets import TARGETS, left_out, restrict_menu, taken_instead, target_named
+from lmq.allocation.targets import TARGETS, left_out, restrict_menu, taken_instead, target_named, too_new
 from lmq.errors import InputError
 from lmq.formats.spec import QuantSpec
 from lmq.measurement.registry import MEASUREMENTS
@@ -354,11 +354,15 @@ class RunConfig(MeasurementRequest):
         return super().whole_menu_of(model)
 
     def left_out_of_menu(self, model: ModelConfig, modules: Sequence[ModuleInfo]) -> list[str]:
-        """What the target does not hold of the menu of a model with these modules, or as another type: sentences."""
+        """What the target does not hold of the menu of a model with these modules, or as another type: sentences.
+
+        And what the package that opens it, as it is installed here, is too old for.
+        """
         menu = self.whole_menu_of(model)
         texts = taken_instead(menu, modules)
         if self.target is not None:
-            texts = [*left_out(menu, target_named(self.target), modules), *texts]
+            target = target_named(self.target)
+            texts = [*left_out(menu, target, modules), *too_new(self.menu_of(model, modules), target), *texts]
         return [f"{model.name}: {text}" for text in texts]
 
     @property

@@ -8,7 +8,10 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+
+from packaging.version import Version
 
 from lmq.errors import InputError, unknown_name
 from lmq.formats.gguf_types import GGUF_TYPES, SMALL_BLOCK
@@ -30,6 +33,7 @@ class Target:
     `lmq.allocation.constraints`. integer_zeros: zeros are whole numbers, as `lmq.quantizers.integer_zeros` fits them.
     out_features_multiple: what the rows of every matrix must be a multiple of.
     most_configurations: how many different ones a checkpoint may have.
+    package: what opens it from Python, and `bits_since`, the version that some bits need.
     """
 
     name: str
@@ -45,6 +49,8 @@ class Target:
     integer_zeros: bool = False
     out_features_multiple: int = 1
     most_configurations: int | None = None
+    package: str | None = None
+    bits_since: Mapping[int, str] = field(default_factory=dict)
 
     def misfit(self, spec: QuantSpec, out_features: int, in_features: int) -> str | None:
         """Why the engine cannot hold such a matrix in this configuration; None where it can."""
@@ -125,6 +131,8 @@ TARGETS: Mapping[str, Target] = {
             menu=(*(spec.name for spec in STOPS if spec.bits < 8), "b5g64", "b6g64", "b8g64"),
             integer_zeros=True,
             out_features_multiple=32,
+            package="auto-round",
+            bits_since={5: "0.16", 6: "0.16"},
         ),
         Target(
             name="awq",
@@ -187,6 +195,24 @@ def left_out(menu: Sequence[QuantSpec], target: Target, modules: Sequence[Module
         f"the target {target.name} leaves {', '.join(specs)} out of the menu: {reason}, "
         f"in {'every module' if len(paths) == len(modules) else list_modules(paths)}"
         for (reason, paths), specs in names.items()
+    ]
+
+
+def too_new(menu: Sequence[QuantSpec], target: Target) -> list[str]:
+    """What of the menu the target's package, as it is installed here, is too old for; empty where it is not."""
+    try:
+        installed = version(target.package) if target.package is not None else None
+    except PackageNotFoundError:
+        installed = None
+    if installed is None:
+        return []
+    names = [spec.name for spec in menu if Version(installed) < Version(target.bits_since.get(spec.bits, "0"))]
+    if not names:
+        return []
+    needed = max((target.bits_since[spec.bits] for spec in menu if spec.name in names), key=Version)
+    return [
+        f"{target.package} {installed}, which is installed here, does not open {', '.join(names)}: it takes {needed}; "
+        "upgrade it where the checkpoint is opened, or leave them out of the menu"
     ]
 
 

@@ -134,6 +134,22 @@ def test_a_file_for_llama_cpp_holds_what_was_planned(
     assert quantized == result.size_bytes <= 5.2 * sum(math.prod(shape) for shape in checkpoint.shapes.values()) / 8
 
 
+@pytest.mark.slow
+def test_a_directory_for_gptq_holds_what_was_planned(
+    server: None, tiny_qwen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["quantize", str(tiny_qwen), "--bits", "3.9", "--for", "gptq", "--effort", "quick", "-o", "small"]) == 0
+    assert "vllm serve small" in capsys.readouterr().out
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    (result,) = [item for item in read_results(run_dir / "results.json") if item.strategy == "loss-aware"]
+    checkpoint = QuantizedCheckpoint(run_dir / result.checkpoint)
+    assert len({spec.bits for spec in checkpoint.specs.values()}) > 1
+    opened = lmq.load("small", dtype=torch.float32)
+    for path in checkpoint.specs:
+        weight = opened.get_submodule(path).weight.detach()
+        assert torch.allclose(weight, checkpoint.weight(path), rtol=2**-10)
+
+
 def test_a_target_is_kept_before_anything_is_made(
     tiny_qwen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

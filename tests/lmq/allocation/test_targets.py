@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from lmq.allocation.constraints import ALIKE_PRESETS
-from lmq.allocation.targets import TARGETS, left_out, list_modules, restrict_menu, target_named
+from lmq.allocation.targets import TARGETS, left_out, list_modules, restrict_menu, target_named, too_new
 from lmq.errors import InputError
 from lmq.export import FORMATS
 from lmq.formats.spec import ALLOWED_BITS, ALLOWED_GROUP_SIZES, STOPS, QuantSpec
@@ -92,6 +92,19 @@ def test_a_menu_of_which_nothing_is_left_is_refused_with_what_may_be_on_it() -> 
         restrict_menu(_specs("b3g64", "b4g128"), VLLM, _modules((64, 576)))
     with pytest.raises(InputError, match=r"holds no configuration .*: layer 0 m1 has groups of 32 that straddle rows"):
         restrict_menu(STOPS, VLLM, _modules((64, 64), (64, 40)))
+
+
+def test_a_package_that_is_too_old_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    target, menu = TARGETS["auto-round"], _specs("b4g64", "b5g64", "b6g64")
+    monkeypatch.setattr("lmq.allocation.targets.version", lambda package: "0.15.0")
+    assert too_new(menu, target) == [
+        "auto-round 0.15.0, which is installed here, does not open b5g64, b6g64: it takes 0.16; "
+        "upgrade it where the checkpoint is opened, or leave them out of the menu"
+    ]
+    assert too_new(_specs("b4g64", "b8g64"), target) == []
+    monkeypatch.setattr("lmq.allocation.targets.version", lambda package: "0.16.1")
+    assert too_new(menu, target) == []
+    assert too_new(menu, VLLM) == []
 
 
 def test_layers_are_joined_and_every_kind_is_named() -> None:

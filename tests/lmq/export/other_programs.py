@@ -56,7 +56,7 @@ def opened_by(
     Skips where the package is not installed.
     """
     if find_spec(package) is None:
-        pytest.skip(f"{package} is not installed")
+        pytest.skip(f"{package} is not installed; pip install 'lmq[gptq]' or 'lmq[auto-round]'")
     out = tmp_path / "opened.safetensors"
     command = [sys.executable, "-c", opener + _SCRIPT, str(path), str(out), *map(str, tokens[0].tolist())]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
