@@ -83,6 +83,7 @@ def read_measurements(job: Job, structure: ModelStructure, *, trials: Trials | N
         layer_scores=layer_scores(activities) if activities else None,
         trials=trials,
         constraints=parse_constraints(job.config.get("constraints", {})),
+        towers=tuple(map(structure.layers_of, range(len(structure.towers)))) if structure.several_towers else (),
     )
 
 

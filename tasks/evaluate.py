@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from lmq.evaluation.baselines import RoundedBaseline
 from lmq.evaluation.performance import measure_performance
 from lmq.evaluation.perplexity import Window, full_windows
 from lmq.evaluation.predictions import PREDICTIONS_SCHEMA, score_images, summarize_predictions
+from lmq.evaluation.similarities import IMAGES, TEXTS, Prompts
 from lmq.evaluation.whole_model import reference_logits, require_same_model, score_whole_model, stored_bytes
 from lmq.evaluation.windows import (
     WINDOWS_SCHEMA,
@@ -30,7 +31,7 @@ from lmq.model.streaming import StreamedModel
 from lmq.tables import TableSchema, read_rows, write_rows
 from lmq.text.calibration import load_tokenizer, read_tokens
 from lmq_tasks.inputs import TOKENS_FILE, materialized, model_dir, open_model, read_examples, read_structure
-from lmq_tasks.sources import PREFIX_FILE
+from lmq_tasks.sources import CLASSES_FILE, PREFIX_FILE
 from lmq_tasks.stage import Job, JsonDict, stage
 from lmq_tasks.states import HIDDEN_STATES_FILE
 
@@ -60,14 +61,14 @@ def judged_images(path: Callable[[str], Path]) -> str:
 class Judge:
     """How variants are judged: what they are shown, and the rows of the table that says what they made of it.
 
-    `score` takes the model, its states that leave the last block, those of the full-precision model or None, and
-    that model.
+    `inputs` are those of every tower. `score` takes the model, its states that leave the last block of every tower,
+    those of the full-precision model or None, and that model.
     """
 
-    inputs: Tensor
+    inputs: Sequence[Tensor]
     file: str
     schema: TableSchema
-    score: Callable[[StreamedModel, Tensor, Tensor | None, StreamedModel], list[JsonDict]]
+    score: Callable[[StreamedModel, Sequence[Tensor], Sequence[Tensor] | None, StreamedModel], list[JsonDict]]
 
 
 @stage("reference", version=3, schema="reference/1", result=judged)
@@ -76,7 +77,7 @@ def reference(job: Job) -> None:
     _evaluate(job, _of_text(job))
 
 
-@stage("reference-images", version=1, schema="reference-images/1", result=judged_images)
+@stage("reference-images", version=2, schema="reference-images/1", result=judged_images)
 def reference_images(job: Job) -> None:
     """Accuracies of the full-precision model on images, and the states its predictions follow from."""
     _evaluate(job, _of_images(job))
@@ -88,7 +89,7 @@ def evaluate(job: Job) -> None:
     _evaluate(job, _of_text(job))
 
 
-@stage("evaluate-images", version=1, schema=PREDICTIONS_SCHEMA.label, result=judged_images)
+@stage("evaluate-images", version=2, schema=PREDICTIONS_SCHEMA.label, result=judged_images)
 def evaluate_images(job: Job) -> None:
     """Accuracies of a variant on images, and its divergence from the full-precision model."""
     _evaluate(job, _of_images(job))
@@ -109,7 +110,7 @@ def evaluate_rounded(job: Job) -> None:
     _evaluate_rounded(job, _of_text(job))
 
 
-@stage("evaluate-rounded-images", version=1, schema=PREDICTIONS_SCHEMA.label, result=judged_images)
+@stage("evaluate-rounded-images", version=2, schema=PREDICTIONS_SCHEMA.label, result=judged_images)
 def evaluate_rounded_images(job: Job) -> None:
     """Accuracies and divergence on images of a baseline that rounds every matrix alike."""
     _evaluate_rounded(job, _of_images(job))
@@ -119,9 +120,8 @@ def _evaluate_rounded(job: Job, judge: Judge) -> None:
     baseline = RoundedBaseline.parse(job.config["baseline"])
     model = open_model(job)
     baseline.check_fits(model.structure)
-    states = last_states(model, judge.inputs, baseline.preparation(model.structure))
-    full_precision = read_hidden_states(job.input("reference", HIDDEN_STATES_FILE))
-    write_rows(job.output / judge.file, judge.schema, judge.score(model, states, full_precision, model))
+    states = _last_states(model, judge, baseline.preparation(model.structure))
+    write_rows(job.output / judge.file, judge.schema, judge.score(model, states, _reference(job, judge), model))
     _write_size(job, baseline.size_bytes(model.structure), None)
 
 
@@ -155,39 +155,76 @@ def _of_text(job: Job) -> Judge:
     windows, tokens = _windows(job)
 
     def score(
-        model: StreamedModel, states: Tensor, reference: Tensor | None, reference_model: StreamedModel
+        model: StreamedModel,
+        states: Sequence[Tensor],
+        reference: Sequence[Tensor] | None,
+        reference_model: StreamedModel,
     ) -> list[JsonDict]:
-        return score_windows(model, windows, tokens, states, reference, reference_model=reference_model)
+        full = None if reference is None else reference[0]
+        return score_windows(model, windows, tokens, states[0], full, reference_model=reference_model)
 
-    return Judge(inputs=tokens, file=WINDOWS_FILE, schema=WINDOWS_SCHEMA, score=score)
+    return Judge(inputs=[tokens], file=WINDOWS_FILE, schema=WINDOWS_SCHEMA, score=score)
 
 
 def _of_images(job: Job) -> Judge:
     examples = read_examples(job)
+    prompts = None
+    if job.has("prompts"):
+        classes = json.loads(job.input("prompts", CLASSES_FILE).read_text())
+        prompts = Prompts(read_examples(job, "prompts").inputs, len(classes))
 
     def score(
-        model: StreamedModel, states: Tensor, reference: Tensor | None, reference_model: StreamedModel
+        model: StreamedModel,
+        states: Sequence[Tensor],
+        reference: Sequence[Tensor] | None,
+        reference_model: StreamedModel,
     ) -> list[JsonDict]:
-        return score_images(model, examples.labels, states, reference, reference_model=reference_model)
+        of_texts = None
+        if prompts is not None:
+            of_texts = states[TEXTS], None if reference is None else reference[TEXTS]
+        return score_images(
+            model,
+            examples.labels,
+            states[IMAGES],
+            None if reference is None else reference[IMAGES],
+            reference_model=reference_model,
+            prompts=prompts,
+            text_states=of_texts,
+        )
 
-    return Judge(inputs=examples.inputs, file=PREDICTIONS_FILE, schema=PREDICTIONS_SCHEMA, score=score)
+    inputs = [examples.inputs, *([] if prompts is None else [prompts.token_ids])]
+    return Judge(inputs=inputs, file=PREDICTIONS_FILE, schema=PREDICTIONS_SCHEMA, score=score)
+
+
+def _states_file(tower: int) -> str:
+    return HIDDEN_STATES_FILE if tower == 0 else f"hidden-states-{tower}.parquet"
+
+
+def _last_states(model: StreamedModel, judge: Judge, prepare: BlockPreparation | None) -> list[Tensor]:
+    """States that leave the last block of every tower."""
+    return [last_states(model, inputs, prepare, tower=tower) for tower, inputs in enumerate(judge.inputs)]
+
+
+def _reference(job: Job, judge: Judge) -> list[Tensor]:
+    """Those of the full-precision model."""
+    return [read_hidden_states(job.input("reference", _states_file(tower))) for tower in range(len(judge.inputs))]
 
 
 def _evaluate(job: Job, judge: Judge) -> None:
     model = open_model(job)
     if not job.has("checkpoint"):
-        states = last_states(model, judge.inputs, _counting(job, model))
+        states = _last_states(model, judge, _counting(job, model))
         rows = judge.score(model, states, None, model)
-        write_hidden_states(job.output / HIDDEN_STATES_FILE, states)
+        for tower, of_tower in enumerate(states):
+            write_hidden_states(job.output / _states_file(tower), of_tower)
     else:
         quantized = QuantizedBlocks(materialized(job, "checkpoint"), model.structure)
         judged_model = model
         if quantized.embeddings:
             judged_model = StreamedModel.open(model_dir(job), model.structure, device=job.device)
             quantized.put_around(judged_model)
-        states = last_states(judged_model, judge.inputs, _counting(job, model, quantized.put_in))
-        full_precision = read_hidden_states(job.input("reference", HIDDEN_STATES_FILE))
-        rows = judge.score(judged_model, states, full_precision, model)
+        states = _last_states(judged_model, judge, _counting(job, model, quantized.put_in))
+        rows = judge.score(judged_model, states, _reference(job, judge), model)
     write_rows(job.output / judge.file, judge.schema, rows)
 
 

@@ -159,12 +159,19 @@ def measure_delta_loss(job: Job) -> None:
 @stage("outliers", version=3, schema=OUTLIERS_SCHEMA.label)
 def find_outliers(job: Job) -> None:
     """Outlier layers of every module kind, by each profile that was measured."""
+    structure = read_structure(job)
     rows = [
         row
         for name, profile in PROFILES.items()
-        for row in outlier_rows(read_profile(job, name), name, difference=profile.difference)
+        for layers in map(structure.layers_of, range(len(structure.towers)))
+        for row in outlier_rows(_within(read_profile(job, name), layers), name, difference=profile.difference)
     ]
     write_rows(job.output / "outliers.parquet", OUTLIERS_SCHEMA, rows)
+
+
+def _within(profile: Mapping[ModuleId, float | None], layers: range) -> dict[ModuleId, float | None]:
+    """The numbers of these layers: neighbours are those of one tower."""
+    return {module: number for module, number in profile.items() if module.layer in layers}
 
 
 def read_profile(job: Job, name: str) -> dict[ModuleId, float | None]:

@@ -11,6 +11,7 @@ import torch
 from lmq.checkpoint.dry_run import dry_run
 from lmq.images.prepared import SCHEMA as IMAGES_SCHEMA
 from lmq.images.prepared import ImageDraw, prepare_images, write_images
+from lmq.images.prompts import class_names, prompt_tokens
 from lmq.model.discovery import discover
 from lmq.model.source import convert_gguf
 from lmq.text.calibration import (
@@ -51,6 +52,7 @@ def discover_structure(job: Job) -> None:
 
 
 PREFIX_FILE = "prefix.json"
+CLASSES_FILE = "classes.json"
 
 
 @stage("calibration", version=2, schema=TOKENS_SCHEMA.label)
@@ -84,6 +86,17 @@ def draw_images(job: Job) -> None:
     options = {name: value for name, value in job.config.items() if name != "images"}
     draw = ImageDraw(source=job.site.places["images"], **options)
     write_images(job.output / IMAGES_FILE, prepare_images(draw, model_dir(job)))
+
+
+@stage("prompts", version=1, schema=TOKENS_SCHEMA.label)
+def write_prompts(job: Job) -> None:
+    """Token ids of a text for every class of a source of images and every template, and the names of the classes."""
+    options = {name: job.config[name] for name in ("column", "label_column")}
+    classes = class_names(job.site.places["images"], **options)
+    count = job.config.get("count")
+    token_ids = prompt_tokens(classes, job.config["templates"], model_dir(job), count=count, seed=job.config["seed"])
+    write_tokens(job.output / TOKENS_FILE, token_ids)
+    (job.output / CLASSES_FILE).write_text(json.dumps(classes))
 
 
 def _source(job: Job) -> TextSource:

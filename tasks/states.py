@@ -28,7 +28,8 @@ MOMENTS_FILE = "moments.safetensors"
 @stage("embed", version=1, schema="hidden-states/1")
 def embed(job: Job) -> None:
     """States that enter the first block for the calibration tokens or images."""
-    write_hidden_states(job.output / HIDDEN_STATES_FILE, open_model(job).embed(read_examples(job).inputs))
+    entering = open_model(job).embed(read_examples(job).inputs, job.config.get("tower", 0))
+    write_hidden_states(job.output / HIDDEN_STATES_FILE, entering)
 
 
 @stage("forward", version=1, schema="hidden-states/1")
@@ -68,7 +69,14 @@ def sampled_gradient(job: Job) -> None:
     """Gradient of the loss for labels drawn by the model at the states that leave the last block, for every draw."""
     hidden = read_hidden_states(job.input("hidden", HIDDEN_STATES_FILE))
     with fast_products(job.device):
-        gradient = sampled_loss_gradient(open_model(job), hidden, draws=job.config["draws"], seed=job.config["seed"])
+        gradient = sampled_loss_gradient(
+            open_model(job),
+            hidden,
+            draws=job.config["draws"],
+            seed=job.config["seed"],
+            tower=job.config.get("tower", 0),
+            inputs=read_examples(job).inputs if job.has("tokens") else None,
+        )
     write_gradients(job.output / GRADIENTS_FILE, gradient)
 
 

@@ -16,6 +16,7 @@ from lmq.evaluation.baselines import RoundedBaseline
 from lmq.evaluation.options import EvaluationOptions
 from lmq.evaluation.zero_shot import STANDARD_TASKS
 from lmq.formats.spec import STOPS, QuantSpec
+from lmq.images.prompts import TEMPLATE, check_template
 from lmq.measurement.registry import MEASUREMENTS
 from lmq.quantizers import QUANTIZERS, quantizer
 from lmq_flows.config.names import slug
@@ -121,6 +122,11 @@ class EvaluationConfig(TextConfig):
         return self
 
 
+def _template(text: str) -> str:
+    checked(lambda: check_template(text))
+    return text
+
+
 class ImagesConfig(Section):
     """Images that encoders are measured and judged on, in the place of texts."""
 
@@ -135,6 +141,9 @@ class ImagesConfig(Section):
     label_column: str = Field("label", description="Field that holds labels: numbers or names of classes")
     calibration: int = Field(128, ge=1, description="Images that activations and gradients are measured on")
     evaluation: int | None = Field(None, ge=1, description="Images that variants are judged on; default: all there are")
+    templates: tuple[Annotated[str, AfterValidator(_template)], ...] = Field(
+        (TEMPLATE,), min_length=1, description="Texts for a class of a model that compares images with texts"
+    )
     unreadable: float = Field(0.01, ge=0, lt=1, description="Share of images that may be damaged, and is left out")
     seed: int = Field(42, description="Seed of the halves and of the order")
 

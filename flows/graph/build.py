@@ -284,8 +284,11 @@ class _ModelGraph(ModelNodes):
         windows = {} if self.model.images else {"window": evaluation.window, "stride": evaluation.stride}
         seen = (1 + max(0, evaluation.tokens - evaluation.window) // evaluation.stride) * evaluation.window
         keep = self.state_bytes(seen)
-        stage = self.judging("reference")
-        reference = self.add(stage, FULL_PRECISION, windows, {"tokens": tokens}, expected_bytes=keep)
+        shown: dict[str, Input | list[Input]] = {"tokens": tokens}
+        if len(self.model.structure.towers) > 1:
+            shown["prompts"] = self.prompts(1)
+        reference = self.add(self.judging("reference"), FULL_PRECISION, windows, shown, expected_bytes=keep)
+        shown = {**shown, "reference": reference}
         name = self.model.config.name
         found = [Variant(model=name, evaluation=reference)]
         self._judge(found[0], Subject())
@@ -297,10 +300,10 @@ class _ModelGraph(ModelNodes):
                     variant.error = str(budget)
                 else:
                     variant.budget_bytes = budget
-                    self._add_variant(variant, quantizer, tokens, reference, windows)
+                    self._add_variant(variant, quantizer, shown, windows)
                 found.append(variant)
         for baseline in self._config.baselines_of(name):
-            found.append(self._baseline(baseline, {"tokens": tokens, "reference": reference}, windows))
+            found.append(self._baseline(baseline, shown, windows))
         return found
 
     def _baseline(self, baseline: BaselineConfig, inputs: dict[str, Any], windows: dict[str, int]) -> Variant:
@@ -333,7 +336,11 @@ class _ModelGraph(ModelNodes):
             variant.tasks[task.name] = self.add("zero-shot", what, config, subject.inputs, site=site, **own)
 
     def _add_variant(
-        self, variant: Variant, quantizer: dict[str, Any], tokens: Node, reference: Node, windows: dict[str, int]
+        self,
+        variant: Variant,
+        quantizer: dict[str, Any],
+        shown: dict[str, Input | list[Input]],
+        windows: dict[str, int],
     ) -> None:
         assert variant.strategy is not None
         (measured,) = (measured for each, measured in self._by_quantizer if each == quantizer)
@@ -380,6 +387,6 @@ class _ModelGraph(ModelNodes):
             expected_bytes=self.model.structure.other_bytes,
             **own,
         )
-        inputs = {"tokens": tokens, "reference": reference, "checkpoint": variant.checkpoint}
+        inputs = {**shown, "checkpoint": variant.checkpoint}
         variant.evaluation = self.add(self.judging("evaluate"), what, windows, inputs, **own)
         self._judge(variant, Subject(inputs={"checkpoint": variant.checkpoint}))

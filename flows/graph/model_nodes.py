@@ -132,6 +132,20 @@ class ModelNodes:
         site = replace(self.model.site, places={"images": identity.location})
         return self.add("images", what, config, {}, site=site, here=True)
 
+    def prompts(self, which: int, count: int | None = None) -> Node:
+        """Texts for the classes of the images that are measured on (0) or judged on (1), for a tower of texts."""
+        assert self.model.images is not None
+        images, identities = self.model.images.config, (self.model.images.calibration, self.model.images.evaluation)
+        config = {
+            "images": identities[which].identity,
+            "count": count,
+            **images.model_dump(include={"column", "label_column", "seed"}),
+            "templates": list(images.templates),
+        }
+        site = replace(self.model.site, places={"images": identities[which].location})
+        what = "evaluation" if which else ""
+        return self.add("prompts", what, config, {}, site=site, here=True)
+
     def state_bytes(self, tokens: int) -> int | None:
         """Bytes of states for so many tokens; how many patches images have is known once they are there."""
         return None if self.model.images is not None else tokens * self.model.structure.hidden_size * FLOAT32_BYTES
@@ -226,7 +240,8 @@ class CapturedText:
         self._nodes = nodes
         self._calibration = calibration
         self._draws = draws
-        self._layers = nodes.model.structure.layers
+        self._structure = nodes.model.structure
+        self._layers = self._structure.layers
         self._embedding_weights: dict[str, Node] = {}
 
     def by_layer(self, need: Need) -> Sequence[Input]:
@@ -250,30 +265,42 @@ class CapturedText:
         return self._nodes.calibration_examples(self._calibration, count)
 
     @cached_property
-    def _states(self) -> list[Node]:
-        """States that enter every block, then those that leave the last."""
+    def _prompts(self) -> Node:
+        """Texts that a second tower is measured on."""
+        images = self._nodes.model.images
+        assert images is not None
+        return self._nodes.prompts(0, images.config.calibration)
+
+    @cached_property
+    def _states(self) -> list[list[Node]]:
+        """Of every tower the states that enter every block, then those that leave the last."""
         calibration = self._calibration
         keep = self._nodes.state_bytes(calibration.sequences * calibration.sequence_length)
-        states = [self._nodes.add("embed", "", {}, {"tokens": self.tokens}, expected_bytes=keep)]
-        for layer in range(self._layers):
-            inputs = {"hidden": states[-1]}
-            states.append(self._nodes.add_layer("forward", layer, {}, inputs, expected_bytes=keep))
-        return states
+        towers = []
+        for tower in range(len(self._structure.towers)):
+            config, what = ({"tower": tower}, f"tower {tower + 1}") if tower else ({}, "")
+            tokens = self._prompts if tower else self.tokens
+            states = [self._nodes.add("embed", what, config, {"tokens": tokens}, expected_bytes=keep)]
+            for layer in self._structure.layers_of(tower):
+                inputs = {"hidden": states[-1]}
+                states.append(self._nodes.add_layer("forward", layer, {}, inputs, expected_bytes=keep))
+            towers.append(states)
+        return towers
 
     @property
     def entering(self) -> list[Node]:
         """States that enter every block."""
-        return self._states[:-1]
+        return [node for states in self._states for node in states[:-1]]
 
     @property
     def leaving(self) -> list[Node]:
         """States that leave every block."""
-        return self._states[1:]
+        return [node for states in self._states for node in states[1:]]
 
     @property
     def last(self) -> Node:
-        """States that leave the last block."""
-        return self._states[-1]
+        """States that leave the last block, of the first tower where there are several."""
+        return self._states[0][-1]
 
     @cached_property
     def text_gradients(self) -> list[Node]:
@@ -287,29 +314,37 @@ class CapturedText:
         return found[::-1]
 
     @cached_property
-    def _drawn(self) -> list[Node]:
-        """Gradients at every block's input and at the last one's output, for labels that the model draws.
+    def _drawn(self) -> list[list[Node]]:
+        """Of every tower gradients at every block's input and at the last one's output, for labels the model draws.
 
         Beside those at its input a block has the second moments of its modules.
         """
-        config = {"draws": self._draws, "seed": self._calibration.seed}
+        towers = []
         keep = self._draws * (self.last.expected_bytes or 0)
-        found = [self._nodes.add("sampled-loss-gradient", "", config, {"hidden": self.last}, expected_bytes=keep)]
-        for layer in reversed(range(self._layers)):
-            inputs = {"hidden": self.entering[layer], "gradient": FileOf(found[-1], GRADIENTS_FILE)}
-            both = keep + self._moment_bytes
-            found.append(self._nodes.add_layer("sampled-backward", layer, {}, inputs, expected_bytes=both))
-        return found[::-1]
+        for tower, states in enumerate(self._states):
+            config: dict[str, Any] = {"draws": self._draws, "seed": self._calibration.seed}
+            inputs: dict[str, Input] = {"hidden": states[-1]}
+            what = ""
+            if tower:
+                config, what = config | {"tower": tower}, f"tower {tower + 1}"
+                inputs["tokens"] = self._prompts
+            found = [self._nodes.add("sampled-loss-gradient", what, config, inputs, expected_bytes=keep)]
+            for layer in reversed(self._structure.layers_of(tower)):
+                inputs = {"hidden": self.entering[layer], "gradient": FileOf(found[-1], GRADIENTS_FILE)}
+                both = keep + self._moment_bytes
+                found.append(self._nodes.add_layer("sampled-backward", layer, {}, inputs, expected_bytes=both))
+            towers.append(found[::-1])
+        return towers
 
     @property
     def drawn_gradients(self) -> list[FileOf]:
         """Gradients at every block's output for labels that the model draws."""
-        return [FileOf(node, GRADIENTS_FILE) for node in self._drawn[1:]]
+        return [FileOf(node, GRADIENTS_FILE) for nodes in self._drawn for node in nodes[1:]]
 
     @property
     def entering_gradient(self) -> FileOf:
         """Gradients at the states that enter the first block, for labels that the model draws."""
-        return FileOf(self._drawn[0], GRADIENTS_FILE)
+        return FileOf(self._drawn[0][0], GRADIENTS_FILE)
 
     @property
     def _moment_bytes(self) -> int:
@@ -332,7 +367,7 @@ class CapturedText:
         Quantizers that look at the same ones share them.
         """
         if fisher_weighted:
-            return [FileOf(node, MOMENTS_FILE) for node in self._drawn[:-1]]
+            return [FileOf(node, MOMENTS_FILE) for nodes in self._drawn for node in nodes[:-1]]
         return self._plain_moments
 
     @cached_property

@@ -14,12 +14,17 @@ import torch
 from torch import Tensor
 
 from lmq.allocation.budget import module_sizes
+from lmq.allocation.strategies import TRIALS
 from lmq.allocation.targets import target_named
 from lmq.errors import InputError, LmqError
 from lmq.evaluation.perplexity import full_windows
 from lmq.formats.spec import QuantSpec
 from lmq.images.prepared import ImageDraw, check_images
+from lmq.images.prompts import class_names
 from lmq.images.sources import identify_images
+from lmq.measurement.delta_loss import DELTA_LOSS
+from lmq.measurement.module_divergence import DIVERGENCE
+from lmq.measurement.token_fisher import FISHER
 from lmq.model.skeleton import read_model_config
 from lmq.model.source import LocatedModel, ModelSource, locate, nearest_sibling, needs_conversion, source_digest
 from lmq.model.structure import ModelStructure
@@ -269,9 +274,24 @@ def _check_images(config: MeasurementRequest, model: PreparedModel, images: Imag
     extra = config.calibration_sequences - config.calibration.sequences
     counts = (images.config.calibration + extra if config.needs_calibration else 1, images.config.evaluation)
     options = images.config.model_dump(include={"column", "label_column", "seed", "unreadable"})
+    if len(model.structure.towers) > 1:
+        load_tokenizer(_model_dir(model))
+        for source in images.config.sources:
+            if not source.startswith(DATA_SET):
+                class_names(source, images.config.column, images.config.label_column)
     for source, part, count in zip(images.config.sources, images.config.parts, counts, strict=True):
         if not source.startswith(DATA_SET):
             check_images(ImageDraw(source=source, part=part, count=count, **options), _model_dir(model))
+
+
+def _check_towers(config: MeasurementRequest, model: PreparedModel) -> None:
+    """Refuse what is measured by running a model to its end, which one of two towers is not."""
+    whole = {TRIALS, FISHER.name, DIVERGENCE.name, DELTA_LOSS.name} & set(config.needs)
+    if whole or getattr(config, "polish", None) is not None:
+        raise InputError(
+            f"{model.config.name} has {len(model.structure.towers)} towers, of which {min(whole, default='polish')} is "
+            "not measured; take out strategies and measurements that need it (auto, kl), and polish"
+        )
 
 
 def _model_dir(model: PreparedModel) -> Path:
@@ -309,6 +329,8 @@ def check_context_of(config: MeasurementRequest, model: PreparedModel) -> None:
                 f"{model.config.name} sees images: evaluation.performance and evaluation.tasks are for language "
                 "models; leave them out, and give language models a run of their own"
             )
+        if len(model.structure.towers) > 1:
+            _check_towers(config, model)
         return
     assert model.site.model is not None
     model_dir = located_dir(open_store(model.site.store_url), model.site.model)

@@ -74,7 +74,8 @@ def _count_calls(module: nn.Module, name: ModuleId, calls: Counter[ModuleId]) ->
 
 def _try_block(block: nn.Module, inputs: BlockInputs, structure: ModelStructure, layer: int) -> None:
     """Forward and backward through a block, without numbers."""
-    hidden = torch.empty(1, _TOKENS, structure.hidden_size, device="meta", requires_grad=True)
+    width = structure.towers[structure.tower_of(layer)].hidden_size
+    hidden = torch.empty(1, _TOKENS, width, device="meta", requires_grad=True)
     given: Any = (inputs.args, inputs.kwargs)
     args, kwargs = tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, given)
     meta_inputs = BlockInputs(args, kwargs, torch.device("meta"), torch.float32)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -38,18 +38,23 @@ def sample_logits(
     kept: Sequence[int] | None = None,
 ) -> Tensor:
     """Logits [1, tokens, vocabulary] of a model read block by block, for the tokens that `check_opens` takes; of an
-    encoder the outputs [1, outputs] for one image.
+    encoder the outputs [towers, outputs] for one image, and one text where it has a tower for them.
 
     `prepare` may change a block's weights; without the layers that are not `kept` (None: all).
     """
-    hidden = model.embed(model.sample_inputs())
-    inputs = model.block_inputs(hidden.shape[1])
-    for layer in range(model.structure.layers) if kept is None else kept:
-        with model.block(layer) as block:
-            if prepare is not None:
-                prepare(block, layer)
-            hidden = inputs[layer].run(block, hidden)
-    return model.head_logits(hidden).float().cpu()
+    found = []
+    for tower in range(len(model.structure.towers)):
+        sample = model.sample_inputs(tower=tower)
+        hidden = model.embed(sample, tower)
+        inputs = model.block_inputs(hidden.shape[1])
+        for layer in model.structure.layers_of(tower) if kept is None else kept:
+            with model.block(layer) as block:
+                if prepare is not None:
+                    prepare(block, layer)
+                hidden = inputs[layer].run(block, hidden)
+        given = None if model.loss.per_token else sample
+        found.append(model.head_logits(hidden, tower, given).float().cpu())
+    return torch.cat(found)
 
 
 @torch.no_grad()
@@ -64,9 +69,7 @@ def check_opens(
     try:
         if sum(size_bytes(tensor) for tensor in read_headers(path).values()) <= whole_bytes:
             opened: PreTrainedModel = open_model_directory(path, dtype=torch.float32)
-            loss = LOSSES[structure.loss]
-            caching = {"use_cache": False} if loss.per_token else {}
-            found = loss.outputs(opened(sample_inputs(opened), **caching)).float()
+            found = _sampled_by(opened, structure)
         else:
             cpu = torch.device("cpu")
             found = sample_logits(StreamedModel(read_stored_directory(path), structure, cpu, torch.float32))
@@ -82,6 +85,18 @@ def check_opens(
             "from those that were measured, so it was not kept; the model computes with something that is neither in "
             "its tensors nor in its configuration"
         )
+
+
+def _sampled_by(opened: Any, structure: ModelStructure) -> Tensor:
+    """What a model that is opened whole makes of the inputs of `sample_logits`."""
+    loss = LOSSES[structure.loss]
+    if loss.per_token:
+        return loss.outputs(opened(sample_inputs(opened), use_cache=False)).float()
+    found = []
+    for tower in structure.towers:
+        features = opened if tower.features is None else getattr(opened, tower.features)
+        found.append(loss.outputs(features(sample_inputs(opened, tower=tower))).float())
+    return torch.cat(found)
 
 
 def _difference(found: Tensor, expected: Tensor) -> float:

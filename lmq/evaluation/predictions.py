@@ -15,13 +15,15 @@ from torch import Tensor
 
 from lmq.errors import NotFiniteError
 from lmq.evaluation.perplexity import Estimate, mean_estimate
+from lmq.evaluation.similarities import Prompts, class_embeddings, similarities
 from lmq.evaluation.task_scores import TaskScore
+from lmq.model.losses import LOSSES, Classification
 from lmq.model.streaming import StreamedModel
 from lmq.tables import TableSchema
 
 PREDICTIONS_SCHEMA = TableSchema(
     "predictions",
-    1,
+    2,
     pa.schema(
         [
             pa.field("image", pa.int64(), nullable=False),
@@ -31,14 +33,17 @@ PREDICTIONS_SCHEMA = TableSchema(
             pa.field("rank", pa.int64()),
             pa.field("kl", pa.float64()),
             pa.field("agrees", pa.bool_()),
+            pa.field("cosine", pa.float64()),
         ]
     ),
 )
 """Per image: how many outputs the model has; of its label the loss in nats and how many classes are thought likelier;
-divergence from full precision in nats, and whether its likeliest class is the same. Null where there is none: labels of
-images without, classes of an encoder without a head."""
+divergence from full precision in nats, and whether its likeliest class is the same; the cosine of its embedding to that
+of full precision. Null where there is none: labels of images without, classes of an encoder without a head or texts,
+embeddings of a classifier."""
 
 TOP_1, TOP_5, RECALL = "top-1", "top-5", "mean per-class recall"
+COSINE = "cosine to full precision"
 _TOP = 5
 
 
@@ -50,29 +55,42 @@ def score_images(
     reference: Tensor | None,
     *,
     reference_model: StreamedModel | None = None,
+    prompts: Prompts | None = None,
+    text_states: tuple[Tensor, Tensor | None] | None = None,
 ) -> list[dict[str, Any]]:
     """Rows of the predictions table from the last block's states [images, patches, hidden].
 
     `labels` [images] or None; `reference` are the full-precision model's states of the same shape, or None;
-    `reference_model` is that model. Raises NotFiniteError naming an image whose outputs are not finite.
+    `reference_model` is that model. With `prompts` an image is of the class whose texts it is nearest to; `text_states`
+    are those of the model and of full precision that leave the last block of its tower of texts. Raises NotFiniteError
+    naming an image whose outputs are not finite.
     """
     full = reference_model or model
-    has_classes = model.loss.has_classes
+    loss = model.loss
+    of_classes = of_full = None
+    if prompts is not None and text_states is not None:
+        loss = LOSSES[Classification.name]
+        of_classes = class_embeddings(model, prompts, text_states[0])
+        of_full = None if text_states[1] is None else class_embeddings(full, prompts, text_states[1])
     rows: list[dict[str, Any]] = []
     for piece in model.split(model.loss.predicting(states)):
         first = len(rows)
         chosen = slice(first, first + len(piece))
-        predicted = model.loss.predictions(model.head_logits(piece))
+        outputs = model.head_logits(piece)
+        predicted = loss.predictions(outputs if of_classes is None else similarities(model, outputs, of_classes))
         if not bool(predicted.isfinite().all()):
             broken = first + int((~predicted.isfinite().all(1)).nonzero()[0])
             raise NotFiniteError(f"the outputs for image {broken} are not finite; give the model more bits")
         found: dict[str, list[Any]] = {"outputs": [predicted.shape[1]] * len(piece)}
         if reference is not None:
-            expected = model.loss.predictions(full.head_logits(reference[chosen]))
-            found["kl"] = model.loss.divergence(expected, predicted).tolist()
-            if has_classes:
+            true = full.head_logits(reference[chosen])
+            expected = loss.predictions(true if of_full is None else similarities(full, true, of_full))
+            found["kl"] = loss.divergence(expected, predicted).tolist()
+            if not model.loss.has_classes:
+                found["cosine"] = (outputs.double() * true.double()).sum(1).tolist()
+            if loss.has_classes:
                 found["agrees"] = (expected.argmax(1) == predicted.argmax(1)).tolist()
-        if labels is not None and has_classes:
+        if labels is not None and loss.has_classes:
             of_label = predicted.gather(1, labels[chosen].to(predicted.device)[:, None])
             found["label"] = labels[chosen].tolist()
             found["nll"] = (-of_label[:, 0].double()).tolist()
@@ -112,14 +130,14 @@ def summarize_predictions(rows: Sequence[Mapping[str, Any]]) -> PredictionSummar
     agrees = [row["agrees"] for row in rows if row["agrees"] is not None]
     labelled = [row for row in rows if row["rank"] is not None]
     outputs = rows[0]["outputs"]
-    what = f"of {outputs} classes" if labelled else "without labels"
+    what = f"of {outputs} classes" if labelled else "without labels or classes"
     return PredictionSummary(
         protocol=f"{len(rows):,} images {what}",
         perplexity=_perplexity([row["nll"] for row in labelled]) if labelled else None,
         kl_divergence=mean_estimate(kl) if kl else None,
         kl_p99=float(np.quantile(kl, 0.99)) if kl else None,
         top1_agreement=sum(agrees) / len(agrees) if agrees else None,
-        scores=tuple(_accuracies(labelled, outputs)) if labelled else (),
+        scores=tuple((_accuracies(labelled, outputs) if labelled else []) + _cosine(rows)),
     )
 
 
@@ -140,6 +158,15 @@ def _accuracies(rows: Sequence[Mapping[str, Any]], outputs: int) -> list[TaskSco
     variance = sum(recall * (1 - recall) / len(by_class[label]) for label, recall in recalls.items())
     recall = Estimate(sum(recalls.values()) / len(recalls), math.sqrt(variance) / len(recalls))
     return [*scores, _score(RECALL, recall, len(rows))]
+
+
+def _cosine(rows: Sequence[Mapping[str, Any]]) -> list[TaskScore]:
+    """How near embeddings are to those of full precision, where there are any."""
+    cosines = [row["cosine"] for row in rows if row["cosine"] is not None]
+    if not cosines:
+        return []
+    mean = mean_estimate(cosines)
+    return [TaskScore(task=COSINE, metric="cosine", value=mean.value, stderr=mean.stderr, samples=len(cosines))]
 
 
 def _score(name: str, estimate: Estimate, images: int) -> TaskScore:

@@ -59,17 +59,18 @@ def last_states(
     prepare: BlockPreparation | None = None,
     *,
     skipped_layers: Collection[int] = (),
+    tower: int = 0,
 ) -> Tensor:
     """States that leave the last block for token windows [windows, tokens]: float32 [windows, tokens, hidden].
 
-    Images [images, channels, height, width] give [images, patches, hidden].
+    Images [images, channels, height, width] give [images, patches, hidden]; of a model of several towers those of one.
     One block is in memory at a time. `prepare` may replace a block's weights. `skipped_layers` are left out, as
     pruning leaves them out. Raises NotFiniteError when the states stop being finite, naming layer and window.
     """
-    hidden = model.embed(windows)
+    hidden = model.embed(windows, tower)
     inputs = model.block_inputs(hidden.shape[1])
     step = model.sequences_at_once(hidden.shape[1])
-    for layer in (layer for layer in range(model.structure.layers) if layer not in skipped_layers):
+    for layer in (layer for layer in model.structure.layers_of(tower) if layer not in skipped_layers):
         with model.block(layer, only_run=prepare is None) as block:
             if prepare is not None:
                 prepare(block, layer)

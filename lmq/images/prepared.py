@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lmq.errors import DamagedFile, InputError
 from lmq.images.sources import ImageSet, StoredImage, read_images
+from lmq.model.auto_class import loss_of
 from lmq.model.skeleton import read_model_config
 from lmq.model.transformers_lock import TRANSFORMERS_LOCK
 from lmq.text.calibration import seeded_order
@@ -61,7 +62,7 @@ def prepare_images(draw: ImageDraw, model_dir: Path) -> PreparedImages:
     processor = load_processor(model_dir)
     found = read_images(draw.source, draw.column, draw.label_column)
     chosen = _chosen(found, draw)
-    labels = None if found.labels is None else model_labels(found, read_model_config(model_dir), draw.source)
+    labels = _labels(found, model_dir, draw.source)
     decoded = {number: image for number in chosen if (image := _decoded(found.images[number])) is not None}
     _check_readable(len(chosen) - len(decoded), len(chosen), draw)
     images = list(decoded.values())
@@ -78,8 +79,15 @@ def check_images(draw: ImageDraw, model_dir: Path) -> None:
     load_processor(model_dir)
     found = read_images(draw.source, draw.column, draw.label_column)
     _chosen(found, draw)
-    if found.labels is not None:
-        model_labels(found, read_model_config(model_dir), draw.source)
+    _labels(found, model_dir, draw.source)
+
+
+def _labels(found: ImageSet, model_dir: Path, source: str) -> Sequence[int] | None:
+    """Labels by the numbers of the model's classes; those of the source for a model that has no classes of its own."""
+    config = read_model_config(model_dir)
+    if found.labels is None or not loss_of(config).has_classes:
+        return found.labels
+    return model_labels(found, config, source)
 
 
 def load_processor(model_dir: Path) -> Any:

@@ -45,19 +45,25 @@ _GRADIENTS_AT_ONCE = 8
 """Weight gradients that go through these errors together: reading the errors takes longer than multiplying them."""
 
 
-def sampled_loss_gradient(model: StreamedModel, hidden: Tensor, *, draws: int, seed: int) -> Tensor:
+def sampled_loss_gradient(
+    model: StreamedModel, hidden: Tensor, *, draws: int, seed: int, tower: int = 0, inputs: Tensor | None = None
+) -> Tensor:
     """Gradient of the summed loss, for labels the model draws itself, at the states that leave the last block.
 
     `hidden` [sequences, sequence_length, hidden]; `draws` labels are drawn per prediction: of a text at every position
     but each last one, whose gradient is 0 (nothing follows it), of images one for each. Float32 [draws · sequences,
-    sequence_length, hidden], sequences fastest, on the device of `hidden`. Equal seeds draw equal labels.
+    sequence_length, hidden], sequences fastest, on the device of `hidden`. Equal seeds draw equal labels. Of a model of
+    several towers `hidden` leaves one `tower`; one of texts looks at its `inputs` again, the token ids.
     """
     generator = torch.Generator(model.device).manual_seed(seed)
-    pieces = []
+    pieces: list[Tensor] = []
+    first = 0
     for piece in model.split(model.loss.predicting(hidden)):
+        given = None if inputs is None else inputs[first : first + len(piece)]
+        first += len(piece)
         leaving = piece.detach().to(model.device, model.dtype).requires_grad_(True)
         with torch.enable_grad():
-            outputs = model.head_logits(leaving).float()
+            outputs = model.head_logits(leaving, tower, given).float()
             drawn = model.loss.draw(outputs.detach(), draws, generator)
             losses = [model.loss.summed(outputs, targets) for targets in drawn]
             found = [torch.autograd.grad(loss, leaving, retain_graph=True)[0].float() for loss in losses]

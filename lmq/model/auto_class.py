@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
-from lmq.model.losses import LOSSES, Classification, Embedding, Loss, NextToken
+from lmq.model.losses import LOSSES, Classification, Contrastive, Embedding, Loss, NextToken
 from lmq.model.transformers_lock import TRANSFORMERS_LOCK
 
 
 def loss_of(config: Any) -> Loss:
-    """The loss of a model: that of image classifiers and of encoders of images for those, else of the next token.
+    """The loss of a model: that of image classifiers, of encoders of images, and of pairs of encoders of images and of
+    texts (CLIP, SigLIP) for those, else of the next token.
 
     An encoder of images is what transformers' `AutoModel` makes of a configuration that it knows a classifier for.
     """
     with TRANSFORMERS_LOCK:
         from transformers.models.auto.modeling_auto import (
             MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+            MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES,
             MODEL_MAPPING_NAMES,
         )
 
     saved_as = set(getattr(config, "architectures", None) or ())
+    if saved_as & _names(MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES.get(config.model_type)):
+        return LOSSES[Contrastive.name]
     classifiers = _names(MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.get(config.model_type))
     if saved_as & classifiers:
         return LOSSES[Classification.name]

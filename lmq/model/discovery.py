@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from torch import nn
 from lmq.errors import UnsupportedModel
 from lmq.model.auto_class import loss_of
 from lmq.model.experts import RoutedExperts, is_router
+from lmq.model.losses import Contrastive
 from lmq.model.source import ModelSource, locate, source_digest
 from lmq.model.stored import StoredModel, read_stored_model
 from lmq.model.structure import (
@@ -29,6 +31,7 @@ from lmq.model.structure import (
     ModelStructure,
     ModuleId,
     ModuleInfo,
+    Tower,
     expert_number,
 )
 from lmq.model.tensors import StoredTensor, size_bytes
@@ -57,15 +60,14 @@ def discover(
     """
     stored = read_stored_model(model_dir)
     model = stored.model
-    layers_path = find_layers(model)
-    hidden_size = model.config.get_text_config().hidden_size
-    blocks = model.get_submodule(layers_path)
-    linear = [_linear_modules(block, layer, kept) for layer, block in enumerate(blocks.children())]
-    kept_tensors = tuple(_kept(blocks, linear, layers_path))
-    modules = tuple(_modules(blocks, linear, layers_path, hidden_size))
+    towers = find_towers(model)
+    blocks = list(_blocks(model, towers, kept))
+    layers_path, hidden_size = towers[0].layers_path, towers[0].hidden_size
+    kept_tensors = tuple(_kept(blocks))
+    modules = tuple(_modules(blocks))
     tied = any(stored.tensors[name] == stored.tensors[source] for name, source in model.all_tied_weights_keys.items())
     around = tuple(_embeddings(stored, hidden_size)) if embeddings else ()
-    quantized = [f"{layers_path}.{info.id.layer}.{info.id.kind}.weight" for info in modules]
+    quantized = [f"{blocks[info.id.layer].path}.{info.id.kind}.weight" for info in modules]
     dtype = _common_dtype(stored, quantized)
     quantized += [f"{info.id.kind}.weight" for info in around]
     source_bytes = sum(stored.stored_bytes(name) for name in quantized)
@@ -80,7 +82,7 @@ def discover(
         layers_path=layers_path,
         layers=modules[-1].id.layer + 1,
         hidden_size=hidden_size,
-        vocabulary_size=_output_size(model),
+        vocabulary_size=_output_size(model, hidden_size),
         tied_embeddings=tied,
         modules=modules,
         other_parameters=sum(tensor.elements for tensor in others),
@@ -90,7 +92,8 @@ def discover(
         stored_bytes=source_bytes if is_mixed else None,
         embeddings=around,
         loss=loss_of(model.config).name,
-        kept_parts=tuple(_kept_parts(stored, layers_path)),
+        kept_parts=tuple(_kept_parts(stored, layers_path)) if loss_of(model.config).per_token else (),
+        several_towers=tuple(towers) if len(towers) > 1 else (),
     )
 
 
@@ -100,13 +103,53 @@ def embedding_shape(model: PreTrainedModel) -> torch.Size:
     return torch.Size((table.num_embeddings, table.embedding_dim))
 
 
-def _output_size(model: PreTrainedModel) -> int:
+def _output_size(model: PreTrainedModel, hidden_size: int) -> int:
     """Outputs of the head: the vocabulary, the classes of a classifier, or the numbers of an embedding."""
     loss = loss_of(model.config)
     if loss.per_token:
         return embedding_shape(model)[0]
     config: Any = model.config
-    return int(config.num_labels if loss.has_classes else config.hidden_size)
+    return int(config.num_labels if loss.has_classes else getattr(config, "projection_dim", hidden_size))
+
+
+def find_towers(model: PreTrainedModel) -> list[Tower]:
+    """The towers of a model: one, or that of images and that of texts.
+
+    Raises UnsupportedModel for models of two towers that have not what CLIP and SigLIP have.
+    """
+    loss, config = loss_of(model.config), model.config
+    if loss.name != Contrastive.name:
+        path = find_layers(model)
+        own: Any = config.get_text_config() if loss.per_token else getattr(config, "vision_config", config)
+        return [Tower(path, len(model.get_submodule(path)), own.hidden_size)]  # type: ignore[arg-type]
+    towers = []
+    for part, features, input_name in (
+        ("vision", "get_image_features", "pixel_values"),
+        ("text", "get_text_features", "input_ids"),
+    ):
+        tower, own = getattr(model, f"{part}_model", None), getattr(config, f"{part}_config", None)
+        if tower is None or own is None or not hasattr(model, features):
+            raise UnsupportedModel(
+                f"{type(model).__name__} has no {part}_model, {part}_config or {features}, which models of two towers "
+                "have (CLIP, SigLIP); lmq does not know its layout"
+            )
+        layers_path = _largest_list(model, f"{part}_model")
+        if layers_path is None:
+            raise UnsupportedModel(f"{part}_model of {type(model).__name__} has no list of blocks")
+        blocks: Any = model.get_submodule(layers_path)
+        towers.append(Tower(layers_path, len(blocks), own.hidden_size, features, input_name))
+    return towers
+
+
+def _largest_list(model: PreTrainedModel, place: str) -> str | None:
+    """Path of the list of modules with the most parameters under `place`; None where there is none."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    sizes = {
+        paths[id(module)]: sum(parameter.numel() for parameter in module.parameters())
+        for module in model.get_submodule(place).modules()
+        if isinstance(module, nn.ModuleList)
+    }
+    return max(sizes, key=lambda path: sizes[path]) if any(sizes.values()) else None
 
 
 def embed_scale(table: nn.Module) -> float:
@@ -160,13 +203,9 @@ def find_layers(model: PreTrainedModel) -> str:
     place = paths[id(model.get_input_embeddings())]
     while True:
         place = place.rpartition(".")[0]
-        sizes = {
-            paths[id(module)]: sum(parameter.numel() for parameter in module.parameters())
-            for module in model.get_submodule(place).modules()
-            if isinstance(module, nn.ModuleList)
-        }
-        if any(sizes.values()):
-            return max(sizes, key=lambda path: sizes[path])
+        found = _largest_list(model, place)
+        if found is not None:
+            return found
         if not place:
             raise UnsupportedModel(f"{type(model).__name__} has no list of decoder blocks, which lmq works through")
 
@@ -205,39 +244,58 @@ def _linear_modules(block: nn.Module, layer: int, kept: Collection[ModuleId]) ->
     }
 
 
-def _modules(
-    blocks: nn.Module, linear_modules: Sequence[LinearModules], layers_path: str, hidden_size: int
-) -> Iterator[ModuleInfo]:
-    for layer, (block, linear) in enumerate(zip(blocks.children(), linear_modules, strict=True)):
-        if not linear:
-            raise UnsupportedModel(f"{layers_path}.{layer} ({type(block).__name__}) holds no nn.Linear to quantize")
-        parts = _parts(linear, hidden_size, block_path=f"{layers_path}.{layer}")
-        for kind, module in linear.items():
-            yield ModuleInfo(ModuleId(layer, kind), module.out_features, module.in_features, parts[kind])
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """A block with its layer, its path, and the modules in it that are quantized."""
+
+    layer: int
+    path: str
+    module: nn.Module
+    linear: LinearModules
+    hidden_size: int
 
 
-def _kept(blocks: nn.Module, linear_modules: Sequence[LinearModules], layers_path: str) -> Iterator[KeptTensor]:
+def _blocks(model: PreTrainedModel, towers: Sequence[Tower], kept: Collection[ModuleId]) -> Iterator[_Block]:
+    """The blocks of all towers, one after the other."""
+    layer = 0
+    for tower in towers:
+        for number, block in enumerate(model.get_submodule(tower.layers_path).children()):
+            linear = _linear_modules(block, layer, kept)
+            yield _Block(layer, f"{tower.layers_path}.{number}", block, linear, tower.hidden_size)
+            layer += 1
+
+
+def _modules(blocks: Sequence[_Block]) -> Iterator[ModuleInfo]:
+    for block in blocks:
+        if not block.linear:
+            raise UnsupportedModel(f"{block.path} ({type(block.module).__name__}) holds no nn.Linear to quantize")
+        parts = _parts(block.linear, block.hidden_size, block_path=block.path)
+        for kind, module in block.linear.items():
+            yield ModuleInfo(ModuleId(block.layer, kind), module.out_features, module.in_features, parts[kind])
+
+
+def _kept(blocks: Sequence[_Block]) -> Iterator[KeptTensor]:
     """Tensors of blocks that stay as they are: convolutions and state matrices of a hybrid, beside its projections.
 
     Raises UnsupportedModel where they are most of a block's weights (Conv1D, experts of an unknown layout).
     """
-    for layer, (block, linear) in enumerate(zip(blocks.children(), linear_modules, strict=True)):
+    for block in blocks:
         others = {
             (path, name): (type(module).__name__, parameter)
-            for path, module in block.named_modules()
+            for path, module in block.module.named_modules()
             for name, parameter in module.named_parameters(recurse=False)
-            if parameter.ndim > 1 and path not in linear and not isinstance(module, RoutedExperts)
+            if parameter.ndim > 1 and path not in block.linear and not isinstance(module, RoutedExperts)
         }
-        weights = sum(module.weight.numel() for module in linear.values())
+        weights = sum(module.weight.numel() for module in block.linear.values())
         if others and sum(parameter.numel() for _, parameter in others.values()) >= weights:
             (path, name), (kind, parameter) = next(iter(others.items()))
             raise UnsupportedModel(
-                f"{layers_path}.{layer}.{path} is a {kind} with {name} of shape {list(parameter.shape)}; lmq quantizes "
+                f"{block.path}.{path} is a {kind} with {name} of shape {list(parameter.shape)}; lmq quantizes "
                 "nn.Linear, and experts [experts, out_features, in_features] with transformers' experts interface (no "
                 "Conv1D, no other layout of experts), and most weights of this block are in neither"
             )
         for (path, name), (_, parameter) in others.items():
-            yield KeptTensor(layer, f"{path}.{name}".removeprefix("."), tuple(parameter.shape))
+            yield KeptTensor(block.layer, f"{path}.{name}".removeprefix("."), tuple(parameter.shape))
 
 
 def _parts(linear: LinearModules, hidden_size: int, block_path: str) -> dict[str, str]:

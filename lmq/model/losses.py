@@ -179,4 +179,15 @@ class Embedding(_OfSequences):
         return 0.5 * (outputs - targets).square().sum()
 
 
-LOSSES: Mapping[str, Loss] = {loss.name: loss for loss in (NextToken(), Classification(), Embedding())}
+class Contrastive(Embedding):
+    """The same of each of two towers, whose embeddings are compared: of images and of texts.
+
+    What an embedding moves by is what similarities with all possible others move by. Predictions over classes, which
+    need texts for these, are made in `lmq.evaluation.similarities`.
+    """
+
+    name = "contrastive"
+    auto_class = "AutoModelForZeroShotImageClassification"
+
+
+LOSSES: Mapping[str, Loss] = {loss.name: loss for loss in (NextToken(), Classification(), Embedding(), Contrastive())}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import threading
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ from lmq.model.discovery import embed_scale, embedding_shape
 from lmq.model.experts import RoutedExperts
 from lmq.model.losses import LOSSES, Loss
 from lmq.model.stored import StoredModel, read_stored_model
-from lmq.model.structure import ModelStructure, ModuleInfo
+from lmq.model.structure import ModelStructure, ModuleInfo, Tower
 from lmq.model.stubs import BlockStub, StopForward, StubHandler, StubSwitch
 from lmq.model.tensors import StoredTensor, weight_files
 from lmq.numerics import OneDnnProducts, require_finite
@@ -58,12 +58,22 @@ def tokens_at_once(vocabulary_size: int) -> int:
     return max(1, _LOGITS_AT_ONCE // vocabulary_size)
 
 
-def sample_inputs(model: PreTrainedModel, seed: int = 0) -> Tensor:
+def sample_inputs(
+    model: PreTrainedModel, seed: int = 0, tower: Tower | None = None, length: int | None = None
+) -> Tensor:
     """A few arbitrary tokens [1, tokens] from the beginning of the vocabulary, where ordinary ones are, or one
-    arbitrary image [1, channels, height, width]."""
+    arbitrary image [1, channels, height, width]; those of a tower, in a model that has several.
+
+    Of a tower of texts they are `length` tokens, or as many as it sees at once.
+    """
     generator = torch.Generator().manual_seed(seed)
-    if not loss_of(model.config).per_token:
-        config: Any = model.config
+    config: Any = model.config
+    if tower is not None and tower.input_name == "input_ids":
+        text = config.text_config
+        most = text.max_position_embeddings
+        return torch.randint(0, text.vocab_size, (1, min(length or most, most)), generator=generator)
+    if not loss_of(config).per_token:
+        config = getattr(config, "vision_config", config)
         size = config.image_size
         height, width = (size, size) if isinstance(size, int) else size
         return torch.randn(1, config.num_channels, height, width, generator=generator)
@@ -133,14 +143,17 @@ class StreamedModel:
         self.dtype = dtype
         self._model: PreTrainedModel = stored.model
         self._stored = stored
-        self._blocks = list(self._model.get_submodule(structure.layers_path).children())
+        self._blocks = [
+            block for tower in structure.towers for block in self._model.get_submodule(tower.layers_path).children()
+        ]
         self._types = {name: tensor.dtype for name, tensor in self._model.state_dict().items()}
         self._extra_outputs: tuple[Any, ...] | None = None
         self._held_tables: dict[str, Tensor] = {}
         self._switch = StubSwitch()
-        parent, _, name = structure.layers_path.rpartition(".")
-        stubs = [BlockStub(block, layer, self._switch) for layer, block in enumerate(self._blocks)]
-        setattr(self._model.get_submodule(parent), name, nn.ModuleList(stubs))
+        for number, tower in enumerate(structure.towers):
+            parent, _, name = tower.layers_path.rpartition(".")
+            stubs = [BlockStub(self._blocks[layer], layer, self._switch) for layer in structure.layers_of(number)]
+            setattr(self._model.get_submodule(parent), name, nn.ModuleList(stubs))
         self._load_around_blocks()
         self._extra_outputs = self._find_extra_outputs()
 
@@ -162,14 +175,15 @@ class StreamedModel:
         return LOSSES[self.structure.loss]
 
     @property
-    def input_name(self) -> str:
-        """What transformers' model calls its inputs: `input_ids`, or `pixel_values`."""
-        return "input_ids" if self.loss.per_token else self._model.main_input_name
-
-    @property
     def tokens_at_once(self) -> int:
         """Tokens whose logits are held at a time."""
         return tokens_at_once(self.structure.vocabulary_size)
+
+    @property
+    def logit_scale(self) -> float:
+        """What similarities of embeddings are multiplied by, in a model of two towers."""
+        scale: Any = self._model.logit_scale
+        return float(scale.exp())
 
     def sequences_at_once(self, sequence_length: int) -> int:
         """Sequences that go through a block together: of texts one, of images, which are short, several."""
@@ -190,7 +204,7 @@ class StreamedModel:
         much are read one at a time, each time they are run. Raises NotFiniteError naming layer and tensor.
         """
         block = self.bare_block(layer)
-        prefix = f"{self.structure.layers_path}.{layer}."
+        prefix = f"{self.structure.block_path(layer)}."
         apart = self._read_apart(block, prefix) if only_run else set()
         read = self._read((name for name in block.state_dict() if name not in apart), prefix)
         block.load_state_dict(block.state_dict() | read, assign=True)
@@ -226,7 +240,11 @@ class StreamedModel:
 
         Raises UnsupportedModel when that depends on the tokens and so cannot be kept for all of them.
         """
-        recordings = [self._record_inputs(sequence_length, len(self._blocks), seed) for seed in (0, 1)]
+        towers = range(len(self.structure.towers))
+        recordings = [
+            [inputs for tower in towers for inputs in self._record_inputs(sequence_length, tower, seed)]
+            for seed in (0, 1)
+        ]
         for layer, (first, second) in enumerate(zip(*recordings, strict=True)):
             for name, value in {**dict(enumerate(first.args)), **first.kwargs}.items():
                 other = second.kwargs[name] if isinstance(name, str) else second.args[name]
@@ -238,13 +256,14 @@ class StreamedModel:
         return recordings[0]
 
     @torch.no_grad()
-    def embed(self, inputs: Tensor) -> Tensor:
+    def embed(self, inputs: Tensor, tower: int = 0) -> Tensor:
         """States that enter block 0 [sequences, sequence_length, hidden] for token ids [sequences, sequence_length].
 
-        Images [images, channels, height, width] in the place of tokens give [images, patches, hidden]. Raises
+        Images [images, channels, height, width] in the place of tokens give [images, patches, hidden]. `tower` is what
+        they are for, in a model that has several: the states are those that enter its first block. Raises
         InputError for a token outside the vocabulary.
         """
-        if not inputs.is_floating_point():
+        if self.loss.per_token:
             largest = int(inputs.max())
             if largest >= self.structure.vocabulary_size or int(inputs.min()) < 0:
                 raise InputError(
@@ -257,23 +276,27 @@ class StreamedModel:
             raise StopForward(entering)
 
         rows = inputs.to(self.device).split(1 if self.loss.per_token else _IMAGES_AT_ONCE)
-        return torch.cat([self._run_until_stopped(stop, **self._given(row)) for row in rows])
+        return torch.cat([self._run_until_stopped(stop, tower, **self._given(row)) for row in rows])
 
-    def head_logits(self, hidden: Tensor) -> Tensor:
+    def head_logits(self, hidden: Tensor, tower: int = 0, inputs: Tensor | None = None) -> Tensor:
         """Logits [..., vocabulary] of states that leave the last block [..., hidden], token by token.
 
-        Where sequences predict as a whole: the outputs [sequences, outputs] of states [sequences, patches, hidden].
+        Where sequences predict as a whole: the outputs [sequences, outputs] of states [sequences, patches, hidden], of
+        the tower that they leave. A tower of texts looks at its `inputs`, the token ids, for where they end.
         """
         self._load_tables()
         sequences = hidden.reshape(-1, 1, hidden.shape[-1]) if self.loss.per_token else hidden
         states = sequences.to(self.device, self.dtype, copy=True)
-        last = len(self._blocks) - 1
+        last = self.structure.layers_of(tower)[-1]
 
         def replace_last(layer: int, entering: Tensor, *_: Any) -> Any:
             return self._as_output(states if layer == last else entering)
 
         with self._switch.to(replace_last), OneDnnProducts():
-            outputs = self.loss.outputs(self._model(**self._dummy(*states.shape[:2])))
+            given = (
+                self._dummy(*states.shape[:2], tower=tower) if inputs is None else self._given(inputs.to(self.device))
+            )
+            outputs = self.loss.outputs(self._run(tower, given))
         return outputs.reshape(*hidden.shape[:-1], outputs.shape[-1]) if self.loss.per_token else outputs
 
     def loss_gradient(self, hidden: Tensor, given: Tensor) -> LossGradient:
@@ -347,7 +370,7 @@ class StreamedModel:
         try:
             for sequence, row in enumerate(token_ids.to(self.device).long().split(1)):
                 with torch.enable_grad():
-                    entering = self._run_until_stopped(stop, **self._given(row))
+                    entering = self._run_until_stopped(stop, 0, **self._given(row))
                 for draw in range(sequence, len(gradient), len(token_ids)):
                     of_states = gradient[draw : draw + 1].to(entering)
                     (of_rows,) = torch.autograd.grad(entering, found["rows"], of_states, retain_graph=True)
@@ -424,28 +447,37 @@ class StreamedModel:
     def _given(self, inputs: Tensor) -> dict[str, Any]:
         """Arguments of the model for token ids, or for images."""
         if inputs.is_floating_point():
-            return {self.input_name: inputs.to(self.dtype)}
-        return {self.input_name: inputs.long(), "use_cache": False}
+            return {"pixel_values": inputs.to(self.dtype)}
+        return {"input_ids": inputs.long()} | ({"use_cache": False} if self.loss.per_token else {})
 
-    def _dummy(self, sequences: int, sequence_length: int, seed: int = 0) -> dict[str, Any]:
+    def _run(self, tower: int, inputs: Mapping[str, Any]) -> Any:
+        """What the model, or one of its towers, makes of these."""
+        features = self.structure.towers[tower].features
+        return self._model(**inputs) if features is None else getattr(self._model, features)(**inputs)
+
+    def _dummy(self, sequences: int, sequence_length: int, seed: int = 0, *, tower: int = 0) -> dict[str, Any]:
         """Arguments of the model with arbitrary embeddings, or images, where the stubs put states in their place."""
         generator = torch.Generator().manual_seed(seed)
         if not self.loss.per_token:
-            return self._given(self.sample_inputs(seed).to(self.device).expand(sequences, -1, -1, -1))
+            sample = self.sample_inputs(seed, tower, sequence_length).to(self.device)
+            return self._given(sample.expand(sequences, *sample.shape[1:]))
         width = embedding_shape(self._model)[1]
         embeddings = torch.randn(sequences, sequence_length, width, generator=generator)
         return {"inputs_embeds": embeddings.to(self.device, self.dtype), "use_cache": False}
 
-    def sample_inputs(self, seed: int = 0) -> Tensor:
+    def sample_inputs(self, seed: int = 0, tower: int = 0, length: int | None = None) -> Tensor:
         """A few arbitrary tokens [1, tokens] from the beginning of the vocabulary, where ordinary ones are, or one
         arbitrary image [1, channels, height, width]."""
-        return sample_inputs(self._model, seed)
+        return sample_inputs(self._model, seed, self.structure.towers[tower], length)
 
-    def _record_inputs(self, sequence_length: int, layers: int, seed: int) -> list[BlockInputs]:
-        """What the first `layers` blocks are called with for arbitrary embeddings."""
+    def _record_inputs(
+        self, sequence_length: int, tower: int, seed: int, layers: int | None = None
+    ) -> list[BlockInputs]:
+        """What the first `layers` blocks of a tower (None: all) are called with for arbitrary embeddings."""
+        layers = layers or self.structure.towers[tower].layers
         recorded: list[BlockInputs] = []
         is_text = self.loss.per_token
-        expected = (1, sequence_length if is_text else "any", self.structure.hidden_size)
+        expected = (1, sequence_length if is_text else "any", self.structure.towers[tower].hidden_size)
 
         def record(_: int, entering: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if entering.shape != (1, expected[1] if is_text else entering.shape[1], expected[2]):
@@ -458,14 +490,14 @@ class StreamedModel:
                 raise StopForward(entering)
             return self._as_output(entering)
 
-        self._run_until_stopped(record, **self._dummy(1, sequence_length, seed))
+        self._run_until_stopped(record, tower, **self._dummy(1, sequence_length, seed, tower=tower))
         return recorded
 
-    def _run_until_stopped(self, handler: StubHandler, **inputs: Any) -> Tensor:
+    def _run_until_stopped(self, handler: StubHandler, tower: int, **inputs: Any) -> Tensor:
         """Run the model's forward until a stub stops it; the states that entered that stub."""
         try:
             with self._switch.to(handler):
-                self._model(**inputs)
+                self._run(tower, inputs)
         except StopForward as stop:
             return stop.entering
         raise UnsupportedModel(f"{self.structure.architecture} does not call its {len(self._blocks)} blocks one by one")
@@ -473,7 +505,7 @@ class StreamedModel:
     @torch.no_grad()
     def _find_extra_outputs(self) -> tuple[Any, ...] | None:
         """What a block returns after its states, or None when it returns the states alone; found without memory."""
-        inputs = self._record_inputs(sequence_length=2, layers=1, seed=0)[0]
+        inputs = self._record_inputs(sequence_length=2, tower=0, seed=0, layers=1)[0]
         block = copy.deepcopy(self._blocks[0]).to("meta")
         args, kwargs = tree_map(
             lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, (inputs.args, inputs.kwargs)

@@ -86,9 +86,26 @@ class KeptPart:
 
 
 @dataclass(frozen=True)
+class Tower:
+    """A sequence of blocks, one of several that a model has: its list of blocks, how many they are, and their width.
+
+    `features` is the model's method that embeds what the tower is given, `input_name` what it calls that; None where
+    the tower is the whole model.
+    """
+
+    layers_path: str
+    layers: int
+    hidden_size: int
+    features: str | None = None
+    input_name: str | None = None
+
+
+@dataclass(frozen=True)
 class ModelStructure:
     """The structure of one model, discovered from the model itself.
 
+    A model of several `towers` (CLIP: images, then texts) numbers their layers one after the other; then `layers_path`
+    and `hidden_size` are those of the first.
     `layers_path` is the path of the list of decoder blocks, as `model.layers`: module (3, `mlp.up_proj`)
     is the submodule `model.layers.3.mlp.up_proj`. `modules` are those of the blocks; `embeddings` are the input
     embedding and the output head (tied: one) where they are to be quantized too. `other_bytes` counts every stored
@@ -115,6 +132,7 @@ class ModelStructure:
     stored_bytes: int | None = None
     embeddings: tuple[ModuleInfo, ...] = ()
     loss: str = NEXT_TOKEN
+    several_towers: tuple[Tower, ...] = ()
     kept_parts: tuple[KeptPart, ...] = ()
 
     @property
@@ -153,13 +171,32 @@ class ModelStructure:
         """Module kinds in the order of the first block that has them."""
         return tuple(dict.fromkeys(module.id.kind for module in self.modules))
 
+    @property
+    def towers(self) -> tuple[Tower, ...]:
+        """The towers: one, but for models that say otherwise."""
+        return self.several_towers or (Tower(self.layers_path, self.layers, self.hidden_size),)
+
+    def layers_of(self, tower: int) -> range:
+        """Layers of a tower, by its number."""
+        first = sum(each.layers for each in self.towers[:tower])
+        return range(first, first + self.towers[tower].layers)
+
+    def tower_of(self, layer: int) -> int:
+        """Number of the tower that a layer belongs to."""
+        return next(number for number in range(len(self.towers)) if layer in self.layers_of(number))
+
+    def block_path(self, layer: int) -> str:
+        """Dotted path of a block inside the model."""
+        tower = self.tower_of(layer)
+        return f"{self.towers[tower].layers_path}.{layer - self.layers_of(tower).start}"
+
     def in_layer(self, layer: int) -> tuple[ModuleInfo, ...]:
         """Modules of one layer, in model order; those of the layer `EMBEDDINGS` are the embeddings."""
         return tuple(module for module in self.quantized if module.id.layer == layer)
 
     def path(self, module: ModuleId) -> str:
         """Dotted path of the module inside the model."""
-        return module.kind if module.layer == EMBEDDINGS else f"{self.layers_path}.{module.layer}.{module.kind}"
+        return module.kind if module.layer == EMBEDDINGS else f"{self.block_path(module.layer)}.{module.kind}"
 
     @property
     def kept_notes(self) -> list[str]:
@@ -183,6 +220,7 @@ class ModelStructure:
             "stored_bytes": self.stored_bytes is not None,
             "embeddings": bool(self.embeddings),
             "loss": self.loss != NEXT_TOKEN,
+            "several_towers": bool(self.several_towers),
             "kept_parts": bool(self.kept_parts),
         }
         return {name: value for name, value in data.items() if needed.get(name, True)}
@@ -199,7 +237,9 @@ class ModelStructure:
         )
         kept = tuple(KeptTensor(item["layer"], item["name"], tuple(item["shape"])) for item in data.get("kept", ()))
         parts = tuple(KeptPart(**item) for item in data.get("kept_parts", ()))
-        return cls(**{**data, "modules": modules, "embeddings": embeddings, "kept": kept, "kept_parts": parts})
+        towers = tuple(Tower(**item) for item in data.get("several_towers", ()))
+        read = {"modules": modules, "embeddings": embeddings, "kept": kept, "kept_parts": parts}
+        return cls(**{**data, **read, "several_towers": towers})
 
 
 def layer_ranges(layers: Sequence[int]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
@@ -28,7 +28,8 @@ class Measurements:
     error table, by names of `lmq.measurement.registry`; the table of `divergence` may hold fewer configurations.
     `layer_scores` hold one number per layer for each metric of `lmq.layers.importance.layers.layer_scores`. `trials`
     tries allocations on the model. `constraints` are kept by strategies that solve a program; the others refuse them,
-    but for uniform.
+    but for uniform. `towers` are the layers of each of several, so that the last of one is no neighbour of the first of
+    the next; empty for one.
     """
 
     modules: tuple[ModuleInfo, ...]
@@ -38,6 +39,13 @@ class Measurements:
     layer_scores: Mapping[str, Sequence[float]] | None = None
     trials: Trials | None = None
     constraints: Constraints = field(default_factory=Constraints)
+    towers: tuple[range, ...] = ()
+
+    def by_tower(self, profile: Mapping[ModuleId, float | None]) -> Iterator[dict[str, dict[int, float | None]]]:
+        """One number per module as kind → layer → number, for every tower."""
+        for layers in self.towers or (None,):
+            within = {module: each for module, each in profile.items() if layers is None or module.layer in layers}
+            yield profiles_by_kind(within)
 
 
 TRIALS = "trials"
@@ -210,9 +218,16 @@ def module_profile(
     return {module.id: profile[module.id] for module in modules}
 
 
-def profile_outliers(name: str, profile: Mapping[ModuleId, float | None], top_m: int) -> dict[str, list[int]]:
-    """Kind → layers at which the profile of this name jumps; `top_m` of them at most, 0 is all."""
-    return outlier_modules(profiles_by_kind(profile), difference=PROFILES[name].difference, top_m=top_m)
+def profile_outliers(
+    measurements: Measurements, name: str, profile: Mapping[ModuleId, float | None], top_m: int
+) -> dict[str, list[int]]:
+    """Kind → layers at which the profile of this name jumps; `top_m` of them at most in every tower, 0 is all."""
+    found: dict[str, list[int]] = {}
+    for profiles in measurements.by_tower(profile):
+        outliers = outlier_modules(profiles, difference=PROFILES[name].difference, top_m=top_m)
+        for kind, layers in outliers.items():
+            found.setdefault(kind, []).extend(layers)
+    return found
 
 
 def not_measured(name: str) -> InputError:

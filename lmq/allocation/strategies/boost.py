@@ -55,7 +55,7 @@ class _Boost:
         """
         choices = Choices.of(measurements, budget_bytes)
         signal = module_profile(measurements, self.signal, choices.modules)
-        outliers = profile_outliers(self.signal, signal, self.top_m)
+        outliers = profile_outliers(measurements, self.signal, signal, self.top_m)
         base = choices.largest_uniform(budget_bytes)
         columns = boost(choices, base, outliers, self.boost_stop)
         if self.paid:
@@ -116,7 +116,9 @@ class RandomBoost:
         """Boost the drawn modules; the size may be above the budget. Raises InfeasibleBudget, InputError."""
         choices = Choices.of(measurements, budget_bytes)
         profiles = {name: module_profile(measurements, name, choices.modules) for name in _SIGNALS}
-        outliers_by_signal = {name: profile_outliers(name, profiles[name], self.top_m) for name in _SIGNALS}
+        outliers_by_signal = {
+            name: profile_outliers(measurements, name, profiles[name], self.top_m) for name in _SIGNALS
+        }
         generator = np.random.default_rng(self.seed)
         drawn: dict[str, list[int]] = {}
         for kind, profile in profiles_by_kind(profiles["sensitivity"]).items():

@@ -21,7 +21,8 @@ from lmq.allocation.strategies.base import (
     table_costs,
 )
 from lmq.measurement.weights import scaled_profiles
-from lmq.outliers import check_top_m, profiles_by_kind
+from lmq.model.structure import ModuleId
+from lmq.outliers import check_top_m
 
 OUTLIER_FACTOR = 2.0
 
@@ -100,7 +101,7 @@ class _PenaltyProgram:
     def _costs(self, measurements: Measurements, choices: Choices) -> np.ndarray:
         """penalty(bits) · factor / bits per weight · 100 · share of the parameters, [modules, configurations]."""
         signal = module_profile(measurements, self.signal, choices.modules)
-        outliers = profile_outliers(self.signal, signal, self.top_m)
+        outliers = profile_outliers(measurements, self.signal, signal, self.top_m)
         factor = [OUTLIER_FACTOR if m.id.layer in outliers[m.id.kind] else 1.0 for m in choices.modules]
         parameters = np.array([module.parameters for module in choices.modules], dtype=np.float64)
         weight = np.array(factor) * 100 * parameters / parameters.sum()
@@ -130,8 +131,13 @@ class KurtMilp(_PenaltyProgram):
 def scaled_kurtosis(measurements: Measurements, choices: Choices) -> np.ndarray:
     """Kurtosis [modules] float64 scaled to 0…1 over the layers of each kind; 0 where all layers have the same."""
     kurtosis = module_profile(measurements, "kurtosis", choices.modules)
-    scaled = scaled_profiles(profiles_by_kind(kurtosis))
-    return np.array([scaled[module.id.kind][module.id.layer] for module in choices.modules])
+    scaled = {
+        ModuleId(layer, kind): value
+        for profiles in measurements.by_tower(kurtosis)
+        for kind, profile in scaled_profiles(profiles).items()
+        for layer, value in profile.items()
+    }
+    return np.array([scaled[module.id] for module in choices.modules])
 
 
 def _penalty(bits: int) -> float:

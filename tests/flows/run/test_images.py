@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from io import BytesIO
 from typing import Any
@@ -12,17 +13,18 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForImageClassification
+from transformers import AutoModel, AutoModelForImageClassification
 
 import lmq
 from lmq.checkpoint.write import quantized_bytes
 from lmq.errors import InputError
 from lmq.images.prepared import ImageDraw, prepare_images
+from lmq.images.prompts import prompt_tokens
 from lmq.report.results import read_results
 from lmq_flows.config.run import parse_run_config
 from lmq_flows.run.plan import check_run, inspect_model, plan_run
 from tests.flows.conftest import run_and_look, tiny_config
-from tests.towers import make_encoder
+from tests.towers import PAIRS, make_encoder
 
 EVALUATED = 40
 IMAGES = {"source": "digits", "calibration": 6, "evaluation": EVALUATED}
@@ -67,6 +69,67 @@ def test_a_classifier_runs_to_the_end_and_its_accuracy_is_that_of_the_checkpoint
     assert all(item.cached for item in plan_run(config).nodes if item.node.stage.name != "report")
 
 
+def zero_shot(model, pixels, token_ids, classes):
+    """Logits by transformers' own features: what CLIP's authors do with several templates."""
+    with torch.no_grad():
+        images = model.get_image_features(pixel_values=pixels).pooler_output
+        texts = model.get_text_features(input_ids=token_ids).pooler_output
+    texts = torch.nn.functional.normalize(texts, dim=1).view(classes, -1, texts.shape[1]).mean(1)
+    cosines = torch.nn.functional.normalize(images, dim=1) @ torch.nn.functional.normalize(texts, dim=1).t()
+    return cosines * model.logit_scale.exp().detach()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PAIRS)
+def test_both_towers_share_a_budget_and_classify_by_the_texts_of_classes(name, server, tmp_path):
+    model = make_encoder(tmp_path / name, name)
+    templates = ["a photo of a {}.", "the digit {}"]
+    strategies = ["uniform", "sensi-boost", "kurt-boost", "mxq", "loss-aware"]
+    images = IMAGES | {"templates": templates}
+    measure = {"quantizer": "fisher-gptq", "menu": ["b2g32", "b3g32", "b4g32", "b8g32"]}
+    changes = {"images": images, "measure": measure, "strategies": strategies, "budgets": ["uniform b3g32"]}
+    config = tiny_config(model, tmp_path, **changes, baselines=[{"name": "rtn b4g32"}])
+    assert check_run(config) == []
+    done = run_and_look(config)
+    assert done.state.is_completed(), done.state.message
+    results = read_results(config.run_dir / "results.json")
+    images = prepare_images(ImageDraw(source="digits", part="second", count=EVALUATED), model)
+    token_ids = prompt_tokens([str(number) for number in range(10)], templates, model)
+    full = zero_shot(AutoModel.from_pretrained(model, dtype=torch.float32).eval(), images.pixels, token_ids, 10)
+    for result in results:
+        assert result.error is None
+        assert result.protocol == f"{EVALUATED} images of 10 classes"
+        if result.checkpoint is None:
+            continue
+        path = config.run_dir / result.checkpoint
+        assert quantized_bytes(path) == result.size_bytes <= result.budget_bytes
+        logits = zero_shot(AutoModel.from_pretrained(path, dtype=torch.float32).eval(), images.pixels, token_ids, 10)
+        top_1 = (logits.argmax(1) == images.labels).float().mean().item()
+        assert result.tasks[0].value == pytest.approx(top_1)
+        assert result.tasks[-1].task == "cosine to full precision"
+        divergence = torch.nn.functional.kl_div(
+            logits.double().log_softmax(1), full.double().softmax(1), reduction="batchmean"
+        )
+        assert result.kl_divergence == pytest.approx(divergence.item(), rel=0.02)
+    with (config.run_dir / "allocation-tiny-loss-aware-uniform-b3g32.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert [int(row["layer"]) for row in rows] == sorted(int(row["layer"]) for row in rows)
+    assert {int(row["layer"]) for row in rows} == {0, 1, 2, 3, 4}
+
+
+def test_what_one_of_two_towers_cannot_be_asked_is_said_before_work(tmp_path):
+    model = make_encoder(tmp_path / "clip", "clip")
+    config = tiny_config(model, tmp_path, images=IMAGES, strategies=["auto"])
+    with pytest.raises(InputError, match="tiny has 2 towers, of which trials is not measured"):
+        check_run(config)
+    pq.write_table(pa.table({"image": [b""] * 20, "label": [0] * 20}), tmp_path / "unnamed.parquet")
+    images = {"source": str(tmp_path / "unnamed.parquet"), "calibration": 4}
+    with pytest.raises(InputError, match=r"the labels of .*unnamed\.parquet have no names"):
+        check_run(tiny_config(model, tmp_path, images=images, strategies=["uniform"]))
+    with pytest.raises(InputError, match=r"images\.templates.*'a photo' has not one \{\}"):
+        tiny_config(model, tmp_path, images={"templates": ["a photo"]})
+
+
 @pytest.mark.slow
 def test_an_encoder_without_a_head_is_measured_on_images_without_labels(server, tmp_path):
     model = make_encoder(tmp_path / "dinov2", "dinov2-base")
@@ -82,10 +145,11 @@ def test_an_encoder_without_a_head_is_measured_on_images_without_labels(server, 
     done = run_and_look(config)
     assert done.state.is_completed(), done.state.message
     full, uniform, loss_aware = read_results(config.run_dir / "results.json")
-    assert full.protocol == "10 images without labels"
+    assert full.protocol == "10 images without labels or classes"
     for result in (uniform, loss_aware):
         assert result.perplexity is None
-        assert result.tasks is None
+        (cosine,) = result.tasks
+        assert cosine.value == pytest.approx(1 - result.kl_divergence, abs=1e-6)
         assert 0 < result.kl_divergence < 1
     opened = lmq.load(config.run_dir / loss_aware.checkpoint)
     assert opened(torch.zeros(1, 3, 8, 8)).pooler_output.isfinite().all()

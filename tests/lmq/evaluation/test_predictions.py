@@ -7,7 +7,7 @@ from sklearn.metrics import balanced_accuracy_score, log_loss, top_k_accuracy_sc
 from torch import nn
 
 from lmq.errors import NotFiniteError
-from lmq.evaluation.predictions import RECALL, TOP_1, TOP_5, score_images, summarize_predictions
+from lmq.evaluation.predictions import COSINE, RECALL, TOP_1, TOP_5, score_images, summarize_predictions
 from lmq.evaluation.windows import last_states
 from lmq.model.discovery import discover
 from lmq.model.streaming import StreamedModel
@@ -52,8 +52,9 @@ def test_an_encoder_without_a_head_is_judged_by_the_angle_of_its_embeddings(tmp_
     expected = 1 - nn.functional.cosine_similarity(before, after).mean().item()
     assert found.kl_divergence is not None
     assert found.kl_divergence.value == pytest.approx(expected, rel=1e-3)
-    assert (found.perplexity, found.top1_agreement, found.scores) == (None, None, ())
-    assert found.protocol == "4 images without labels"
+    assert (found.perplexity, found.top1_agreement) == (None, None)
+    assert [score.task for score in found.scores] == [COSINE]
+    assert found.protocol == "4 images without labels or classes"
 
 
 def test_outputs_that_are_not_finite_are_named(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from lmq.allocation.budget import module_sizes
 from lmq.allocation.error_table import ErrorTable
 from lmq.allocation.refine import LocalCosts
 from lmq.allocation.strategies import STRATEGIES, TRIALS, Measurements, strategy
+from lmq.allocation.strategies.base import profile_outliers
 from lmq.allocation.strategies.boost import boosted_column
 from lmq.allocation.strategies.loss_aware import non_increasing
 from lmq.errors import InfeasibleBudget, InputError
@@ -202,6 +203,30 @@ def test_the_least_sensitive_modules_pay_for_a_boost():
     assert max(measurements.profiles["sensitivity"][m] for m in payers) <= min(
         measurements.profiles["sensitivity"][m] for m in others
     )
+
+
+@pytest.mark.parametrize("name", ["sensi-boost", "kurt-boost", "mxq"])
+def test_towers_of_a_model_are_looked_at_apart(name):
+    """A tower behind another changes nothing in the first, whatever jumps between them."""
+    modules = _modules(2 * LAYERS)
+    signal = _signal(_modules(LAYERS))
+    behind = {info.id: 1000.0 + info.id.layer for info in modules[len(modules) // 2 :]}
+    table = _table(modules, STOPS, 0)
+    measured = Measurements(
+        modules=modules,
+        menu=STOPS,
+        profiles=dict.fromkeys(("kurtosis", "sensitivity"), signal | behind),
+        costs={"frobenius": table},
+        towers=(range(LAYERS), range(LAYERS, 2 * LAYERS)),
+    )
+    profile = measured.profiles["kurtosis"]
+    of_first = profile_outliers(_measurements(), "kurtosis", signal, 0)
+    found = profile_outliers(measured, "kurtosis", profile, 0)
+    assert found == of_first
+    assert any(found.values())
+    together = Measurements(modules=modules, menu=STOPS, profiles=measured.profiles)
+    assert profile_outliers(together, "kurtosis", profile, 0) != of_first
+    assert strategy(name).allocate(measured, _uniform_bytes(modules, "b4g64")).size_bytes > 0
 
 
 def test_a_random_boost_draws_as_many_of_the_others():
