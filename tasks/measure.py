@@ -22,6 +22,7 @@ from lmq.measurement.quantizer_moments import (
 from lmq.measurement.registry import MEASUREMENTS, PROFILES
 from lmq.measurement.replay import read_gradients, read_hidden_states
 from lmq.measurement.upper_triangle import UpperTriangle
+from lmq.model.experts import every_token
 from lmq.model.structure import ModuleId
 from lmq.outliers import OUTLIERS_SCHEMA, outlier_rows
 from lmq.quantizers import quantizer
@@ -97,7 +98,8 @@ def measure_second_moments(job: Job) -> None:
     """Plain second moments of one layer's inputs, for quantizers."""
     with open_layer(job) as layer:
         kinds = [module.id.kind for module in layer.modules]
-        moments = input_moments(layer.block, layer.block_inputs, layer.hidden, kinds)
+        with every_token(layer.block, job.config.get("expert_tokens") == "all"):
+            moments = input_moments(layer.block, layer.block_inputs, layer.hidden, kinds)
     save_moments(job.output / MOMENTS_FILE, moments)
 
 

@@ -16,6 +16,7 @@ from lmq.measurement.replay import (
     write_hidden_states,
 )
 from lmq.measurement.sequence_fisher import sampled_loss_gradient
+from lmq.model.experts import every_token
 from lmq.numerics import fast_products
 from lmq_tasks.inputs import open_model, read_examples
 from lmq_tasks.stage import Job, stage
@@ -91,7 +92,7 @@ def sampled_backward(job: Job) -> None:
     hidden = read_hidden_states(job.input("hidden", HIDDEN_STATES_FILE))
     gradient = read_gradients(job.input("gradient", GRADIENTS_FILE))
     kinds = [module.id.kind for module in model.structure.in_layer(layer)]
-    with model.block(layer, only_run=True) as block:
+    with model.block(layer, only_run=True) as block, every_token(block, job.config.get("expert_tokens") == "all"):
         inputs = model.block_inputs(hidden.shape[1])[layer]
         entering, moments = backward_with_moments(block, inputs, hidden, gradient, kinds, layer=layer, fast_block=True)
     write_gradients(job.output / GRADIENTS_FILE, entering)

@@ -195,6 +195,10 @@ class MeasureConfig(Section):
         default_factory=dict, description="Options of the quantizer: {damping: 0.01, order: descending} of gptq"
     )
     axis: Literal[0, 1] = Field(1, description="1: groups along in_features; 0: along out_features, as in the papers")
+    expert_tokens: Literal["routed", "all"] = Field(
+        default="routed",
+        description="Tokens that the codes of an expert are chosen on: those routed to it, or all, which takes longer",
+    )
     label_draws: int = Field(
         default=2, ge=1, description="Draws of labels per calibration sequence, for fisher-gptq and loss-aware"
     )

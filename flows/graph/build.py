@@ -163,7 +163,9 @@ class _ModelGraph(ModelNodes):
     def __init__(self, graph: Graph, config: RunConfig, model: PreparedModel, texts: dict[str, TextIdentity]):
         super().__init__(graph, model, texts)
         self._config = config
-        self._captured = CapturedText(self, config.calibration, config.measure.label_draws)
+        measure = config.measure
+        every_token = measure.expert_tokens == "all"
+        self._captured = CapturedText(self, config.calibration, measure.label_draws, every_token=every_token)
         self._of_any_codes: dict[str, list[Node]] = {}
         self._validation: Node | None = None
         self._polished_on: tuple[Node, Node] | None = None

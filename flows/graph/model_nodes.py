@@ -233,15 +233,17 @@ class ModelNodes:
 class CapturedText:
     """Nodes of what is captured from the calibration text; each is added to the graph when it is first asked for.
 
-    `draws` are those of labels per sequence, for gradients of labels that the model draws.
+    `draws` are those of labels per sequence, for gradients of labels that the model draws. With `every_token` the
+    second moments of every expert are over all tokens.
     """
 
-    def __init__(self, nodes: ModelNodes, calibration: CalibrationConfig, draws: int = 1):
+    def __init__(self, nodes: ModelNodes, calibration: CalibrationConfig, draws: int = 1, *, every_token: bool = False):
         self._nodes = nodes
         self._calibration = calibration
         self._draws = draws
         self._structure = nodes.model.structure
         self._layers = self._structure.layers
+        self._moments_of = {"expert_tokens": "all"} if every_token and self._structure.has_experts else {}
         self._embedding_weights: dict[str, Node] = {}
 
     def by_layer(self, need: Need) -> Sequence[Input]:
@@ -332,7 +334,10 @@ class CapturedText:
             for layer in reversed(self._structure.layers_of(tower)):
                 inputs = {"hidden": self.entering[layer], "gradient": FileOf(found[-1], GRADIENTS_FILE)}
                 both = keep + self._moment_bytes
-                found.append(self._nodes.add_layer("sampled-backward", layer, {}, inputs, expected_bytes=both))
+                of_layer = self._nodes.add_layer(
+                    "sampled-backward", layer, self._moments_of, inputs, expected_bytes=both
+                )
+                found.append(of_layer)
             towers.append(found[::-1])
         return towers
 
@@ -372,7 +377,7 @@ class CapturedText:
 
     @cached_property
     def _plain_moments(self) -> list[Node]:
-        return self._nodes.per_layer("second-moments", {}, self._moment_bytes, hidden=self.entering)
+        return self._nodes.per_layer("second-moments", self._moments_of, self._moment_bytes, hidden=self.entering)
 
 
 def _grids_bytes(specs: Sequence[QuantSpec], modules: Sequence[ModuleInfo], *, coded: bool) -> int:

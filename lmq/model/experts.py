@@ -110,6 +110,8 @@ class RoutedExperts(nn.Module):
             self.add_module(str(number), Expert(fused, self.first, shapes))
         self.read: Callable[[int], Mapping[str, Tensor]] | None = None
         """Reads the weights of an expert that has none, by its own names; they are let go after every use."""
+        self.every_token = False
+        """Whether experts see all tokens, of which only what is routed to them counts: see `every_token`."""
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Sum of the experts' outputs [tokens, hidden], weighted by `top_k_weights` [tokens, k].
@@ -119,7 +121,8 @@ class RoutedExperts(nn.Module):
         """
         if hidden_states.is_meta:
             return torch.stack([self.run(number, hidden_states) for number in range(self.num_experts)]).sum(0)
-        if self.read is not None and torch.is_grad_enabled() and hidden_states.requires_grad:
+        again = self.read is not None or self.every_token
+        if again and torch.is_grad_enabled() and hidden_states.requires_grad:
             summed: Tensor = _OneAtATime.apply(hidden_states, top_k_weights, top_k_index, self)
             return summed
         return self.summed(hidden_states, top_k_index, top_k_weights)
@@ -132,19 +135,22 @@ class RoutedExperts(nn.Module):
         for number, rows in self.routed(top_k_index):
             tokens = rows // top_k_index.shape[1]
             with self.in_memory(number):
-                outputs = self.run(number, hidden_states[tokens], unwatched=unwatched)
+                if self.every_token and not unwatched:
+                    outputs = self.run(number, hidden_states)[tokens]
+                else:
+                    outputs = self.run(number, hidden_states[tokens], unwatched=unwatched)
             outputs = outputs * top_k_weights.flatten()[rows, None]
             summed.index_add_(0, tokens, outputs.to(summed.dtype))
         return summed
 
     def routed(self, top_k_index: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Every expert that is in use, and its places in the flattened `top_k_index` [tokens, k], tokens ascending."""
+        """Every expert that sees tokens, and its places in the flattened `top_k_index` [tokens, k], in order."""
         experts = top_k_index.flatten()
         order = experts.argsort(stable=True)
         counts = experts.bincount(minlength=self.num_experts).tolist()
         first = 0
         for number, count in enumerate(counts[: self.num_experts]):
-            if count:
+            if count or self.every_token:
                 yield number, order[first : first + count]
             first += count
 
@@ -195,6 +201,8 @@ class _OneAtATime(torch.autograd.Function):
     """The sum of `RoutedExperts`, of which one expert is in memory at a time, forward as well as back.
 
     Each is computed again on the way back, where hooks of its matrices see it as they otherwise do on the way forward.
+    Where experts see every token, the gradient at the outputs for a token that is not routed to an expert is the one at
+    the sum times the mean weight of the experts that it is routed to; it goes no further back.
     """
 
     @staticmethod
@@ -208,15 +216,22 @@ class _OneAtATime(torch.autograd.Function):
         (gradient,) = gradients
         states, weights, index = ctx.saved_tensors
         of_states, of_weights = torch.zeros_like(states), torch.zeros_like(weights)
+        every_token = ctx.experts.every_token
+        entering = states.detach().requires_grad_(True)  # one tensor for all experts, which tracing keeps once
         for number, rows in ctx.experts.routed(index):
             tokens = rows // index.shape[1]
-            entering = states[tokens].detach().requires_grad_(True)
+            of_router = weights.flatten()[rows, None]
+            if every_token:
+                leaving = gradient * weights.mean(1, keepdim=True)
+                leaving[tokens] = gradient[tokens] * of_router
+            else:
+                entering, leaving = states[tokens].detach().requires_grad_(True), gradient[tokens] * of_router
             with ctx.experts.in_memory(number), torch.enable_grad(), OneDnnProducts():
                 outputs = ctx.experts.run(number, entering)
-                leaving = (gradient[tokens] * weights.flatten()[rows, None]).to(outputs.dtype)
-                (at_entering,) = torch.autograd.grad(outputs, entering, leaving)
-            of_states.index_add_(0, tokens, at_entering)
-            of_weights.view(-1)[rows] = (outputs.detach() * gradient[tokens]).sum(-1).to(of_weights.dtype)
+                (at_entering,) = torch.autograd.grad(outputs, entering, leaving.to(outputs.dtype))
+            routed = tokens if every_token else slice(None)
+            of_states.index_add_(0, tokens, at_entering[routed])
+            of_weights.view(-1)[rows] = (outputs.detach()[routed] * gradient[tokens]).sum(-1).to(of_weights.dtype)
         return of_states, of_weights, None, None
 
 
@@ -236,6 +251,22 @@ def split_experts(model: nn.Module, only: Container[str] | None = None) -> dict[
         model.set_submodule(path, split)
         slices.update(split.slices(path))
     return slices
+
+
+@contextmanager
+def every_token(block: nn.Module, wanted: bool = True) -> Iterator[None]:
+    """Within it, if `wanted`, every expert of a block sees every token; what the block computes stays the same.
+
+    Hooks of the experts' matrices then see all tokens, where rare experts would have too few to choose codes by.
+    """
+    experts = [module for module in block.modules() if isinstance(module, RoutedExperts)]
+    for module in experts:
+        module.every_token = wanted
+    try:
+        yield
+    finally:
+        for module in experts:
+            module.every_token = False
 
 
 def join_experts(model: nn.Module) -> None:

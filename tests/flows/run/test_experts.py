@@ -87,6 +87,22 @@ def test_dense_models_count_no_tokens_of_experts(tiny_llama: Path, tmp_path: Pat
     assert "expert-tokens" not in {node.stage.name for node in graph}
 
 
+@pytest.mark.parametrize("quantizer", ["gptq", "fisher-gptq"])
+def test_codes_of_experts_are_chosen_on_all_tokens_where_that_is_asked(
+    finished, tiny_llama: Path, tmp_path: Path, quantizer: str
+) -> None:
+    mixed = Path(finished[0].models[0].source)
+    keys = {}
+    for model, tokens in ((mixed, "routed"), (mixed, "all"), (tiny_llama, "routed"), (tiny_llama, "all")):
+        config = tiny_config(model, tmp_path, measure={"quantizer": quantizer, "expert_tokens": tokens})
+        nodes = build_graph(config, *ready_models(config))[0]
+        of_moments = [node for node in nodes if node.stage.name in ("second-moments", "sampled-backward")]
+        keys[model, tokens] = {node.stage.name: node.config.get("expert_tokens") for node in of_moments}
+    assert set(keys[mixed, "all"].values()) == {"all"}
+    without = [keys[mixed, "routed"], keys[tiny_llama, "routed"], keys[tiny_llama, "all"]]
+    assert all(set(found.values()) == {None} for found in without)
+
+
 def test_a_plan_that_leaves_out_an_expert_makes_no_checkpoint(finished, tmp_path: Path) -> None:
     config, _ = finished
     structure = ready_models(config)[0][0].structure

@@ -23,6 +23,7 @@ from lmq.measurement.replay import backward_block, forward_block
 from lmq.measurement.sequence_fisher import sequence_loss_changes
 from lmq.measurement.traces import ModuleTrace, trace_modules
 from lmq.model.discovery import discover
+from lmq.model.experts import RoutedExperts, every_token
 from lmq.model.streaming import StreamedModel
 from tests.mixtures import mixture
 
@@ -184,6 +185,61 @@ def test_a_block_is_run_with_one_expert_in_memory(seen: Seen, monkeypatch: pytes
         assert_same_trace(traces[kind], expected[kind])
         for part, other in zip(found_moments[kind].blocks, moments[kind].blocks, strict=True):
             torch.testing.assert_close(part, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("at_a_time", ["all experts", "one expert"])
+def test_every_token_goes_to_every_expert_when_asked(
+    seen: Seen, at_a_time: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sums over all tokens in float64; one that is not routed to an expert has the mean weight of those it is."""
+    tokens = SEQUENCES * LENGTH
+    work = (seen.inputs, seen.hidden, seen.gradient, seen.kinds)
+    with seen.model.block(LAYER) as block:
+        plain, (entering, _) = (
+            input_moments(block, *work[:2], seen.kinds),
+            backward_with_moments(block, *work, layer=LAYER),
+        )
+        router: list[tuple[Tensor, Tensor]] = []
+        at_sum: list[Tensor] = []
+
+        def keep(_: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            router.append((args[1], args[2].detach()))
+            output.register_hook(at_sum.append)
+
+        handle = block.mlp.experts.register_forward_hook(keep)
+        backward_block(block, seen.inputs, seen.hidden, seen.gradient, layer=LAYER)
+        handle.remove()
+        inside: dict[str, Tensor] = {}
+        for number in range(4):
+            kind = f"mlp.experts.{number}.down_proj"
+            handle = block.get_submodule(kind).register_forward_pre_hook(
+                lambda _, args, kind=kind: inside.__setitem__(kind, args[0])
+            )
+            block.mlp.experts.run(number, seen.entering_experts)
+            handle.remove()
+    if at_a_time == "one expert":
+        monkeypatch.setattr("lmq.model.streaming._EXPERTS_BYTES", 0)
+    with seen.model.block(LAYER, only_run=True) as block, every_token(block):
+        found_entering, weighted = backward_with_moments(block, *work, layer=LAYER)
+    with seen.model.block(LAYER) as block, every_token(block):
+        found_plain = input_moments(block, *work[:2], seen.kinds)
+    assert not any(module.every_token for module in block.modules() if isinstance(module, RoutedExperts))
+    torch.testing.assert_close(found_entering, entering, rtol=1e-4, atol=1e-5)
+    index, weights = (torch.cat(parts) for parts in zip(*router, strict=True))
+    gradients = torch.stack([torch.cat(at_sum[draw::2]) for draw in range(2)]).double()  # draws of a sequence together
+    for number in range(4):
+        kind = f"mlp.experts.{number}.down_proj"
+        states = inside[kind].double()
+        of_plain = found_plain[kind].matrix().double()
+        torch.testing.assert_close(of_plain, states.T @ states / tokens, rtol=1e-4, atol=1e-6)
+        routed = (index == number).double()
+        of_expert = torch.where(routed.any(1), (routed * weights).sum(1), weights.double().mean(1))
+        of_token = (gradients * of_expert[:, None]).square().mean((0, 2))
+        expected = (states * of_token[:, None]).T @ states / tokens
+        torch.testing.assert_close(weighted[kind].matrix().double(), expected, rtol=1e-3, atol=1e-6)
+    assert any(not torch.equal(found_plain[kind].matrix(), plain[kind].matrix()) for kind in experts_of(seen))
+    others = [kind for kind in seen.kinds if ".experts." not in kind]
+    assert all(torch.equal(found_plain[kind].matrix(), plain[kind].matrix()) for kind in others)
 
 
 @pytest.mark.parametrize("fewest", [0, 1])
