@@ -326,8 +326,8 @@ class RunConfig(MeasurementRequest):
 
     def quantizer_named(self, name: str) -> dict[str, Any]:
         """A quantizer with the run's axis and what its target needs; options are those of measure.quantizer."""
-        whole = {"integer_zeros": True} if self.target and target_named(self.target).integer_zeros else {}
-        return super().quantizer_named(name) | whole
+        zeros = self.target and target_named(self.target).integer_zeros
+        return super().quantizer_named(name) | ({"integer_zeros": zeros} if zeros else {})
 
     def menu_of(self, model: ModelConfig, modules: Sequence[ModuleInfo]) -> tuple[QuantSpec, ...]:
         """The configurations for a model with these modules, smallest first: those of its menu that the target holds.

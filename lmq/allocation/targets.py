@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
 from packaging.version import Version
 
@@ -17,6 +18,9 @@ from lmq.errors import InputError, unknown_name
 from lmq.formats.gguf_types import GGUF_TYPES, SMALL_BLOCK
 from lmq.formats.spec import STOPS, QuantSpec
 from lmq.model.structure import EMBEDDINGS, ModuleInfo, expert_number, layer_ranges
+
+if TYPE_CHECKING:
+    from lmq.quantizers.integer_zeros import IntegerZeros
 
 _IN_LAYER = re.compile(r"(?:.*\.)?(\d+)\.(.+)")
 
@@ -30,7 +34,8 @@ class Target:
     embeddings: whether input embedding and output head may be quantized. export: the format of `lmq export`.
     usage: what opens an export at `{path}`.
     alike: kinds that the engine holds in one matrix, and so in one configuration; presets of
-    `lmq.allocation.constraints`. integer_zeros: zeros are whole numbers, as `lmq.quantizers.integer_zeros` fits them.
+    `lmq.allocation.constraints`. integer_zeros: zeros are whole numbers, or all the middle of the codes, as
+    `lmq.quantizers.integer_zeros` fits them.
     out_features_multiple: what the rows of every matrix must be a multiple of.
     most_configurations: how many different ones a checkpoint may have.
     package: what opens it from Python, and `bits_since`, the version that some bits need.
@@ -46,7 +51,7 @@ class Target:
     menu: tuple[str, ...] = ()
     embeddings: bool = False
     alike: tuple[str, ...] = ()
-    integer_zeros: bool = False
+    integer_zeros: IntegerZeros = False
     out_features_multiple: int = 1
     most_configurations: int | None = None
     package: str | None = None
@@ -120,6 +125,17 @@ TARGETS: Mapping[str, Target] = {
             alike=("qkv", "gate-up"),
             integer_zeros=True,
             out_features_multiple=32,  # zeros of 3 bits are packed 32 to three int32 along the rows
+        ),
+        Target(
+            name="gptq-symmetric",
+            description="what takes symmetric GPTQ alone, as vLLM's Marlin does at 4 and 8 bits, and ExLlama",
+            export="gptq",
+            usage="vllm serve {path}",
+            bits=(2, 3, 4, 8),
+            group_sizes=(32, 64, 128),
+            alike=("qkv", "gate-up"),
+            integer_zeros="middle",
+            out_features_multiple=32,
         ),
         Target(
             name="auto-round",

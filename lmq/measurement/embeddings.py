@@ -42,6 +42,7 @@ from lmq.model.structure import ModuleInfo
 from lmq.quantizers import CALIBRATED, CalibratedQuantizer, Quantizer
 from lmq.quantizers.calibrated import fitted_values, gguf_types_of
 from lmq.quantizers.gguf_fit import nearest_matrix
+from lmq.quantizers.integer_zeros import IntegerZeros
 
 _HEAD_TOKENS = 1024
 """Positions that the head is judged at, at most."""
@@ -178,7 +179,8 @@ def fit_rows(
     """
     if quantizer.axis != 1:
         raise InputError("groups of embeddings run along the hidden dimension; set measure.axis to 1")
-    whole_zeros = bool(getattr(quantizer, "integer_zeros", False))
+    zeros: IntegerZeros = getattr(quantizer, "integer_zeros", False)
+    whole_zeros = bool(zeros)
     rows, columns = matrix.shape
     found_types = _fit_types(matrix, menu, quantizer, weights)
     own = [spec for spec in menu if spec.gguf is None]
@@ -190,7 +192,7 @@ def fit_rows(
             elif weights is None:
                 raise InputError(f"quantizer {quantizer.name!r} needs column weights of embeddings; measure them")
             else:
-                scale, zero = fitted_values(block, weights, spec, 1, integer_zeros=whole_zeros)
+                scale, zero = fitted_values(block, weights, spec, 1, integer_zeros=zeros)
             if not whole_zeros:
                 scale, zero = reachable(to_groups(block, spec.group_size, 1), scale, zero, spec.bits)
             groups = _groups(of_block, columns, spec)

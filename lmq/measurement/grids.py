@@ -49,7 +49,9 @@ def fit_grids(
     if types := [spec.name for spec in menu if spec.gguf is not None]:
         raise InputError(f"quantizer {quantizer.name!r} finds no codes of {types[0]}; take {', '.join(CALIBRATED)}")
     return {
-        spec: encode(weight, *quantizer.fit(weight, spec), spec, quantizer.axis, integer_zeros=quantizer.integer_zeros)
+        spec: encode(
+            weight, *quantizer.fit(weight, spec), spec, quantizer.axis, integer_zeros=bool(quantizer.integer_zeros)
+        )
         for spec in menu
     }
 

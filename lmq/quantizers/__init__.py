@@ -21,6 +21,7 @@ from lmq.quantizers.gptq import Gptq
 from lmq.quantizers.hqq import Hqq
 from lmq.quantizers.hqq_default import HqqDefault
 from lmq.quantizers.hqq_package import HqqPackage
+from lmq.quantizers.integer_zeros import IntegerZeros
 from lmq.quantizers.rtn import RoundToNearest
 from lmq.quantizers.weighted import Weighted
 
@@ -39,8 +40,11 @@ class _Quantizer(Protocol):
         ...
 
     @property
-    def integer_zeros(self) -> bool:
-        """Whether zeros are whole numbers from 0 to 2^bits - 1, 128 at 8 bits, and are stored as they are."""
+    def integer_zeros(self) -> IntegerZeros:
+        """Whether zeros are whole numbers from 0 to 2^bits - 1, 128 at 8 bits, and are stored as they are.
+
+        "middle": all of them 2^(bits - 1).
+        """
         ...
 
     def describe(self) -> dict[str, Any]:

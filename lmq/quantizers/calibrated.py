@@ -25,27 +25,27 @@ from lmq.quantizers.error_feedback import (
     stacked,
 )
 from lmq.quantizers.gguf_fit import fit_type, steps_of
-from lmq.quantizers.integer_zeros import refit_scale, whole_zeros
+from lmq.quantizers.integer_zeros import IntegerZeros, refit_scale, require_integer_zeros, whole_zeros
 from lmq.quantizers.weighted_grid import fit_weighted
 
 _WEIGHTS_AT_ONCE, _WEIGHTS_AT_ONCE_ON_GPU = 1 << 24, 1 << 28
 """Weights of all matrices and configurations that are rounded together."""
 
 
-def fitted_grid(weight: Tensor, importance: Tensor, spec: QuantSpec, axis: int, *, integer_zeros: bool) -> Grid:
+def fitted_grid(weight: Tensor, importance: Tensor, spec: QuantSpec, axis: int, *, integer_zeros: IntegerZeros) -> Grid:
     """The stored grid of `weight` [out_features, in_features] of least error weighted by `importance` [in_features]."""
     scale, zero = fitted_values(weight, importance, spec, axis, integer_zeros=integer_zeros)
-    return encode(weight, scale, zero, spec, axis, integer_zeros=integer_zeros)
+    return encode(weight, scale, zero, spec, axis, integer_zeros=bool(integer_zeros))
 
 
 def fitted_values(
-    weight: Tensor, importance: Tensor, spec: QuantSpec, axis: int, *, integer_zeros: bool
+    weight: Tensor, importance: Tensor, spec: QuantSpec, axis: int, *, integer_zeros: IntegerZeros
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero float32 [groups] of that grid before they are stored."""
     scale, zero = fit_weighted(weight, importance, spec, axis)
     if integer_zeros:
         groups = to_groups(weight, spec.group_size, axis)
-        scale, zero = whole_zeros(groups, scale, zero, spec.bits)
+        scale, zero = whole_zeros(groups, scale, zero, spec.bits, integer_zeros)
         scale = refit_scale(groups, scale, zero, spec.bits)
     return scale, zero
 
@@ -77,11 +77,12 @@ class ErrorFeedback:
     damping: float = 0.01
     order: Order = "descending"
     weighted_grid: bool = True
-    integer_zeros: bool = False
+    integer_zeros: IntegerZeros = False
     sweeps: int = 0
 
     def __post_init__(self) -> None:
         require_axis(self.axis)
+        require_integer_zeros(self.integer_zeros)
         if not 0 <= self.damping <= 1:
             raise InputError(f"damping = {self.damping} is not allowed; give a share of the mean diagonal from 0 to 1")
         if self.order not in ("descending", "stored"):

@@ -20,7 +20,7 @@ import torch
 from lmq.errors import InputError
 from lmq.formats.groups import group_blocks, require_axis, to_groups
 from lmq.formats.spec import QuantSpec
-from lmq.quantizers.integer_zeros import refit_scale, whole_zeros
+from lmq.quantizers.integer_zeros import IntegerZeros, refit_scale, require_integer_zeros, whole_zeros
 from lmq.quantizers.rtn import min_max_grid
 
 _ROUNDED_BITS = 4
@@ -43,10 +43,11 @@ class Hqq:
     beta: float = 10.0
     kappa: float = 1.0
     round_zero: bool = False
-    integer_zeros: bool = False
+    integer_zeros: IntegerZeros = False
 
     def __post_init__(self) -> None:
         require_axis(self.axis)
+        require_integer_zeros(self.integer_zeros)
         if self.iterations < 1:
             raise InputError(f"iterations = {self.iterations} is not allowed; hqq needs at least 1")
         if not 0 < self.lp_norm < 1:
@@ -69,7 +70,7 @@ class Hqq:
         scale, zero = 1 / inverse_scale, zeros[stop].clone()
         if not self.integer_zeros:
             return scale, zero
-        scale, zero = whole_zeros(groups, scale, zero, spec.bits)
+        scale, zero = whole_zeros(groups, scale, zero, spec.bits, self.integer_zeros)
         return refit_scale(groups, scale, zero, spec.bits), zero
 
     def describe(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 
 from lmq.formats.groups import require_axis, to_groups
 from lmq.formats.spec import QuantSpec
-from lmq.quantizers.integer_zeros import whole_zeros
+from lmq.quantizers.integer_zeros import IntegerZeros, require_integer_zeros, whole_zeros
 
 _SMALLEST_SPREAD = 1e-30
 """Far below any weight, and far above where the inverse of a scale leaves float32."""
@@ -24,17 +24,20 @@ class RoundToNearest:
 
     name: ClassVar[str] = "rtn"
     axis: int = 1
-    integer_zeros: bool = False
+    integer_zeros: IntegerZeros = False
 
     def __post_init__(self) -> None:
         require_axis(self.axis)
+        require_integer_zeros(self.integer_zeros)
 
     def fit(self, weight: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale and zero float32 [groups]."""
         groups = to_groups(weight.detach(), spec.group_size, self.axis)
         inverse_scale, zero = min_max_grid(groups, spec.bits)
         scale = 1 / inverse_scale
-        return whole_zeros(groups, scale, zero, spec.bits) if self.integer_zeros else (scale, zero)
+        if not self.integer_zeros:
+            return scale, zero
+        return whole_zeros(groups, scale, zero, spec.bits, self.integer_zeros)
 
     def describe(self) -> dict[str, Any]:
         """Options as JSON."""

@@ -13,6 +13,7 @@ from lmq.formats.groups import require_axis
 from lmq.formats.spec import QuantSpec
 from lmq.quantizers.calibrated import fitted_grid, gguf_types_of
 from lmq.quantizers.gguf_fit import nearest_matrix
+from lmq.quantizers.integer_zeros import IntegerZeros, require_integer_zeros
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,10 +23,11 @@ class Weighted:
     name: ClassVar[str] = "weighted"
     fisher_weighted: ClassVar[bool] = True
     axis: int = 1
-    integer_zeros: bool = False
+    integer_zeros: IntegerZeros = False
 
     def __post_init__(self) -> None:
         require_axis(self.axis)
+        require_integer_zeros(self.integer_zeros)
 
     def quantize(
         self, weights: Tensor, moments: Tensor, menu: Sequence[QuantSpec]

@@ -10,6 +10,7 @@ import yaml
 from lmq.allocation.targets import target_named
 from lmq.errors import InputError
 from lmq.export import export_format
+from lmq.export.integer_codes import is_symmetric
 from lmq.export.source import QuantizedCheckpoint
 from lmq.formats.spec import STOPS
 from lmq.report.results import read_results
@@ -23,7 +24,9 @@ STRATEGIES = ["uniform", "mxq", "loss-aware"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("target", "configurations"), [("vllm", 2), ("gptq", 2), ("auto-round", 2), ("awq", 1)])
+@pytest.mark.parametrize(
+    ("target", "configurations"), [("vllm", 2), ("gptq", 2), ("gptq-symmetric", 2), ("auto-round", 2), ("awq", 1)]
+)
 def test_checkpoints_of_a_run_with_a_target_are_exported_without_loss(
     target: str, configurations: int, server: None, tiny_qwen: Path, tmp_path: Path
 ) -> None:
@@ -38,6 +41,7 @@ def test_checkpoints_of_a_run_with_a_target_are_exported_without_loss(
         report = exporter.export(checkpoint, tmp_path / "exports" / result.strategy)
         assert max(step.relative_error for step in report.steps.values()) < 2**-11
         assert not any("moved" in note or "vLLM and SGLang, which" in note for note in report.notes)
+    assert is_symmetric(checkpoint) == (target == "gptq-symmetric")
     found = len(set(checkpoint.specs.values()))
     assert found == 1 if configurations == 1 else found >= configurations
 

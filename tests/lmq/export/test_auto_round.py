@@ -49,8 +49,10 @@ def test_the_codes_are_kept(specs: tuple[str, ...], layout: str, tiny_qwen: Path
     assert relative(logits(opened), logits(lmq.load(tmp_path / "lmq", dtype=torch.float32))) < 5e-3
 
 
-@pytest.mark.parametrize("specs", [("b3g32",), ("b8g32",), MIXED])
-def test_auto_round_opens_an_export(specs: tuple[str, ...], tiny_qwen: Path, tmp_path: Path) -> None:
-    checkpoint = by_layer(tiny_qwen, tmp_path / "lmq", *specs, choice={ModuleId(1, "self_attn.o_proj"): ""})
+@pytest.mark.parametrize("zeros", [True, "middle"], ids=["whole", "symmetric"])
+@pytest.mark.parametrize("specs", [("b2g32",), MIXED], ids=["2 bits", "mix"])
+def test_auto_round_opens_an_export(specs: tuple[str, ...], zeros: bool | str, tiny_qwen: Path, tmp_path: Path) -> None:
+    choice = {ModuleId(1, "self_attn.o_proj"): ""}
+    checkpoint = by_layer(tiny_qwen, tmp_path / "lmq", *specs, integer_zeros=zeros, choice=choice)
     export(checkpoint, tmp_path / "out")
     check_opened(checkpoint, *opened_by(TRANSFORMERS, "auto_round", tmp_path / "out", TOKENS, tmp_path))

@@ -25,7 +25,7 @@ FLOAT16_ROUNDING = 2**-11
 
 
 def by_layer(
-    source: Path, path: Path, *specs: str, integer_zeros: bool = True, choice: dict[ModuleId, str] | None = None
+    source: Path, path: Path, *specs: str, integer_zeros: bool | str = True, choice: dict[ModuleId, str] | None = None
 ) -> QuantizedCheckpoint:
     """Every layer in the next of the configurations; modules of `choice` in theirs, and as they are where it is ""."""
     structure = discover(source)
@@ -163,10 +163,12 @@ def test_a_layout_that_is_not_read_and_files_without_codes_are_named(tiny_llama:
         lmq.load(tiny)
 
 
-@pytest.mark.parametrize("specs", [("b3g32",), ("b8g32",), ("b4g64", "b2g32", "b3g32", "b8g64")])
-def test_gptqmodel_opens_an_export(specs: tuple[str, ...], tiny_qwen: Path, tmp_path: Path) -> None:
-    checkpoint = by_layer(tiny_qwen, tmp_path / "lmq", *specs)
+@pytest.mark.parametrize("zeros", [True, "middle"], ids=["whole", "symmetric"])
+@pytest.mark.parametrize("specs", [("b3g32",), ("b4g64", "b2g32", "b3g32", "b8g64")], ids=["3 bits", "mix"])
+def test_gptqmodel_opens_an_export(specs: tuple[str, ...], zeros: bool | str, tiny_qwen: Path, tmp_path: Path) -> None:
+    checkpoint = by_layer(tiny_qwen, tmp_path / "lmq", *specs, integer_zeros=zeros)
     export(checkpoint, tmp_path / "out")
+    assert config_of(tmp_path / "out")["format"] == ("gptq" if zeros == "middle" else "gptq_v2")
     check_opened(checkpoint, *opened_by(GPTQMODEL % "GPTQ_TORCH", "gptqmodel", tmp_path / "out", TOKENS, tmp_path))
 
 

@@ -130,6 +130,10 @@ def test_whole_zeros_stay_whole(name: str) -> None:
     )[module]
     assert set(grids[menu[0]].decode()[1].tolist()) <= set(range(16))
     assert set(grids[menu[1]].decode()[1].tolist()) == {128}
+    symmetric = quantize_modules(
+        {module: weight}, menu, quantizer(name, integer_zeros="middle"), {module: UpperTriangle.of(moments)}
+    )[module]
+    assert [set(symmetric[spec].decode()[1].tolist()) for spec in menu] == [{8}, {128}]
 
 
 def test_grids_with_codes_are_read_back_as_they_were(tmp_path: Path) -> None:

@@ -100,6 +100,27 @@ def test_whole_zeros_cost_little_where_real_ones_are_not_far() -> None:
         assert real < whole < most * real, spec
 
 
+@pytest.mark.parametrize("options", FITTERS, ids=str)
+@pytest.mark.parametrize("spec", STOPS, ids=str)
+def test_symmetric_grids_have_the_middle_and_less_error_than_the_largest_weight_gives(
+    spec: QuantSpec, options: dict[str, Any]
+) -> None:
+    """The reference scales every group by its largest weight, as symmetric quantization is commonly done."""
+    weight, middle = _weight(5), 2 ** (spec.bits - 1)
+    grid = fit_grids(weight, [spec], quantizer(**options, integer_zeros="middle"))[spec]
+    assert grid.decode()[1].unique().tolist() == [middle]
+    groups = weight.view(-1, spec.group_size)
+    scale = groups.abs().amax(1, keepdim=True) / (middle - 1 if spec.bits > 2 else middle)
+    common = (groups / scale).round().clamp(-middle, middle - 1) * scale
+    assert (grid.round_trip(weight) - weight).norm() < 1.01 * (common.view(weight.shape) - weight).norm()
+
+
+@pytest.mark.parametrize("name", ["rtn", "hqq", "weighted", "gptq", "fisher-gptq"])
+def test_other_zeros_are_refused(name: str) -> None:
+    with pytest.raises(InputError, match=r"integer_zeros = 'centre' is not allowed; allowed: false, true, middle"):
+        quantizer(name, integer_zeros="centre")
+
+
 def test_the_hqq_package_fits_real_zeros_only() -> None:
     assert not quantizer("hqq-package").integer_zeros
     with pytest.raises(InputError, match="does not take these options"):
