@@ -495,12 +495,26 @@ class StreamedModel:
 
     def _run_until_stopped(self, handler: StubHandler, tower: int, **inputs: Any) -> Tensor:
         """Run the model's forward until a stub stops it; the states that entered that stub."""
+        called: set[int] = set()
+
+        def noted(layer: int, *given: Any) -> Any:
+            called.add(layer)
+            return handler(layer, *given)
+
         try:
-            with self._switch.to(handler):
+            with self._switch.to(noted):
                 self._run(tower, inputs)
         except StopForward as stop:
             return stop.entering
-        raise UnsupportedModel(f"{self.structure.architecture} does not call its {len(self._blocks)} blocks one by one")
+        what = f"{self.structure.architecture} does not call its {len(self._blocks)} blocks one by one"
+        for layer in self.structure.layers_of(tower):
+            if layer not in called:
+                kind = type(self._blocks[layer]).__name__
+                raise UnsupportedModel(
+                    f"{what}: {self.structure.block_path(layer)}, a {kind}, is left out without an image or what it "
+                    "takes else beside the states; lmq replays blocks that states go through one after the other"
+                )
+        raise UnsupportedModel(what)
 
     @torch.no_grad()
     def _find_extra_outputs(self) -> tuple[Any, ...] | None:

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
+from lmq.checkpoint.dry_run import dry_run
 from lmq.errors import UnsupportedModel
 from lmq.model.auto_class import auto_class_of
 from lmq.model.discovery import discover
@@ -90,6 +92,21 @@ def test_of_two_classes_it_is_the_one_that_the_model_was_saved_as(saved_as: str 
     config = AutoConfig.for_model("qwen3_5")
     config.architectures = None if saved_as is None else [saved_as]
     assert auto_class_of(config).__name__ == expected
+
+
+def test_blocks_that_take_the_image_are_refused_by_name(tmp_path: Path) -> None:
+    widths = ("hidden_size", "intermediate_size", "vocab_size", "max_position_embeddings")
+    text = {"num_hidden_layers": 4, "cross_attention_layers": [1, 3], **dict.fromkeys(widths, 64)}
+    vision = {"image_size": 28, "patch_size": 14, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    vision |= {"num_global_layers": 1, "attention_heads": 2, "intermediate_layers_indices": [0], "max_num_tiles": 1}
+    config = transformers.MllamaConfig(
+        text_config={**text, "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0},
+        vision_config={**vision, "vision_output_dim": 64, "supported_aspect_ratios": [[1, 1]]},
+    )
+    transformers.MllamaForConditionalGeneration(config).save_pretrained(tmp_path)
+    expected = r"layers\.1, a MllamaCrossAttentionDecoderLayer, is left out without an image"
+    with pytest.raises(UnsupportedModel, match=expected):
+        dry_run(tmp_path, discover(tmp_path, weights_sha256="0"))
 
 
 def test_text_that_an_encoder_reads_is_refused(tmp_path: Path) -> None:
