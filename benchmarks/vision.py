@@ -1,10 +1,12 @@
 """Strategies at equal bytes on an encoder of images that is trained here, in minutes of CPU: accuracy and divergence.
 
     python -m benchmarks.vision FOLDER [--steps 500] [--threads 1]
+    python -m benchmarks.vision --sizes
 
 A ViT of 6 layers is trained from a fixed seed on the first half of the 1,797 handwritten digits that scikit-learn
 carries (8 × 8 grey values, enlarged to 16 × 16). It is calibrated on images of that half and judged on the other. A
-model that FOLDER holds from an earlier call is taken as it is.
+model that FOLDER holds from an earlier call is taken as it is. `--sizes` prints what the matrices that MXQ's authors
+quantized of two CLIP models take, from their shapes alone.
 """
 
 from __future__ import annotations
@@ -23,21 +25,30 @@ from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
+from lmq.formats.spec import QuantSpec
 from lmq.images.prepared import ImageDraw, prepare_images
 
 IMAGE, PATCH, BATCH, RATE, WARM_STEPS = 16, 4, 64, 2e-3, 50
 BUDGETS = ("uniform b2g64", "uniform b3g64", "uniform b4g64")
+CLIP_SHAPES = {"ViT-B-32": ((12, 768), (12, 512)), "ViT-H-14": ((32, 1280), (24, 1024))}
+"""Layers and width of the tower of images and of that of texts."""
 STRATEGIES = ("uniform", "sensi-boost", "kurt-boost", "mxq", "loss-aware")
 
 
 def main() -> None:
     """Train, run the pipeline, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument("--sizes", action="store_true")
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    if arguments.sizes:
+        print_sizes()
+        return
+    if arguments.folder is None:
+        parser.error("give a folder for the model, its run and its store, or --sizes")
     folder: Path = arguments.folder.absolute()
     if not (folder / "model").is_dir():
         train(folder / "model", arguments.steps)
@@ -45,6 +56,19 @@ def main() -> None:
     config.write_text(yaml.safe_dump(configuration(folder), sort_keys=False))
     subprocess.run([sys.executable, "-m", "lmq_flows.cli", "run", str(config)], check=True)
     print_table(json.loads((folder / "runs" / "vision" / "results.json").read_text()))
+
+
+def print_sizes() -> None:
+    """Bytes of `c_fc` and `c_proj` of both towers, which are four times as wide inside, as Markdown."""
+    print("| model | weights | float16 | b4g64 | b3g64 |\n|---|---:|---:|---:|---:|")
+    for name, towers in CLIP_SHAPES.items():
+        matrices = [(layers, 4 * width * width, inputs) for layers, width in towers for inputs in (width, 4 * width)]
+        weights = sum(layers * parameters for layers, parameters, _ in matrices)
+        sizes = [
+            sum(layers * spec.size_bytes(parameters, inputs) for layers, parameters, inputs in matrices)
+            for spec in (QuantSpec(4, 64), QuantSpec(3, 64))
+        ]
+        print(f"| {name} | {weights:,} | {' | '.join(f'{size / 1e6:,.1f} MB' for size in (2 * weights, *sizes))} |")
 
 
 def train(path: Path, steps: int) -> None:

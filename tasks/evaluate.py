@@ -14,7 +14,7 @@ from lmq.checkpoint.open import QuantizedBlocks, open_model_directory
 from lmq.evaluation.baselines import RoundedBaseline
 from lmq.evaluation.performance import measure_performance
 from lmq.evaluation.perplexity import Window, full_windows
-from lmq.evaluation.predictions import PREDICTIONS_SCHEMA, score_images, summarize_predictions
+from lmq.evaluation.predictions import PREDICTIONS_SCHEMA, score_images, summarize_predictions, with_probe
 from lmq.evaluation.similarities import IMAGES, TEXTS, Prompts
 from lmq.evaluation.whole_model import reference_logits, require_same_model, score_whole_model, stored_bytes
 from lmq.evaluation.windows import (
@@ -61,11 +61,11 @@ def judged_images(path: Callable[[str], Path]) -> str:
 class Judge:
     """How variants are judged: what they are shown, and the rows of the table that says what they made of it.
 
-    `inputs` are those of every tower. `score` takes the model, its states that leave the last block of every tower,
-    those of the full-precision model or None, and that model.
+    `inputs` are what is shown, each with the tower that it is shown to. `score` takes the model, the states that leave
+    the last block for each of these, those of the full-precision model or None, and that model.
     """
 
-    inputs: Sequence[Tensor]
+    inputs: Sequence[tuple[int, Tensor]]
     file: str
     schema: TableSchema
     score: Callable[[StreamedModel, Sequence[Tensor], Sequence[Tensor] | None, StreamedModel], list[JsonDict]]
@@ -77,7 +77,7 @@ def reference(job: Job) -> None:
     _evaluate(job, _of_text(job))
 
 
-@stage("reference-images", version=2, schema="reference-images/1", result=judged_images)
+@stage("reference-images", version=3, schema="reference-images/1", result=judged_images)
 def reference_images(job: Job) -> None:
     """Accuracies of the full-precision model on images, and the states its predictions follow from."""
     _evaluate(job, _of_images(job))
@@ -89,7 +89,7 @@ def evaluate(job: Job) -> None:
     _evaluate(job, _of_text(job))
 
 
-@stage("evaluate-images", version=2, schema=PREDICTIONS_SCHEMA.label, result=judged_images)
+@stage("evaluate-images", version=3, schema=PREDICTIONS_SCHEMA.label, result=judged_images)
 def evaluate_images(job: Job) -> None:
     """Accuracies of a variant on images, and its divergence from the full-precision model."""
     _evaluate(job, _of_images(job))
@@ -110,7 +110,7 @@ def evaluate_rounded(job: Job) -> None:
     _evaluate_rounded(job, _of_text(job))
 
 
-@stage("evaluate-rounded-images", version=2, schema=PREDICTIONS_SCHEMA.label, result=judged_images)
+@stage("evaluate-rounded-images", version=3, schema=PREDICTIONS_SCHEMA.label, result=judged_images)
 def evaluate_rounded_images(job: Job) -> None:
     """Accuracies and divergence on images of a baseline that rounds every matrix alike."""
     _evaluate_rounded(job, _of_images(job))
@@ -163,12 +163,13 @@ def _of_text(job: Job) -> Judge:
         full = None if reference is None else reference[0]
         return score_windows(model, windows, tokens, states[0], full, reference_model=reference_model)
 
-    return Judge(inputs=[tokens], file=WINDOWS_FILE, schema=WINDOWS_SCHEMA, score=score)
+    return Judge(inputs=[(0, tokens)], file=WINDOWS_FILE, schema=WINDOWS_SCHEMA, score=score)
 
 
 def _of_images(job: Job) -> Judge:
     examples = read_examples(job)
     prompts = None
+    probe = read_examples(job, "probe") if job.has("probe") else None
     if job.has("prompts"):
         classes = json.loads(job.input("prompts", CLASSES_FILE).read_text())
         prompts = Prompts(read_examples(job, "prompts").inputs, len(classes))
@@ -182,7 +183,7 @@ def _of_images(job: Job) -> Judge:
         of_texts = None
         if prompts is not None:
             of_texts = states[TEXTS], None if reference is None else reference[TEXTS]
-        return score_images(
+        rows = score_images(
             model,
             examples.labels,
             states[IMAGES],
@@ -191,23 +192,28 @@ def _of_images(job: Job) -> Judge:
             prompts=prompts,
             text_states=of_texts,
         )
+        if probe is None or examples.labels is None:
+            return rows
+        return with_probe(rows, model, states[IMAGES], examples.labels, states[-1], probe.given)
 
-    inputs = [examples.inputs, *([] if prompts is None else [prompts.token_ids])]
+    inputs = [(IMAGES, examples.inputs)]
+    inputs += [] if prompts is None else [(TEXTS, prompts.token_ids)]
+    inputs += [] if probe is None else [(IMAGES, probe.inputs)]
     return Judge(inputs=inputs, file=PREDICTIONS_FILE, schema=PREDICTIONS_SCHEMA, score=score)
 
 
-def _states_file(tower: int) -> str:
-    return HIDDEN_STATES_FILE if tower == 0 else f"hidden-states-{tower}.parquet"
+def _states_file(number: int) -> str:
+    return HIDDEN_STATES_FILE if number == 0 else f"hidden-states-{number}.parquet"
 
 
 def _last_states(model: StreamedModel, judge: Judge, prepare: BlockPreparation | None) -> list[Tensor]:
-    """States that leave the last block of every tower."""
-    return [last_states(model, inputs, prepare, tower=tower) for tower, inputs in enumerate(judge.inputs)]
+    """States that leave the last block for all that is shown."""
+    return [last_states(model, inputs, prepare, tower=tower) for tower, inputs in judge.inputs]
 
 
 def _reference(job: Job, judge: Judge) -> list[Tensor]:
     """Those of the full-precision model."""
-    return [read_hidden_states(job.input("reference", _states_file(tower))) for tower in range(len(judge.inputs))]
+    return [read_hidden_states(job.input("reference", _states_file(number))) for number in range(len(judge.inputs))]
 
 
 def _evaluate(job: Job, judge: Judge) -> None:
@@ -215,8 +221,8 @@ def _evaluate(job: Job, judge: Judge) -> None:
     if not job.has("checkpoint"):
         states = _last_states(model, judge, _counting(job, model))
         rows = judge.score(model, states, None, model)
-        for tower, of_tower in enumerate(states):
-            write_hidden_states(job.output / _states_file(tower), of_tower)
+        for number, leaving in enumerate(states):
+            write_hidden_states(job.output / _states_file(number), leaving)
     else:
         quantized = QuantizedBlocks(materialized(job, "checkpoint"), model.structure)
         judged_model = model

@@ -12,7 +12,7 @@ from lmq.checkpoint.dry_run import dry_run
 from lmq.images.prepared import SCHEMA as IMAGES_SCHEMA
 from lmq.images.prepared import ImageDraw, prepare_images, write_images
 from lmq.images.prompts import class_names, prompt_tokens
-from lmq.model.discovery import discover
+from lmq.model.discovery import discover, left_out
 from lmq.model.source import convert_gguf
 from lmq.text.calibration import (
     TOKENS_SCHEMA,
@@ -46,8 +46,11 @@ def discover_structure(job: Job) -> None:
     sha256 = job.ref("model").sha256 if job.has("model") else job.config["weights_sha256"]
     embeddings = job.config.get("embeddings", False)
     structure = discover(model_dir(job), weights_sha256=sha256, embeddings=embeddings)
-    if never_called := dry_run(model_dir(job), structure):
-        structure = discover(model_dir(job), weights_sha256=sha256, kept=never_called, embeddings=embeddings)
+    kept = dry_run(model_dir(job), structure)
+    if "modules" in job.config:
+        kept = tuple({*kept, *left_out(structure, job.config["modules"])})
+    if kept:
+        structure = discover(model_dir(job), weights_sha256=sha256, kept=kept, embeddings=embeddings)
     (job.output / "structure.json").write_text(json.dumps(structure.to_json()))
 
 

@@ -44,10 +44,13 @@ def inspect_command(arguments: argparse.Namespace) -> int:
 
 def summary(structure: ModelStructure) -> str:
     """A model in one line."""
+    towers = " and ".join(f"{tower.layers} layers, hidden size {tower.hidden_size}" for tower in structure.towers)
+    tied = "tied" if structure.tied_embeddings else "untied"
+    outputs = f"vocabulary {structure.vocabulary_size:,}, {structure.dtype}, {tied} embeddings"
+    if structure.sees_images:
+        outputs = f"{structure.loss} with {structure.vocabulary_size:,} outputs, {structure.dtype}"
     return (
-        f"{structure.architecture}: {structure.layers} layers, hidden size {structure.hidden_size}, "
-        f"vocabulary {structure.vocabulary_size:,}, {structure.dtype}, "
-        f"{'tied' if structure.tied_embeddings else 'untied'} embeddings; "
+        f"{structure.architecture}: {towers}, {outputs}; "
         f"{len(structure.quantized)} modules of {structure.parameters:,} weights"
     )
 

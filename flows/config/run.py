@@ -55,6 +55,9 @@ class MeasurementRequest(Section):
     measure: MeasureConfig = MeasureConfig()
     runner: RunnerConfig = RunnerConfig()
     embeddings: bool = Field(False, description="Quantize the input embedding and the output head too")
+    modules: tuple[str, ...] = Field(
+        (), description='Quantize only these: patterns over LAYER.KIND, as in ["*.mlp.*"]; default: all'
+    )
     store: str = Field("store", min_length=1, description="Where artifacts are kept: a directory or any fsspec URL")
 
     @field_validator("store")

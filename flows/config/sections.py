@@ -141,6 +141,9 @@ class ImagesConfig(Section):
     label_column: str = Field("label", description="Field that holds labels: numbers or names of classes")
     calibration: int = Field(128, ge=1, description="Images that activations and gradients are measured on")
     evaluation: int | None = Field(None, ge=1, description="Images that variants are judged on; default: all there are")
+    probe: int | None = Field(
+        None, ge=2, description="Fit a linear classifier to embeddings of so many images of source; for encoders"
+    )
     templates: tuple[Annotated[str, AfterValidator(_template)], ...] = Field(
         (TEMPLATE,), min_length=1, description="Texts for a class of a model that compares images with texts"
     )

@@ -289,6 +289,8 @@ class _ModelGraph(ModelNodes):
         shown: dict[str, Input | list[Input]] = {"tokens": tokens}
         if len(self.model.structure.towers) > 1:
             shown["prompts"] = self.prompts(1)
+        if self.model.images and self.model.images.config.probe:
+            shown["probe"] = self.probe_images(self.model.images)
         reference = self.add(self.judging("reference"), FULL_PRECISION, windows, shown, expected_bytes=keep)
         shown = {**shown, "reference": reference}
         name = self.model.config.name

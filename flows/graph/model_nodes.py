@@ -118,6 +118,10 @@ class ModelNodes:
             return self._images(images.evaluation, 1, images.config.evaluation, 0, "evaluation")
         return self.tokens("evaluation-tokens", evaluation, {"tokens": evaluation.tokens})
 
+    def probe_images(self, images: ImageSources) -> Node:
+        """Images that a linear probe is fitted to: of those that are measured on, or more of them."""
+        return self._images(images.calibration, 0, images.config.probe, 0, "probe")
+
     def _images(self, identity: TextIdentity, which: int, count: int | None, skipped: int, what: str) -> Node:
         """Images of the source that is measured on (0) or judged on (1)."""
         assert self.model.images is not None

@@ -108,11 +108,14 @@ def plan_run(config: RunConfig) -> RunPlan:
 def ready_models(config: MeasurementRequest) -> tuple[list[PreparedModel], dict[str, TextIdentity]]:
     """The models of a request or run, converted and inspected where that was not done, and its texts, checked.
 
-    Raises InputError as a run would.
+    Raises InputError as a run would, and for a model that sees images, which texts say nothing of.
     """
     graph, _ = preparation_graph(config, identify_models(config))
     execute_directly(graph)
     ready = _Ready.of(config)
+    for model in ready.models:
+        if model.images is not None:
+            raise InputError(f"{model.config.source} sees images, and studies are made on texts; compare runs instead")
     return ready.models, ready.texts
 
 

@@ -25,6 +25,7 @@ from lmq.images.sources import identify_images
 from lmq.measurement.delta_loss import DELTA_LOSS
 from lmq.measurement.module_divergence import DIVERGENCE
 from lmq.measurement.token_fisher import FISHER
+from lmq.model.losses import LOSSES
 from lmq.model.skeleton import read_model_config
 from lmq.model.source import LocatedModel, ModelSource, locate, nearest_sibling, needs_conversion, source_digest
 from lmq.model.structure import ModelStructure
@@ -158,6 +159,8 @@ def preparation_graph(config: MeasurementRequest, models: list[IdentifiedModel])
             site = Site(store_url=store_url, model=_converted_location(open_store(store_url), convert))
         if config.embeddings:
             discover_config["embeddings"] = True
+        if config.modules:
+            discover_config["modules"] = list(config.modules)
         structures[name] = graph.add(STAGES["discover"], name, "", site, config=discover_config, inputs=inputs)
     return graph, structures
 
@@ -272,7 +275,10 @@ def check_texts(config: MeasurementRequest, models: list[PreparedModel]) -> None
 
 def _check_images(config: MeasurementRequest, model: PreparedModel, images: ImageSources) -> None:
     extra = config.calibration_sequences - config.calibration.sequences
-    counts = (images.config.calibration + extra if config.needs_calibration else 1, images.config.evaluation)
+    measured = images.config.calibration + extra if config.needs_calibration else 1
+    counts = (max(measured, images.config.probe or 1), images.config.evaluation)
+    if images.config.probe and LOSSES[model.structure.loss].has_classes:
+        raise InputError(f"images.probe is for encoders without classes; {model.config.name} has its own: leave it out")
     options = images.config.model_dump(include={"column", "label_column", "seed", "unreadable"})
     if len(model.structure.towers) > 1:
         load_tokenizer(_model_dir(model))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lmq.errors import NotFiniteError
+from lmq.evaluation.linear_probe import probe_predictions
 from lmq.evaluation.perplexity import Estimate, mean_estimate
 from lmq.evaluation.similarities import Prompts, class_embeddings, similarities
 from lmq.evaluation.task_scores import TaskScore
@@ -23,7 +24,7 @@ from lmq.tables import TableSchema
 
 PREDICTIONS_SCHEMA = TableSchema(
     "predictions",
-    2,
+    3,
     pa.schema(
         [
             pa.field("image", pa.int64(), nullable=False),
@@ -34,16 +35,18 @@ PREDICTIONS_SCHEMA = TableSchema(
             pa.field("kl", pa.float64()),
             pa.field("agrees", pa.bool_()),
             pa.field("cosine", pa.float64()),
+            pa.field("probed", pa.bool_()),
         ]
     ),
 )
 """Per image: how many outputs the model has; of its label the loss in nats and how many classes are thought likelier;
 divergence from full precision in nats, and whether its likeliest class is the same; the cosine of its embedding to that
-of full precision. Null where there is none: labels of images without, classes of an encoder without a head or texts,
-embeddings of a classifier."""
+of full precision; whether a linear probe finds its label. Null where there is none: labels of images without, classes
+of an encoder without a head or texts, embeddings of a classifier."""
 
 TOP_1, TOP_5, RECALL = "top-1", "top-5", "mean per-class recall"
 COSINE = "cosine to full precision"
+PROBE = "linear probe"
 _TOP = 5
 
 
@@ -137,7 +140,7 @@ def summarize_predictions(rows: Sequence[Mapping[str, Any]]) -> PredictionSummar
         kl_divergence=mean_estimate(kl) if kl else None,
         kl_p99=float(np.quantile(kl, 0.99)) if kl else None,
         top1_agreement=sum(agrees) / len(agrees) if agrees else None,
-        scores=tuple((_accuracies(labelled, outputs) if labelled else []) + _cosine(rows)),
+        scores=tuple((_accuracies(labelled, outputs) if labelled else []) + _probe(rows) + _cosine(rows)),
     )
 
 
@@ -158,6 +161,27 @@ def _accuracies(rows: Sequence[Mapping[str, Any]], outputs: int) -> list[TaskSco
     variance = sum(recall * (1 - recall) / len(by_class[label]) for label, recall in recalls.items())
     recall = Estimate(sum(recalls.values()) / len(recalls), math.sqrt(variance) / len(recalls))
     return [*scores, _score(RECALL, recall, len(rows))]
+
+
+def with_probe(
+    rows: Sequence[dict[str, Any]], model: StreamedModel, states: Tensor, labels: Tensor, fitted: Tensor, given: Tensor
+) -> list[dict[str, Any]]:
+    """The rows of `score_images` with what a linear probe makes of the embeddings of its images.
+
+    `states` leave the last block for these, whose `labels` [images] are known, and `fitted` for the images that it is
+    fitted to, whose labels are `given`.
+    """
+    judged, known = (
+        torch.cat([model.head_logits(piece).cpu() for piece in model.split(each)]) for each in (states, fitted)
+    )
+    right = probe_predictions(known.detach(), given, judged.detach()) == labels
+    return [row | {"probed": found} for row, found in zip(rows, right.tolist(), strict=True)]
+
+
+def _probe(rows: Sequence[Mapping[str, Any]]) -> list[TaskScore]:
+    """Accuracy of the linear probe, where there is one."""
+    right = [float(row["probed"]) for row in rows if row["probed"] is not None]
+    return [_score(PROBE, mean_estimate(right), len(right))] if right else []
 
 
 def _cosine(rows: Sequence[Mapping[str, Any]]) -> list[TaskScore]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 from safetensors import SafetensorError
 
-from lmq.errors import LmqError, unknown_name
+from lmq.errors import InputError, LmqError, unknown_name
 
 if TYPE_CHECKING:
     from lmq.export.report import ExportReport
@@ -79,7 +79,15 @@ def write_export(
 
     Raises InputError for what cannot be exported, LmqError where it cannot be written.
     """
+    from lmq.model.auto_class import loss_of
+    from lmq.model.skeleton import read_model_config
+
     exporter = export_format(format_name).exporter()
+    if not loss_of(read_model_config(checkpoint.path)).per_token:
+        raise InputError(
+            f"{checkpoint.path} sees images, and exports are of language models; open it with "
+            "lmq.load(..., dense=True) and write a plain model with save_pretrained"
+        )
     try:
         return exporter.export(checkpoint, target, **options)
     except (OSError, SafetensorError) as error:

@@ -11,13 +11,14 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from lmq.errors import UnsupportedModel
+from lmq.errors import InputError, UnsupportedModel
 from lmq.model.auto_class import loss_of
 from lmq.model.experts import RoutedExperts, is_router
 from lmq.model.losses import Contrastive
@@ -63,7 +64,7 @@ def discover(
     towers = find_towers(model)
     blocks = list(_blocks(model, towers, kept))
     layers_path, hidden_size = towers[0].layers_path, towers[0].hidden_size
-    kept_tensors = tuple(_kept(blocks))
+    kept_tensors = tuple(_kept(blocks, kept))
     modules = tuple(_modules(blocks))
     tied = any(stored.tensors[name] == stored.tensors[source] for name, source in model.all_tied_weights_keys.items())
     around = tuple(_embeddings(stored, hidden_size)) if embeddings else ()
@@ -274,7 +275,29 @@ def _modules(blocks: Sequence[_Block]) -> Iterator[ModuleInfo]:
             yield ModuleInfo(ModuleId(block.layer, kind), module.out_features, module.in_features, parts[kind])
 
 
-def _kept(blocks: Sequence[_Block]) -> Iterator[KeptTensor]:
+def left_out(structure: ModelStructure, patterns: Sequence[str]) -> tuple[ModuleId, ...]:
+    """The modules that no pattern over LAYER.KIND matches, such as `*.mlp.*`: what is to be kept as it is.
+
+    Raises InputError for a pattern that matches nothing, and for a layer that would have no module left.
+    """
+    names = {info.id: f"{info.id.layer}.{info.id.kind}" for info in structure.modules}
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names.values()):
+            raise InputError(
+                f"modules: {pattern!r} matches nothing of {structure.architecture}, whose modules are "
+                f"{', '.join(structure.kinds[:8])}{', ...' if len(structure.kinds) > 8 else ''} of each layer, as in "
+                f"{next(iter(names.values()))!r}"
+            )
+    taken = {module for module, name in names.items() if any(fnmatchcase(name, pattern) for pattern in patterns)}
+    for layer in range(structure.layers):
+        if not any(module.layer == layer for module in taken):
+            raise InputError(
+                f"modules: {', '.join(patterns)} leave layer {layer} without a module; take one of each layer"
+            )
+    return tuple(module for module in names if module not in taken)
+
+
+def _kept(blocks: Sequence[_Block], kept: Collection[ModuleId]) -> Iterator[KeptTensor]:
     """Tensors of blocks that stay as they are: convolutions and state matrices of a hybrid, beside its projections.
 
     Raises UnsupportedModel where they are most of a block's weights (Conv1D, experts of an unknown layout).
@@ -287,8 +310,9 @@ def _kept(blocks: Sequence[_Block]) -> Iterator[KeptTensor]:
             if parameter.ndim > 1 and path not in block.linear and not isinstance(module, RoutedExperts)
         }
         weights = sum(module.weight.numel() for module in block.linear.values())
-        if others and sum(parameter.numel() for _, parameter in others.values()) >= weights:
-            (path, name), (kind, parameter) = next(iter(others.items()))
+        unknown = {place: found for place, found in others.items() if ModuleId(block.layer, place[0]) not in kept}
+        if unknown and sum(parameter.numel() for _, parameter in unknown.values()) >= weights:
+            (path, name), (kind, parameter) = next(iter(unknown.items()))
             raise UnsupportedModel(
                 f"{block.path}.{path} is a {kind} with {name} of shape {list(parameter.shape)}; lmq quantizes "
                 "nn.Linear, and experts [experts, out_features, in_features] with transformers' experts interface (no "

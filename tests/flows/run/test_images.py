@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from io import BytesIO
 from typing import Any
 
@@ -13,16 +12,21 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from transformers import AutoModel, AutoModelForImageClassification
 
 import lmq
-from lmq.checkpoint.write import quantized_bytes
+from lmq.checkpoint.write import quantized_bytes, read_quantization_config
 from lmq.errors import InputError
+from lmq.evaluation.linear_probe import probe_predictions
 from lmq.images.prepared import ImageDraw, prepare_images
 from lmq.images.prompts import prompt_tokens
 from lmq.report.results import read_results
+from lmq_flows.cli.inspect import summary
 from lmq_flows.config.run import parse_run_config
+from lmq_flows.run.one_model import Goal, prepare_goal
 from lmq_flows.run.plan import check_run, inspect_model, plan_run
+from lmq_flows.studies.study import SensitivityStudy, StudyOptions
 from tests.flows.conftest import run_and_look, tiny_config
 from tests.towers import PAIRS, make_encoder
 
@@ -79,13 +83,25 @@ def zero_shot(model, pixels, token_ids, classes):
     return cosines * model.logit_scale.exp().detach()
 
 
+def probed(path, source, judged):
+    """Accuracy of a linear classifier on the embeddings of images that the opened model makes."""
+    fitted = prepare_images(ImageDraw(source="digits", part="first", count=30), source)
+    opened = AutoModel.from_pretrained(path, dtype=torch.float32).eval()
+    with torch.no_grad():
+        known, found = (
+            torch.nn.functional.normalize(opened.get_image_features(pixel_values=each.pixels).pooler_output, dim=1)
+            for each in (fitted, judged)
+        )
+    return (probe_predictions(known, fitted.labels, found) == judged.labels).double().mean().item()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PAIRS)
 def test_both_towers_share_a_budget_and_classify_by_the_texts_of_classes(name, server, tmp_path):
     model = make_encoder(tmp_path / name, name)
     templates = ["a photo of a {}.", "the digit {}"]
     strategies = ["uniform", "sensi-boost", "kurt-boost", "mxq", "loss-aware"]
-    images = IMAGES | {"templates": templates}
+    images = IMAGES | {"templates": templates, "probe": 30}
     measure = {"quantizer": "fisher-gptq", "menu": ["b2g32", "b3g32", "b4g32", "b8g32"]}
     changes = {"images": images, "measure": measure, "strategies": strategies, "budgets": ["uniform b3g32"]}
     config = tiny_config(model, tmp_path, **changes, baselines=[{"name": "rtn b4g32"}])
@@ -107,6 +123,8 @@ def test_both_towers_share_a_budget_and_classify_by_the_texts_of_classes(name, s
         top_1 = (logits.argmax(1) == images.labels).float().mean().item()
         assert result.tasks[0].value == pytest.approx(top_1)
         assert result.tasks[-1].task == "cosine to full precision"
+        assert result.tasks[-2].task == "linear probe"
+        assert result.tasks[-2].value == pytest.approx(probed(path, model, images), abs=1e-6)
         divergence = torch.nn.functional.kl_div(
             logits.double().log_softmax(1), full.double().softmax(1), reduction="batchmean"
         )
@@ -158,10 +176,59 @@ def test_an_encoder_without_a_head_is_measured_on_images_without_labels(server, 
     assert not state.is_completed()
 
 
-def test_inspection_names_the_classes_outputs(tmp_path):
-    structure = inspect_model(str(make_encoder(tmp_path / "vit", "vit")), str(tmp_path / "store")).structure
-    assert structure.sees_images
-    assert json.loads(json.dumps(structure.to_json()))["loss"] == "classification"
+@pytest.mark.slow
+def test_only_the_modules_that_are_asked_for_are_quantized(server, tmp_path):
+    """As the authors of MXQ quantized CLIP: `c_fc` and `c_proj`, which transformers calls fc1 and fc2."""
+    model = make_encoder(tmp_path / "clip", "clip")
+    changes = {"images": IMAGES, "strategies": ["mxq"], "modules": ["*.mlp.fc1", "*.mlp.fc2"]}
+    config = tiny_config(model, tmp_path, **changes)
+    assert any("self_attn.q_proj.weight" in note for note in check_run(config))
+    done = run_and_look(config)
+    assert done.state.is_completed(), done.state.message
+    full, mxq = read_results(config.run_dir / "results.json")
+    path = config.run_dir / mxq.checkpoint
+    assert set(read_quantization_config(path).specs) == {
+        f"{tower}_model.encoder.layers.{layer}.mlp.{name}"
+        for tower, layers in (("vision", 2), ("text", 3))
+        for layer in range(layers)
+        for name in ("fc1", "fc2")
+    }
+    before, after = (AutoModel.from_pretrained(place, dtype=torch.float32) for place in (model, path))
+    kept = "text_model.encoder.layers.2.self_attn.q_proj.weight"
+    assert torch.equal(before.get_parameter(kept), after.get_parameter(kept))
+    assert full.size_bytes == 4 * 2 * (2 * 64 * 128 + 3 * 32 * 64)
+
+
+@pytest.mark.parametrize(
+    ("modules", "message"),
+    [(["*.c_fc"], r"modules: '\*\.c_fc' matches nothing of CLIPModel"), (["0.*"], "leave layer 1 without a module")],
+)
+def test_patterns_that_leave_nothing_are_refused(modules, message, tmp_path):
+    config = tiny_config(make_encoder(tmp_path / "clip", "clip"), tmp_path, images=IMAGES, modules=modules)
+    with pytest.raises(InputError, match=message):
+        check_run(config)
+
+
+def test_inspection_names_towers_and_outputs(tmp_path):
+    structures = {
+        name: inspect_model(str(make_encoder(tmp_path / name, name)), str(tmp_path / "store")).structure
+        for name in ("vit", "clip")
+    }
+    assert summary(structures["vit"]).startswith(
+        "ViTForImageClassification: 3 layers, hidden size 64, classification with 10 outputs, float32; 18 modules"
+    )
+    assert summary(structures["clip"]).startswith(
+        "CLIPModel: 2 layers, hidden size 64 and 3 layers, hidden size 32, contrastive with 48 outputs, float32"
+    )
+
+
+def test_commands_without_images_refuse_encoders(tmp_path):
+    model = str(make_encoder(tmp_path / "vit", "vit"))
+    with pytest.raises(InputError, match="sees images, of which `lmq quantize` has none"):
+        prepare_goal(Goal(model=model, bits=4.5, output=tmp_path / "out", store=str(tmp_path / "store")))
+    study = SensitivityStudy(models=(model,), options=StudyOptions(store=str(tmp_path / "store")))
+    with pytest.raises(InputError, match="sees images, and studies are made on texts"):
+        study.measure(Console())
 
 
 @pytest.mark.parametrize(
@@ -171,6 +238,7 @@ def test_inspection_names_the_classes_outputs(tmp_path):
         ({"images": {"source": "digits", "evaluation": 900}}, "has 899 in the second half of the 1,797 images"),
         ({"evaluation__tasks": ["boolq"]}, "tiny sees images: evaluation.performance and evaluation.tasks"),
         ({"images": {"source": "/no/such"}}, "there are no images /no/such"),
+        ({"images": {"probe": 10}}, "images.probe is for encoders without classes; tiny has its own"),
         ({"embeddings": True, "strategies": ["uniform"]}, "leave out embeddings"),
     ],
 )

@@ -12,6 +12,8 @@ from lmq.checkpoint.open import QuantizedBlocks
 from lmq.checkpoint.write import write_checkpoint
 from lmq.errors import InputError, UnsupportedModel
 from lmq.evaluation.windows import last_states
+from lmq.export import write_export
+from lmq.export.source import QuantizedCheckpoint
 from lmq.formats.spec import QuantSpec
 from lmq.measurement.sequence_fisher import sampled_loss_gradient
 from lmq.model.discovery import discover
@@ -116,6 +118,20 @@ def test_a_checkpoint_opens_and_computes_what_its_blocks_do(encoder: Path, tmp_p
     with torch.no_grad():
         for opened in (lmq.load(tmp_path / "q", verify=True), whole(tmp_path / "q", structure)):
             torch.testing.assert_close(outputs(opened, structure, given), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_exports_are_refused_and_a_plain_model_is_written_by_transformers(encoder: Path, tmp_path: Path) -> None:
+    structure = discover(encoder)
+    allocation = {info.id: QuantSpec(4, 32) for info in structure.modules}
+    write_checkpoint(tmp_path / "q", encoder, structure, allocation, quantizer("hqq"))
+    with pytest.raises(InputError, match="sees images, and exports are of language models"):
+        write_export(QuantizedCheckpoint(tmp_path / "q"), tmp_path / "out", "safetensors", {})
+    lmq.load(tmp_path / "q", dense=True).save_pretrained(tmp_path / "plain")
+    given = images(3)
+    with torch.no_grad():
+        expected = outputs(whole(tmp_path / "q", structure), structure, given)
+        found = outputs(whole(tmp_path / "plain", structure), structure, given)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_embeddings_of_encoders_are_not_quantized(tmp_path: Path) -> None:
