@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lmq.checkpoint.open import open_dense
-from lmq.errors import InputError, LmqError
+from lmq.errors import InputError, LmqError, UnsupportedModel
 from lmq.export.report import ExportReport
 from lmq.model.auto_class import auto_class_of
 from lmq.model.skeleton import read_model_config
@@ -33,7 +33,7 @@ def open_export(report: ExportReport, format_name: str) -> PreTrainedModel:
             f"{path} is written; the check needs a package that is missing: {error}. "
             "Install it, as with `pip install 'lmq[vllm]'`, or export without the check"
         ) from error
-    except _DOES_NOT_OPEN as error:
+    except (*_DOES_NOT_OPEN, UnsupportedModel) as error:
         raise LmqError(f"{path} is written, but does not open as {format_name}: {error}") from error
 
 

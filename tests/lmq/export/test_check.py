@@ -176,7 +176,7 @@ def test_a_full_disk_leaves_nothing(tiny_llama: Path, tmp_path: Path, format_nam
 
 
 def test_formats_are_known_by_name() -> None:
-    assert list(FORMATS) == ["safetensors", "hqq", "gguf", "compressed-tensors"]
+    assert list(FORMATS) == ["safetensors", "hqq", "gguf", "compressed-tensors", "gptq", "auto-round", "awq"]
     for format_ in FORMATS.values():
         exporter = format_.exporter()
         assert callable(exporter.problems)
