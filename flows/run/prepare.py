@@ -19,7 +19,7 @@ from lmq.allocation.targets import target_named
 from lmq.errors import InputError, LmqError
 from lmq.evaluation.perplexity import full_windows
 from lmq.formats.spec import QuantSpec
-from lmq.images.prepared import ImageDraw, check_images
+from lmq.images.prepared import ImageDraw, check_images, check_probe
 from lmq.images.prompts import class_names
 from lmq.images.sources import identify_images
 from lmq.measurement.delta_loss import DELTA_LOSS
@@ -279,6 +279,8 @@ def _check_images(config: MeasurementRequest, model: PreparedModel, images: Imag
     counts = (max(measured, images.config.probe or 1), images.config.evaluation)
     if images.config.probe and LOSSES[model.structure.loss].has_classes:
         raise InputError(f"images.probe is for encoders without classes; {model.config.name} has its own: leave it out")
+    if images.config.probe and not any(source.startswith(DATA_SET) for source in images.config.sources):
+        check_probe(*images.config.sources, images.config.column, images.config.label_column)
     options = images.config.model_dump(include={"column", "label_column", "seed", "unreadable"})
     if len(model.structure.towers) > 1:
         load_tokenizer(_model_dir(model))

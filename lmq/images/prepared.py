@@ -82,6 +82,16 @@ def check_images(draw: ImageDraw, model_dir: Path) -> None:
     _labels(found, model_dir, draw.source)
 
 
+def check_probe(fitted: str, judged: str, column: str = "image", label_column: str = "label") -> None:
+    """Raise InputError where one of the sources has no labels, or they differ in their classes."""
+    sources = {source: read_images(source, column, label_column) for source in (fitted, judged)}
+    for source, found in sources.items():
+        if found.labels is None:
+            raise InputError(f"{source} has no labels, which a linear probe needs; leave out images.probe")
+    if sources[fitted].classes != sources[judged].classes:
+        raise InputError(f"{fitted} and {judged} differ in their classes; a linear probe (images.probe) needs the same")
+
+
 def _labels(found: ImageSet, model_dir: Path, source: str) -> Sequence[int] | None:
     """Labels by the numbers of the model's classes; those of the source for a model that has no classes of its own."""
     config = read_model_config(model_dir)

@@ -13,6 +13,7 @@ from lmq.errors import InputError
 from lmq.images.prepared import (
     ImageDraw,
     check_images,
+    check_probe,
     load_processor,
     prepare_images,
     read_prepared,
@@ -162,6 +163,17 @@ def test_labels_and_columns_that_do_not_suit_are_named(
     pq.write_table(pa.table(columns), path)
     with pytest.raises(InputError, match=message):
         check_images(ImageDraw(source=str(path)), vit)
+
+
+def test_a_probe_needs_labels_of_the_same_classes(tmp_path: Path) -> None:
+    fitted, judged = folder_of(tmp_path / "a", {"x": 1, "y": 1}), folder_of(tmp_path / "b", {"x": 1, "z": 1})
+    check_probe(str(fitted), str(fitted))
+    with pytest.raises(InputError, match="differ in their classes"):
+        check_probe(str(fitted), str(judged))
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "0.png").write_bytes(png(0))
+    with pytest.raises(InputError, match=r"plain has no labels, which a linear probe needs; leave out images\.probe"):
+        check_probe(str(fitted), str(tmp_path / "plain"))
 
 
 def test_a_model_without_a_processor_says_which_file_is_missing(vit: Path, tmp_path: Path) -> None:
