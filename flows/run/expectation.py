@@ -15,7 +15,7 @@ import torch
 
 from lmq.measurement.upper_triangle import triangle_bytes
 from lmq.model.streaming import tokens_at_once
-from lmq.model.structure import ModelStructure, ModuleInfo
+from lmq.model.structure import ModelStructure, ModuleInfo, without_number
 from lmq.quantizers import CalibratedQuantizer, quantizer
 from lmq.quantizers.error_feedback import feedback_bytes
 from lmq_flows.config.run import RunConfig
@@ -155,10 +155,20 @@ def _memory_bytes(config: RunConfig, structure: ModelStructure) -> int:
         # those of the variant beside the model's own while it is judged, or what the head predicts
         embeddings += _FLOAT32_BYTES * sum(module.parameters for module in structure.embeddings) + _HEAD_SAMPLE_BYTES
     logits = _FLOAT32_BYTES * structure.vocabulary_size * tokens_at_once(structure.vocabulary_size)
-    of_worker = 4 * block + 3 * states + _LOGITS_COPIES * logits
+    of_worker = max(
+        4 * block + 3 * states + _LOGITS_COPIES * logits, 3 * block + 3 * states + _trace_bytes(config, structure)
+    )
     if _is_calibrated(config):
         of_worker = max(of_worker, block + max(_codes_bytes(module) for module in structure.modules))
     return _PROCESS_BYTES + config.runner.workers * of_worker + embeddings
+
+
+def _trace_bytes(config: RunConfig, structure: ModelStructure) -> int:
+    """What goes through the modules of a block, in bfloat16, as sequence-wise costs take it; of its experts one."""
+    modules = list({without_number(module.id.kind): module for module in structure.in_layer(0)}.values())
+    inputs = {module.part: module.in_features for module in modules}
+    widths = sum(inputs.values()) + config.measure.label_draws * sum(module.out_features for module in modules)
+    return 2 * config.calibration.sequences * config.calibration.sequence_length * widths
 
 
 def _codes_bytes(module: ModuleInfo) -> int:

@@ -96,15 +96,18 @@ def trace_block(
     finally:
         for handle in handles:
             handle.remove()
-    joined = {pieces[0]: torch.cat(pieces) for pieces in inputs.values() if pieces}
-    by_draw = {kind: [piece for draw in gradients[kind] for piece in draw] for kind in kinds}
+    joined: dict[Tensor, Tensor] = {}
     traces = {}
-    for kind in kinds:
-        if not inputs[kind]:
+    for kind in kinds:  # pieces are let go of kind by kind, so that a block's traces are never held twice
+        pieces, by_draw = inputs.pop(kind), gradients.pop(kind)
+        if not pieces:
             weight = block.get_submodule(kind).get_parameter("weight")
             none = hidden.new_empty(0, dtype=dtype, device=block_inputs.device)
             of_inputs, of_outputs = (none.view(0, size) for size in reversed(weight.shape))
         else:
-            of_inputs, of_outputs = joined[inputs[kind][0]], torch.cat(by_draw[kind])
+            first = pieces[0]
+            if first not in joined:
+                joined[first] = torch.cat(pieces)
+            of_inputs, of_outputs = joined[first], torch.cat([piece for draw in by_draw for piece in draw])
         traces[kind] = ModuleTrace(of_inputs, of_outputs, tuple(lengths[kind]), len(draws))
     return traces, entering_gradient
