@@ -37,7 +37,6 @@ from lmq_tasks.states import HIDDEN_STATES_FILE
 
 WINDOWS_FILE = "windows.parquet"
 PREDICTIONS_FILE = "predictions.parquet"
-_SHARE_OF_BLOCKS = 0.8
 SIZE_FILE = "size.json"
 """What a baseline takes: size_bytes of its matrices, and checkpoint_bytes of its files or null."""
 
@@ -235,10 +234,14 @@ def _evaluate(job: Job, judge: Judge) -> None:
 
 
 def _counting(job: Job, model: StreamedModel, prepare: BlockPreparation | None = None) -> BlockPreparation:
-    """Prepare blocks and say how far the evaluation is: the scoring of the windows is taken for a fifth of it."""
+    """Prepare blocks and say how far the evaluation is: scoring takes two products with the head."""
+    structure = model.structure
+    in_blocks = sum(module.parameters for module in structure.modules)
+    in_scoring = 2 * structure.hidden_size * structure.vocabulary_size
+    share = in_blocks / (in_blocks + in_scoring)
 
     def prepared(block: nn.Module, layer: int) -> None:
-        job.advance(_SHARE_OF_BLOCKS * layer / model.structure.layers)
+        job.advance(share * layer / structure.layers)
         if prepare is not None:
             prepare(block, layer)
 
