@@ -27,6 +27,15 @@ from lmq_storage.retry import error_code, retry
 _CHUNK_BYTES = 4 << 20
 
 
+@contextmanager
+def file_lock(path: Path) -> Iterator[None]:
+    """Hold a lock between the processes and threads of this machine; the system releases it when its holder dies."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
 class StoreFiles:
     """Files below one URL. Paths are relative to it and have `/` between their parts."""
 
@@ -138,13 +147,11 @@ class StoreFiles:
 
     @contextmanager
     def lock(self, name: str) -> Iterator[None]:
-        """Hold a local store's lock, which the system releases when its holder dies. A remote store has none."""
+        """Hold a local store's lock. A remote store has none."""
         if not self.is_local:
             yield
             return
-        self._parent(f"locks/{name}")
-        with Path(self.full(f"locks/{name}")).open("w") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX)
+        with file_lock(Path(self.full(f"locks/{name}"))):
             yield
 
     def _ask(self, what: str, path: str, call: Any) -> Any:

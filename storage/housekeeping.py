@@ -209,14 +209,13 @@ def _remove_leftovers(
     kept_names = {run.name for run in runs}
     old_leases = [lease.path for lease in leases if not lease.in_progress and lease.run not in kept_names]
     abandoned = [path for path in (store.local_dir / "tmp").glob("*") if _is_abandoned(path, older_than)]
-    copies = _unneeded_copies(store, kept_content)
     if not dry_run:
-        for path in old_leases:
-            store.storage.remove(path)
-        for item in (*abandoned, *copies):
-            shutil.rmtree(item) if item.is_dir() and not item.is_symlink() else item.unlink(missing_ok=True)
-        remove_abandoned(store.local_dir / "laid-out" / "x")
-    return len(old_leases) + len(abandoned) + len(copies)
+        for lease in old_leases:
+            store.storage.remove(lease)
+        for path in abandoned:
+            _remove(path)
+        remove_abandoned(store.laid_out / "x")
+    return len(old_leases) + len(abandoned) + _remove_copies(store, kept_content, older_than, dry_run)
 
 
 def _is_abandoned(path: Path, older_than: float) -> bool:
@@ -228,14 +227,26 @@ def _is_abandoned(path: Path, older_than: float) -> bool:
         return False
 
 
-def _unneeded_copies(store: ArtifactStore, kept_content: set[str]) -> list[Path]:
-    """Directories laid out, and a remote store's cached bytes, of artifacts that are gone."""
+def _remove_copies(store: ArtifactStore, kept_content: set[str], older_than: float, dry_run: bool) -> int:
+    """Remove directories laid out, and a remote store's cached bytes, of artifacts that are gone; how many.
+
+    What was laid out lately may be of an artifact that was published after the manifests were read.
+    """
     prefixes = {sha256[:32] for sha256 in kept_content}
-    laid_out = [path for path in (store.local_dir / "laid-out").glob("[0-9a-f]*") if path.name not in prefixes]
-    if store.is_local:
-        return laid_out
-    cached = (store.local_dir / "blobs").glob("??/*")
-    return laid_out + [path for path in cached if is_sha256(path.name) and path.name not in kept_content]
+    with store.laying_out():
+        copies = [path for path in store.laid_out.glob("[0-9a-f]*") if path.name not in prefixes]
+        if not store.is_local:
+            cached = (store.local_dir / "blobs").glob("??/*")
+            copies += [path for path in cached if is_sha256(path.name) and path.name not in kept_content]
+        copies = [path for path in copies if path.lstat().st_mtime <= older_than]
+        if not dry_run:
+            for path in copies:
+                _remove(path)
+    return len(copies)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
 def _blobs(manifests: Mapping[str, Manifest], uris: Iterable[str]) -> dict[str, int]:

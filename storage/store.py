@@ -22,14 +22,14 @@ import stat
 import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 from lmq_storage.artifact import ArtifactRef, Manifest, StoredFile
 from lmq_storage.checked_files import CheckedFiles, file_sha256
 from lmq_storage.errors import DamagedArtifact, StoreError
-from lmq_storage.files import StoreFiles
+from lmq_storage.files import StoreFiles, file_lock
 from lmq_storage.materialize import lay_out
 from lmq_storage.names import checked_file_name, checked_name
 from lmq_storage.processes import process_token
@@ -107,6 +107,26 @@ class ArtifactStore:
         if manifest is None or not self._is_laid_out(manifest, directory, beside):
             lay_out(self.files(ref), beside, directory)
         return directory
+
+    def directory(self, ref: ArtifactRef) -> Path:
+        """The artifact's files under their names in a directory of this machine that all readers share. Only read it.
+
+        Its age tells `collect_garbage` that somebody reads it.
+        """
+        directory = self.laid_out / ref.sha256[:32]
+        with self.laying_out():
+            self.materialize(ref, directory)
+            os.utime(directory)
+        return directory
+
+    @property
+    def laid_out(self) -> Path:
+        """Where the directories that readers share lie, named by the first 32 digits of their artifact's digest."""
+        return self.local_dir / "laid-out"
+
+    def laying_out(self) -> AbstractContextManager[None]:
+        """Held by what makes or removes one of these directories, in any process of this machine."""
+        return file_lock(self.local_dir / "locks" / "laid-out")
 
     def _is_laid_out(self, manifest: Manifest, directory: Path, beside: Mapping[str, Path]) -> bool:
         there = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}

@@ -17,14 +17,13 @@ from lmq.model.source import ModelSource, locate
 from lmq.model.streaming import StreamedModel, load_layer_weights
 from lmq.model.structure import ModelStructure
 from lmq.text.calibration import read_tokens
-from lmq_storage import ArtifactRef, ArtifactStore, DamagedArtifact
+from lmq_storage import ArtifactStore, DamagedArtifact
 from lmq_tasks.stage import Job, ModelLocation
 
 TOKENS_FILE = "tokens.parquet"
 IMAGES_FILE = "images.safetensors"
 
 _thread = threading.local()
-_laying_out = threading.Lock()
 
 
 def read_structure(job: Job) -> ModelStructure:
@@ -48,7 +47,7 @@ def located_dir(store: ArtifactStore, location: ModelLocation) -> Path:
     ref = store.find(stage, key)
     if ref is None:
         raise DamagedArtifact(f"the converted model {location.place} is gone; run again to make it anew")
-    return _lay_out(store, ref)
+    return store.directory(ref)
 
 
 @functools.cache
@@ -59,7 +58,7 @@ def _hub_dir(place: str) -> Path:
 
 def materialized(job: Job, name: str) -> Path:
     """A single input laid out as a directory with its file names."""
-    return _lay_out(job.store, job.ref(name))
+    return job.store.directory(job.ref(name))
 
 
 def open_model(job: Job) -> StreamedModel:
@@ -100,8 +99,3 @@ def read_examples(job: Job, name: str = "tokens") -> Examples:
 def layer_weights(job: Job, structure: ModelStructure, layer: int) -> dict[str, Tensor]:
     """Weights of one layer's modules, kind -> float32 [out_features, in_features]; the model is not built."""
     return load_layer_weights(model_dir(job), structure, layer)
-
-
-def _lay_out(store: ArtifactStore, ref: ArtifactRef) -> Path:
-    with _laying_out:
-        return store.materialize(ref, store.local_dir / "laid-out" / ref.sha256[:32])

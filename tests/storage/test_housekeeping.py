@@ -217,7 +217,7 @@ def test_files_of_dead_processes_and_copies_of_what_is_gone_are_removed(store):
     kept, gone = publish(store, "kept"), publish(store, "gone")
     store.write_text("runs/demo.json", f"{kept.uri}\n")
     for ref in (kept, gone):
-        store.materialize(ref, store.local_dir / "laid-out" / ref.sha256[:32])
+        store.directory(ref)
     tmp = store.local_dir / "tmp"
     abandoned = tmp / f"{dead_process()}-x"
     abandoned.mkdir()
@@ -226,8 +226,48 @@ def test_files_of_dead_processes_and_copies_of_what_is_gone_are_removed(store):
     garbage = collect(store, keep_runs=1)
     assert garbage.leftovers >= 2
     assert [path.name for path in tmp.iterdir()] == [f"{process_token()}-y"]
-    assert [path.name for path in (store.local_dir / "laid-out").iterdir()] == [kept.sha256[:32]]
+    assert [path.name for path in store.laid_out.iterdir()] == [kept.sha256[:32]]
     assert store.path(kept, "a").read_text() == "kept"
+
+
+def test_what_a_run_in_progress_laid_out_is_kept_though_its_artifact_was_not_seen(store):
+    """The collector reads manifests first and directories later: what was published in between is of no manifest."""
+    old, again, new = publish(store, "old"), publish(store, "again"), publish(store, "new")
+    directories = {ref.key: store.directory(ref) for ref in (old, again)}
+    for directory in directories.values():
+        os.utime(directory, (0, 0))
+    with Lease(store, "night"):
+        directories["new"] = store.directory(new)
+        assert store.directory(again) == directories["again"]
+        for ref in (old, again, new):
+            store.storage.remove(f"manifests/{ref.uri}.json")
+        collect(store)
+        assert {key for key, directory in directories.items() if directory.exists()} == {"again", "new"}
+    collect(store)
+    assert not any(directory.exists() for directory in directories.values())
+
+
+_LAY_OUT = """
+import sys
+from lmq_storage import ArtifactStore
+store = ArtifactStore(sys.argv[1])
+sys.stdin.readline()
+for number in range(200):
+    assert (store.directory(store.find("kurtosis", f"{number:03}")) / "a").read_text() == f"{number:03}"
+"""
+
+
+def test_processes_that_lay_out_the_same_directories_do_not_disturb_each_other(tmp_path):
+    store = ArtifactStore(str(tmp_path / "store"))
+    for number in range(200):
+        publish(store, f"{number:03}")
+    command = [sys.executable, "-c", _LAY_OUT, store.url]
+    readers = [subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    for reader in readers:
+        reader.stdin.write("go\n")
+        reader.stdin.flush()
+    assert [reader.communicate()[1] for reader in readers] == ["", "", ""]
+    assert len(list(store.laid_out.iterdir())) == 200
 
 
 def test_a_link_does_not_lead_the_collector_out_of_the_store(tmp_path):
