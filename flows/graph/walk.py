@@ -5,6 +5,7 @@ of one stage, model and variant. All that are there already are one task that Pr
 made, a task carries a chunk: what is ready, and what waits for nothing but members of the chunk, so that the serial
 chain is carried many layers at a time. How many follows from how long the stage's nodes took so far: a task of Dask or
 Ray costs a good part of a second, and a person who looks at the run should see stages, not hundreds of layers.
+Threads tell of every node that they have made, and what waited for it can start while its chunk goes on.
 
 Handing Prefect all tasks at once would leave the serial chain of captures waiting behind hundreds of short independent
 measurements, and one core idle at the end.
@@ -101,7 +102,6 @@ class Walk:
         self.running: dict[int, _Submitted] = {}
         self.ready: list[tuple[int, int, Node]] = []
         self._watch = watch
-        self._watched: set[Node] = set()
         self._in_flight = in_flight
         self._chunk_seconds = chunk_seconds
         self._elsewhere = elsewhere
@@ -142,33 +142,43 @@ class Walk:
         first = heapq.heappop(self.ready)[2]
         chunk = [first]
         if self._is_there(first):
-            self._gather(chunk, self._is_there, len(self._order))
+            self._gather(chunk, self._is_there, len(self._order), len(self._order))
         elif not self._is_done_here(first) and first not in self._alone:
             seconds = self._expected_seconds(first)
             if seconds is not None:
-                most = int(self._room(seconds) / max(seconds, 1e-6))
-                self._gather(chunk, lambda node: not self._is_there(node), most)
+                share, most = (int(room / max(seconds, 1e-6)) for room in self._room(seconds))
+                self._gather(chunk, lambda node: not self._is_there(node), most, share)
         self._under_way.update(chunk)
         return chunk
 
-    def _gather(self, chunk: list[Node], belongs: Callable[[Node], bool], most: int) -> None:
-        """Add nodes like the first of a chunk that belong to it, until there are `most`."""
+    def _gather(self, chunk: list[Node], belongs: Callable[[Node], bool], most: int, share: int) -> None:
+        """Add nodes like the first of a chunk that belong to it, until there are `most`.
+
+        Past the `share` of a worker only those are added that wait for the chunk: no other worker could begin them.
+        """
         first = chunk[0]
         ready = [entry for entry in self.ready if self._is_alike(first, entry[2]) and belongs(entry[2])]
         heapq.heapify(ready)
+        independent = {node for _, _, node in ready}
         self._offer_chained(first, chunk, ready, belongs)
         while ready and len(chunk) < most:
             node = heapq.heappop(ready)[2]
+            if node in independent and len(chunk) >= share:
+                continue
             chunk.append(node)
             self._offer_chained(node, chunk, ready, belongs)
         taken = set(chunk)
         self.ready = [entry for entry in self.ready if entry[2] not in taken]
         heapq.heapify(self.ready)
 
-    def _room(self, seconds: float) -> float:
-        """Seconds that a chunk may take: a worker's share of what is ready, within the limits of a chunk."""
+    def _room(self, seconds: float) -> tuple[float, float]:
+        """Seconds of a worker's share of what is ready, within the limits of a chunk, and those that a chain may take.
+
+        A chain on a thread may take all that a chunk may, since others need not wait for its end.
+        """
         ready_s = seconds + sum(self._expected_seconds(node) or 0.0 for _, _, node in self.ready)
-        return max(LEAST_CHUNK_S, min(self._chunk_seconds, ready_s / self._in_flight))
+        share = max(LEAST_CHUNK_S, min(self._chunk_seconds, ready_s / self._in_flight))
+        return share, share if self._elsewhere else max(share, self._chunk_seconds)
 
     def _offer_chained(
         self, node: Node, chunk: list[Node], ready: list[tuple[int, int, Node]], belongs: Callable[[Node], bool]
@@ -288,7 +298,7 @@ class Walk:
     # ── taking results ───────────────────────────────────────────────────────────────────────────────────
 
     def take_one_message(self) -> None:
-        """Wait until a node starts or is made, or a whole chunk ends, whose nodes are settled then."""
+        """Wait until a node starts or is made, or a whole chunk ends, whose other nodes are settled then."""
         number, item, outcome = self._messages.get()
         if item is not None:
             self._tell(self.running[number].nodes[item], outcome)
@@ -307,13 +317,12 @@ class Walk:
         return not self._stopped
 
     def _tell(self, node: Node, found: dict[str, Any] | None) -> None:
-        if node in self._watched:
+        if node in self.outcomes:
             return  # by an earlier attempt of its task
         if found is None:
             self._watch(node, None)
         else:
-            self._watched.add(node)
-            self._watch(node, Outcome(found["state"], ArtifactRef.from_json(found["ref"])))
+            self._take(node, found)
 
     def _take_all(self, chunk: list[Node], state: State[Any]) -> None:
         """Settle the nodes of a chunk whose task ended in this state."""
@@ -323,8 +332,8 @@ class Walk:
                 if node not in self.outcomes:
                     self._take(node, found)
         elif len(chunk) > 1 or (state.is_completed() and chunk[0] not in self._alone):
-            self._try_one_by_one(chunk)
-        else:
+            self._try_one_by_one([node for node in chunk if node not in self.outcomes])
+        elif chunk[0] not in self.outcomes:
             message = f"{chunk[0].label}: its worker was lost ({state.name}: {state.message or 'without a message'})"
             self._take(chunk[0], {"state": state.name, "message": message})
 
@@ -340,8 +349,7 @@ class Walk:
             self._seconds[node.stage.name, node.site.model].append(seconds)
         self._under_way.discard(node)
         self.outcomes[node] = outcome
-        if node not in self._watched:
-            self._watch(node, outcome)
+        self._watch(node, outcome)
         for child in self._children[node]:
             if child in self.outcomes:
                 continue

@@ -1,6 +1,7 @@
 """Walking a graph: how many nodes share a task, what is lost with one, and that every node keeps its own state."""
 
 import json
+import threading
 import time
 
 import pytest
@@ -71,7 +72,7 @@ def chunk_sizes(graph, seconds, workers):
         (ALONE, 121, 1.0, 2, [1, 20, 20, 20, 20, 20, 10, 5, 3, 2]),
         (ALONE, 31, 0.1, 2, [1, 30]),
         (ALONE, 4, 40.0, 2, [1, 1, 1, 1]),
-        (CHAIN, 9, 1.0, 1, [1, 3, 3, 2]),
+        (CHAIN, 29, 1.0, 2, [1, 20, 8]),
         (CHAIN, 3, 30.0, 1, [1, 1, 1]),
     ],
 )
@@ -117,6 +118,29 @@ def values(store, stage):
     manifests = list(ArtifactStore(str(store)).manifests(stage))
     paths = [ArtifactStore(str(store)).path(manifest.ref, "value.json") for manifest in manifests]
     return sorted(json.loads(path.read_text()) for path in paths)
+
+
+def test_what_waits_for_a_node_starts_while_the_chunk_of_that_node_goes_on(server, tmp_path, monkeypatch):
+    after_its_parent = threading.Event()
+
+    def wait_for_the_side(job):
+        if job.config["layer"] == 3:
+            assert after_its_parent.wait(60)
+        work(job)
+
+    def note_start(job):
+        after_its_parent.set()
+        work(job)
+
+    monkeypatch.setitem(lmq_tasks.STAGES, "chain", Stage("chain", 1, "t/1", wait_for_the_side))
+    monkeypatch.setitem(lmq_tasks.STAGES, "alone", Stage("alone", 1, "t/1", note_start))
+    stage_task.cache_clear()
+    graph = a_graph(tmp_path, 4, CHAIN)
+    second = next(node for node in graph if node.layer == 1)
+    graph.add(ALONE, "m", "", second.site, layer=9, config={"layer": 9}, inputs={"before": second})
+    state, seen = walk(graph)
+    assert set(seen.values()) == {"ran"}
+    assert set(rows(state)) == {"chain · layer 0", "chain · layers 1-3", "alone · layer 9"}
 
 
 @pytest.mark.parametrize("elsewhere", [False, True])
