@@ -9,10 +9,11 @@ import base64
 import logging
 import platform
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from datetime import UTC, datetime
 from pathlib import Path
 from uuid import UUID
@@ -43,31 +44,31 @@ _WIDTH = 140
 class Overview:
     """Follows the stages of a run, model by model, and shows them as an artifact of the flow run that it began in."""
 
-    def __init__(self, name: str, key: str, at_most_every_s: float = 2.0) -> None:
+    def __init__(self, name: str, key: str) -> None:
         self._name = name
         self._key = key
-        self._at_most_every_s = at_most_every_s
         self._stages: dict[tuple[str, str], StageProgress] = {}
-        self._started_s = self._shown_s = time.monotonic()
+        self._started_s = time.monotonic()
         self._end: str | None = None
         self._results = ""
         self._artifact: UUID | None = None
-        self._publish()
+        self._changed = True
+        self._publishing = threading.Lock()
 
     def follow(self, model: str, stages: Mapping[str, StageProgress]) -> None:
         """Add stages that are to be done; those of a walk that begins anew take the place of the earlier ones."""
-        self._stages |= {(model, name): progress for name, progress in stages.items()}
-        self._publish()
+        self._stages = self._stages | {(model, name): progress for name, progress in stages.items()}
+        self._changed = True
 
     def show(self, stage: str, progress: StageProgress) -> None:
         """A node of a stage started or ended."""
-        if progress.done == progress.total or time.monotonic() - self._shown_s >= self._at_most_every_s:
-            self._publish()
+        self._changed = True
 
     def finish(self, end: str, results: str = "") -> None:
         """Say how the run ended, with its results in Markdown."""
         self._end, self._results = end, results
-        self._publish()
+        self._changed = True
+        self.publish()
 
     @property
     def headline(self) -> str:
@@ -137,20 +138,24 @@ class Overview:
             return "waiting"
         return "running" if self._end is None else "stopped"
 
-    def _publish(self) -> None:
-        """Make or update the artifact. A server that does not answer stops no run."""
-        self._shown_s = time.monotonic()
-        try:
-            if self._artifact is None:
-                made = create_markdown_artifact(key=self._key, markdown=self.markdown, description=self.headline)
-                assert isinstance(made, UUID)
-                self._artifact = made
-                get_run_logger().info("stages and results: artifact %r, in the tab Artifacts", self._key)
+    def publish(self) -> None:
+        """Make the artifact, or update it where something changed. A server that does not answer stops no run."""
+        with self._publishing:
+            if not self._changed:
                 return
-            with get_client(sync_client=True) as client:
-                client.update_artifact(self._artifact, ArtifactUpdate(data=self.markdown, description=self.headline))
-        except httpx.HTTPError as error:
-            _log.warning("the overview of the run was not updated: %s", error)
+            self._changed = False
+            try:
+                if self._artifact is None:
+                    made = create_markdown_artifact(key=self._key, markdown=self.markdown, description=self.headline)
+                    assert isinstance(made, UUID)
+                    self._artifact = made
+                    get_run_logger().info("stages and results: artifact %r, in the tab Artifacts", self._key)
+                    return
+                with get_client(sync_client=True) as client:
+                    update = ArtifactUpdate(data=self.markdown, description=self.headline)
+                    client.update_artifact(self._artifact, update)
+            except httpx.HTTPError as error:
+                _log.warning("the overview of the run was not updated: %s", error)
 
 
 _current: ContextVar[Overview | None] = ContextVar("lmq_overview", default=None)
@@ -163,9 +168,19 @@ def current_overview() -> Overview | None:
 
 
 @contextmanager
-def overview_of(name: str, key: str) -> Iterator[Overview]:
-    """The overview of a run while it is on; at the end, however it ends, its table is printed."""
-    overview = Overview(name, key)
+def overview_of(name: str, key: str, every_s: float = 2.0) -> Iterator[Overview]:
+    """The overview of a run while it is on; at the end, however it ends, its table is printed.
+
+    It is brought up to date by a thread of its own: the walk hands over no work while it waits for a server.
+    """
+    overview, ended = Overview(name, key), threading.Event()
+    overview.publish()
+
+    def keep_up_to_date() -> None:
+        while not ended.wait(every_s):
+            overview.publish()
+
+    threading.Thread(target=copy_context().run, args=(keep_up_to_date,), daemon=True, name="overview").start()
     token = _current.set(overview)
     try:
         yield overview
@@ -173,6 +188,7 @@ def overview_of(name: str, key: str) -> Iterator[Overview]:
         overview.finish("Interrupted" if isinstance(error, KeyboardInterrupt) else "Failed", f"{error}")
         raise
     finally:
+        ended.set()
         _current.reset(token)
         console = Console() if sys.stdout.isatty() else Console(width=_WIDTH)
         console.print(overview.table())

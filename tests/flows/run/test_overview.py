@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -60,12 +61,12 @@ def a_graph(store: Path) -> list[Node]:
     return list(graph)
 
 
-def followed(nodes: list[Node], cached: set[int], at_most_every_s: float = 0.0) -> tuple[Overview, RunProgress]:
+def followed(nodes: list[Node], cached: set[int]) -> tuple[Overview, RunProgress]:
     planned = [
         PlannedNode(node, number in cached, "cached" if number in cached else f"reason {number}", None)
         for number, node in enumerate(nodes)
     ]
-    overview = Overview("demo", "demo", at_most_every_s)
+    overview = Overview("demo", "demo")
     progress = RunProgress([overview])
     progress.explain(planned)
     overview.follow("m", progress.stages)
@@ -80,6 +81,7 @@ def rows(text: str) -> dict[str, list[str]]:
 def test_every_stage_says_what_it_does_and_why(shown: list[str], tmp_path: Path) -> None:
     nodes = a_graph(tmp_path)
     overview, progress = followed(nodes, cached={0, 3})
+    overview.publish()
     assert rows(shown[-1]) == {
         "forward": ["· waiting", "0 of 2", "–", "–", "reason 1"],
         "fisher": ["· waiting", "0 of 1", "–", "–", "follows forward"],
@@ -88,12 +90,14 @@ def test_every_stage_says_what_it_does_and_why(shown: list[str], tmp_path: Path)
     progress.watch(nodes[0], Outcome("cached"))
     progress.watch(nodes[1], None)
     progress.watch(nodes[3], Outcome("cached"))
+    overview.publish()
     assert rows(shown[-1])["forward"][:2] == ["▶ running", "1 of 2, 1 cached"]
     assert rows(shown[-1])["kurtosis"][0] == "✓ cached"
     assert "**Running after 0 s**" in shown[-1]
     assert overview.headline == "1 of 3 stages done, 1 of them cached; now forward"
     progress.watch(nodes[1], Outcome("ran"))
     progress.watch(nodes[2], Outcome("failed", error="no | good"))
+    overview.publish()
     assert rows(shown[-1])["forward"][0] == "✓ ran"
     assert rows(shown[-1])["fisher"][:2] == ["✗ failed", "0 of 1, 1 failed"]
     assert "no \\| good" in shown[-1]
@@ -106,15 +110,43 @@ def test_every_stage_says_what_it_does_and_why(shown: list[str], tmp_path: Path)
         assert words in stream.getvalue()
 
 
-def test_fast_stages_do_not_flood_the_server(shown: list[str], tmp_path: Path) -> None:
+def test_only_what_changed_is_sent_to_the_server(shown: list[str], tmp_path: Path) -> None:
     nodes = a_graph(tmp_path)
-    _, progress = followed(nodes, cached=set(), at_most_every_s=1000.0)
+    overview, progress = followed(nodes, cached=set())
+    overview.publish()
     before = len(shown)
     progress.watch(nodes[0], None)
     progress.watch(nodes[0], Outcome("ran"))
     assert len(shown) == before
-    progress.watch(nodes[1], Outcome("ran"))
+    overview.publish()
+    overview.publish()
     assert len(shown) == before + 1
+
+
+def test_a_server_that_does_not_answer_holds_nothing_up(shown: list[str], tmp_path: Path, monkeypatch: Any) -> None:
+    asked, answer = threading.Event(), threading.Event()
+    quick = overview_module.get_client
+
+    @contextmanager
+    def slow(**options: Any) -> Iterator[Any]:
+        asked.set()
+        assert answer.wait(60)
+        with quick(**options) as client:
+            yield client
+
+    monkeypatch.setattr(overview_module, "get_client", slow)
+    nodes = a_graph(tmp_path)
+    with overview_of("demo", "demo", every_s=0.01) as overview:
+        progress = RunProgress([overview])
+        progress.explain([PlannedNode(node, False, "never made", None) for node in nodes])
+        overview.follow("m", progress.stages)
+        assert asked.wait(60)
+        progress.watch(nodes[0], None)
+        progress.watch(nodes[0], Outcome("ran"))
+        answer.set()
+        overview.finish("Made 1 of 1 variants")
+    assert "**Made 1 of 1 variants" in shown[-1]
+    assert rows(shown[-1])["forward"][1] == "1 of 2"
 
 
 def test_what_was_under_way_when_a_run_ends_is_stopped(shown: list[str], tmp_path: Path) -> None:
