@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 
 from lmq_flows.cli.arguments import add_command
 
@@ -65,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from lmq_storage import StoreError
 
     try:
-        return arguments.command(arguments)
+        with _stopped_like_ctrl_c():
+            return arguments.command(arguments)
     except (LmqError, StoreError) as error:
         print(f"lmq: {error}", file=sys.stderr)
         return error.exit_code
@@ -75,6 +80,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"lmq: {error}", file=sys.stderr)
         return 1
+
+
+@contextmanager
+def _stopped_like_ctrl_c() -> Iterator[None]:
+    """Let SIGTERM and a closed terminal stop a command as Ctrl-C does: a server that was started for it ends too."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = [one for one in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(one) == signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def quiet_libraries() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -13,7 +12,6 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 
 import psutil
 from prefect.client.orchestration import SyncPrefectClient, get_client
@@ -82,7 +80,6 @@ def serve(*, host: str, port: int, store: str, runs_dir: str, runs_at_once: int,
     _check_port(host, port)
     api_url = f"http://{host}:{port}/api"
     environment = {**environment_of(api_url, store, runs_dir), "PREFECT_SERVER_API_PORT": str(port)}
-    signal.signal(signal.SIGTERM, _interrupt)
     with _processes() as start:
         console.print("starting the Prefect server", highlight=False)
         server = start(prefect_command("server", "start", "--host", host, "--port", str(port)), environment)
@@ -99,10 +96,6 @@ def serve(*, host: str, port: int, store: str, runs_dir: str, runs_at_once: int,
             time.sleep(0.5)
         ended = "server" if server.poll() is not None else "worker"
         raise LmqError(f"the Prefect {ended} ended by itself; its last words are above")
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 def _check_port(host: str, port: int) -> None:
