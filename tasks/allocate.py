@@ -16,6 +16,7 @@ from lmq.allocation.error_table import ErrorTable
 from lmq.allocation.refine import LossChanges, ModelTrials, Refinement, Slice, Trials
 from lmq.allocation.solver import ALLOCATION_SCHEMA, Allocation
 from lmq.allocation.strategies import Auto, Measurements, strategy
+from lmq.allocation.targets import target_named
 from lmq.formats.spec import QuantSpec
 from lmq.layers.importance.layers import layer_scores
 from lmq.measurement.base import Cost
@@ -83,6 +84,7 @@ def read_measurements(job: Job, structure: ModelStructure, *, trials: Trials | N
         layer_scores=layer_scores(activities) if activities else None,
         trials=trials,
         constraints=parse_constraints(job.config.get("constraints", {})),
+        target=target_named(job.config["target"]) if "target" in job.config else None,
         towers=tuple(map(structure.layers_of, range(len(structure.towers)))) if structure.several_towers else (),
     )
 

@@ -117,6 +117,10 @@ def _may_start(prepared: PreparedGoal, *, yes: bool) -> bool:
         f"{config.runner.workers * config.runner.threads_per_worker} threads; "
         f"{expected.cached} of {expected.nodes} layers and variants are there already"
     )
+    engine, matrices_bytes = prepared.goal.engine, prepared.matrices_bytes
+    whole_bytes = matrices_bytes + prepared.beside_bytes
+    opened = "" if engine is None else f", for {engine.description}"
+    say(f"at most {whole_bytes / 1e6:,.1f} MB on disk, {matrices_bytes / 1e6:,.1f} of them quantized matrices{opened}")
     for note in notes:
         say(f"note: {note}")
     if minutes <= _ASK_ABOVE_MINUTES or yes or not sys.stdin.isatty():

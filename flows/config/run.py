@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError, field_va
 from lmq.allocation.embeddings import decides_on_embeddings
 from lmq.allocation.strategies import STRATEGIES, TRIALS, strategy
 from lmq.allocation.strategies.uniform import Uniform
-from lmq.allocation.targets import TARGETS, left_out, restrict_menu, taken_instead, target_named, too_new
+from lmq.allocation.targets import TARGETS, Target, left_out, restrict_menu, taken_instead, target_named, too_new
 from lmq.errors import InputError
 from lmq.formats.spec import QuantSpec
 from lmq.measurement.registry import MEASUREMENTS
@@ -317,19 +317,24 @@ class RunConfig(MeasurementRequest):
         return Path(self.runs_dir) / self.name
 
     @property
+    def engine(self) -> Target | None:
+        """What will serve the checkpoints, where the run names it."""
+        return None if self.target is None else target_named(self.target)
+
+    @property
     def kept_constraints(self) -> ConstraintsConfig:
         """The constraints of the run with those of its target."""
-        if self.target is None:
+        engine = self.engine
+        if engine is None:
             return self.constraints
-        target = target_named(self.target)
-        alike = dict.fromkeys((*self.constraints.alike, *target.alike))
-        most = [most for most in (self.constraints.most_configurations, target.most_configurations) if most is not None]
+        alike = dict.fromkeys((*self.constraints.alike, *engine.alike))
+        most = [most for most in (self.constraints.most_configurations, engine.most_configurations) if most is not None]
         kept = {"alike": tuple(alike), "most_configurations": min(most, default=None)}
         return self.constraints.model_copy(update=kept)
 
     def quantizer_named(self, name: str) -> dict[str, Any]:
         """A quantizer with the run's axis and what its target needs; options are those of measure.quantizer."""
-        zeros = self.target and target_named(self.target).integer_zeros
+        zeros = self.engine is not None and self.engine.integer_zeros
         return super().quantizer_named(name) | ({"integer_zeros": zeros} if zeros else {})
 
     def menu_of(self, model: ModelConfig, modules: Sequence[ModuleInfo]) -> tuple[QuantSpec, ...]:

@@ -120,13 +120,13 @@ def resolve_budgets(config: RunConfig, model: PreparedModel) -> dict[str, int | 
 
 def _resolved(config: RunConfig, model: PreparedModel, text: str) -> int | InputError:
     try:
-        budget_bytes = Budget.parse(text).resolve(model.structure)
+        budget_bytes = Budget.parse(text).resolve(model.structure, config.engine)
         what = f"the budget {text!r} of model {model.config.name}"
-        check_feasible(budget_bytes, model.structure, model.menu, what=what)
+        check_feasible(budget_bytes, model.structure, model.menu, target=config.engine, what=what)
         if config.kept_constraints.plain:
             modules = model.structure.quantized
             constraints = config.kept_constraints.parsed().compile(modules, model.menu)
-            check_feasible_program(module_sizes(modules, model.menu), budget_bytes, constraints)
+            check_feasible_program(module_sizes(modules, model.menu, config.engine), budget_bytes, constraints)
     except InputError as error:
         return error
     return budget_bytes
@@ -360,6 +360,9 @@ class _ModelGraph(ModelNodes):
         }
         if self._config.kept_constraints.plain and chosen.keeps_constraints:
             config["constraints"] = self._config.kept_constraints.plain
+        engine = self._config.engine
+        if engine is not None and not engine.types:  # types of GGUF take the same bytes everywhere
+            config["target"] = engine.name
         inputs: dict[str, Input | list[Input]] = {
             need: list(measured.tables[need]) for need in sorted(needs - {TRIALS})
         }

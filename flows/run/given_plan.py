@@ -12,8 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lmq.allocation.budget import module_sizes
 from lmq.allocation.constraints import module_name
 from lmq.allocation.strategies.plan import Plan
+from lmq.allocation.targets import Target
 from lmq.errors import InputError
 from lmq.formats.spec import QuantSpec
 from lmq.model.source import nearest_sibling
@@ -42,8 +44,8 @@ class GivenPlan:
         """Whether the plan is about input embedding and output head too."""
         return any(module.layer == EMBEDDINGS for module in self.specs)
 
-    def size_bytes(self, structure: ModelStructure) -> int:
-        """Bytes of the quantized modules of a model under this plan.
+    def size_bytes(self, structure: ModelStructure, target: Target | None = None) -> int:
+        """Bytes of the quantized modules of a model under this plan, in our checkpoint or in a target's file.
 
         Raises InputError for a model of other modules or shapes, and naming the module that a configuration does not
         fit.
@@ -62,10 +64,7 @@ class GivenPlan:
                 f"{'; '.join(wrong)}; give the plan of a model of the same structure"
             )
         try:
-            return sum(
-                spec.size_bytes(modules[module].parameters, modules[module].in_features)
-                for module, spec in self.specs.items()
-            )
+            return sum(int(module_sizes([modules[each]], [spec], target).sum()) for each, spec in self.specs.items())
         except InputError as error:
             raise InputError(f"{self.path}: {error}") from error
 

@@ -155,6 +155,12 @@ class PreparedGoal:
     beside_bytes: int
     gpu: tuple[tuple[str, int], ...] = ()
 
+    @property
+    def matrices_bytes(self) -> int:
+        """The most that the quantized matrices may take, in the target's file."""
+        (budget,) = self.config.budgets
+        return Budget.parse(budget).resolve(self.structure, self.goal.engine)
+
 
 @dataclass(frozen=True, kw_only=True)
 class MadeModel:
@@ -219,14 +225,14 @@ def prepare_goal(goal: Goal) -> PreparedGoal:
         )
     beside_bytes = _beside_bytes(inspected)
     known = MENU if engine is None else engine.usual_menu(inspected.structure.quantized)
-    sizes = LayoutRange.of(inspected.structure.quantized, known, "paper")
+    sizes = LayoutRange.of(inspected.structure.quantized, known, "paper", target=engine)
     menu = set(sizes.uniform_bytes)
     gpu = _gpu_shares(goal, inspected)
     if plan is None:
         asked = replace(goal, size=f"{gpu[-1][1]}B", fit_gpu=None, context=None) if gpu else goal
         budget = _budget(asked, inspected.structure, sizes, beside_bytes)
     else:
-        plan_bytes = plan.size_bytes(inspected.structure)
+        plan_bytes = plan.size_bytes(inspected.structure, engine)
         budget = f"{plan_bytes} B"
         uniform, _ = sizes.uniform_around(plan_bytes)
         menu = {*plan.specs.values(), *([] if uniform is None else [uniform])}
@@ -338,7 +344,7 @@ def _budget(goal: Goal, structure: ModelStructure, sizes: LayoutRange, beside_by
     """The budget of the quantized matrices. Raises InputError for a size that cannot be, naming those that can."""
     if goal.size is None:
         budget = f"{goal.bits:g}"
-        if Budget.parse(budget).resolve(structure) < sizes.smallest_bytes:
+        if Budget.parse(budget).resolve(structure, goal.engine) < sizes.smallest_bytes:
             least = 8 * sizes.smallest_bytes / structure.parameters
             raise InputError(f"{goal.bits:g} bits per weight are too few; the fewest for {goal.model} are {least:.3f}")
         return budget

@@ -20,6 +20,7 @@ from typing import Literal, Self, get_args
 import numpy as np
 
 from lmq.allocation.solver import check_budget
+from lmq.allocation.targets import Target
 from lmq.errors import InputError, unknown_name
 from lmq.formats.groups import require_axis
 from lmq.formats.spec import QuantSpec
@@ -98,22 +99,22 @@ class Budget:
             return f"uniform {self.uniform.name}{over}"
         return f"{self.size_bytes} B"
 
-    def resolve(self, structure: ModelStructure) -> int:
-        """Bytes that the quantized modules of this model may take; part of a byte is dropped.
+    def resolve(self, structure: ModelStructure, target: Target | None = None) -> int:
+        """Bytes that the quantized modules of this model may take, in a target's file; part of a byte is dropped.
 
         Raises InputError if the uniform configuration does not fit one of the modules.
         """
         if self.bits_per_weight is not None:
             return math.floor(structure.parameters * self.bits_per_weight / 8)
         if self.uniform is not None:
-            uniform_bytes = int(module_sizes(structure.quantized, [self.uniform]).sum())
+            uniform_bytes = int(module_sizes(structure.quantized, [self.uniform], target).sum())
             return math.floor(uniform_bytes * (1 + self.percent_over / 100))
         assert self.size_bytes is not None
         return self.size_bytes
 
 
-def module_sizes(modules: Sequence[ModuleInfo], menu: Sequence[QuantSpec]) -> np.ndarray:
-    """Return the stored size in bytes int64 [modules, configurations].
+def module_sizes(modules: Sequence[ModuleInfo], menu: Sequence[QuantSpec], target: Target | None = None) -> np.ndarray:
+    """Return the stored size in bytes int64 [modules, configurations], in our checkpoint or in a target's file.
 
     Raises InputError for an empty or repeating menu, no modules, or a configuration that does not fit a module.
     """
@@ -122,7 +123,7 @@ def module_sizes(modules: Sequence[ModuleInfo], menu: Sequence[QuantSpec]) -> np
     if not menu or len(set(menu)) != len(menu):
         names = ", ".join(spec.name for spec in menu) or "nothing"
         raise InputError(f"the menu holds {names}; it needs at least one configuration and none twice")
-    return np.array([[_size_bytes(module, spec) for spec in menu] for module in modules], dtype=np.int64)
+    return np.array([[_size_bytes(module, spec, target) for spec in menu] for module in modules], dtype=np.int64)
 
 
 def feasible_range(structure: ModelStructure, menu: Sequence[QuantSpec]) -> tuple[int, int]:
@@ -132,13 +133,18 @@ def feasible_range(structure: ModelStructure, menu: Sequence[QuantSpec]) -> tupl
 
 
 def check_feasible(
-    budget_bytes: int, structure: ModelStructure, menu: Sequence[QuantSpec], *, what: str = "the budget"
+    budget_bytes: int,
+    structure: ModelStructure,
+    menu: Sequence[QuantSpec],
+    *,
+    target: Target | None = None,
+    what: str = "the budget",
 ) -> None:
     """Raise InfeasibleBudget naming `what` if no allocation from the menu fits.
 
     Raises InputError if a configuration does not fit a module.
     """
-    check_budget(budget_bytes, module_sizes(structure.quantized, menu), what=what)
+    check_budget(budget_bytes, module_sizes(structure.quantized, menu, target), what=what)
 
 
 def hqq_size_bytes(parameters: int, spec: QuantSpec, *, axis: int = 1) -> int:
@@ -196,13 +202,27 @@ class LayoutRange:
     largest_bytes: int
 
     @classmethod
-    def of(cls, modules: Sequence[ModuleInfo], menu: Sequence[QuantSpec], layout: Layout, *, axis: int = 1) -> Self:
-        """Range of the configurations that fit every module. Raises InputError where none does."""
+    def of(
+        cls,
+        modules: Sequence[ModuleInfo],
+        menu: Sequence[QuantSpec],
+        layout: Layout,
+        *,
+        axis: int = 1,
+        target: Target | None = None,
+    ) -> Self:
+        """Range of the configurations that fit every module; with a `target`, in its file, whatever the layout.
+
+        Raises InputError where none does.
+        """
         fitting = [spec for spec in menu if _fits(modules, spec, layout, axis)]
         if not fitting:
             names = ", ".join(spec.name for spec in menu) or "nothing"
             raise InputError(f"of the menu {names} no configuration fits every module in the {layout} layout")
-        sizes = layout_sizes(modules, fitting, layout, axis=axis)
+        if target is None:
+            sizes = layout_sizes(modules, fitting, layout, axis=axis)
+        else:
+            sizes = module_sizes(modules, fitting, target)
         totals = zip(fitting, sizes.sum(axis=0).tolist(), strict=True)
         return cls(
             layout=layout,
@@ -218,8 +238,10 @@ class LayoutRange:
         return within[-1] if within else None, over[0] if over else None
 
 
-def _size_bytes(module: ModuleInfo, spec: QuantSpec) -> int:
+def _size_bytes(module: ModuleInfo, spec: QuantSpec, target: Target | None) -> int:
     try:
+        if target is not None:
+            return target.size_bytes(spec, module.out_features, module.in_features)
         return spec.size_bytes(module.parameters, module.in_features)
     except InputError as error:
         raise InputError(f"{module.id}: {error}") from error

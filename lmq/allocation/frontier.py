@@ -36,13 +36,13 @@ def budget_steps(measurements: Measurements, points: int) -> list[int]:
     """
     if points < 2:
         raise InputError(f"points = {points} draws no curve; give 2 or more")
-    sizes = module_sizes(measurements.modules, measurements.menu)
+    sizes = module_sizes(measurements.modules, measurements.menu, measurements.target)
     smallest, largest = int(sizes.min(axis=1).sum()), int(sizes.max(axis=1).sum())
     return [smallest + (largest - smallest) * step // (points - 1) for step in range(points)]
 
 
 def within_target(measurements: Measurements, target: Target) -> Measurements:
-    """The same measurements with what the target holds of the menu, and with its constraints beside their own.
+    """The same measurements with what the target holds of the menu, its sizes, and its constraints beside their own.
 
     Raises InputError where it holds none of the menu, or no quantized embeddings where there are some.
     """
@@ -55,7 +55,7 @@ def within_target(measurements: Measurements, target: Target) -> Measurements:
         kept, alike=tuple(dict.fromkeys((*kept.alike, *target.alike))), most_configurations=min(most, default=None)
     )
     menu = restrict_menu(measurements.menu, target, measurements.modules)
-    return replace(measurements, menu=menu, constraints=constraints)
+    return replace(measurements, menu=menu, constraints=constraints, target=target)
 
 
 def frontier(chosen: Strategy, measurements: Measurements, budgets: Sequence[int]) -> list[FrontierPoint]:
@@ -76,7 +76,7 @@ def frontier(chosen: Strategy, measurements: Measurements, budgets: Sequence[int
 
 def uniform_points(chosen: Strategy, measurements: Measurements) -> dict[QuantSpec, FrontierPoint]:
     """What the strategy's costs predict for each configuration of the menu given to every module, by size."""
-    totals = module_sizes(measurements.modules, measurements.menu).sum(axis=0).tolist()
+    totals = module_sizes(measurements.modules, measurements.menu, measurements.target).sum(axis=0).tolist()
     by_size = sorted(zip(totals, measurements.menu, strict=True))
     return {spec: _point(chosen, replace(measurements, menu=(spec,)), size) for size, spec in by_size}
 

@@ -22,6 +22,9 @@ from lmq.model.structure import EMBEDDINGS, ModuleInfo, expert_number, layer_ran
 if TYPE_CHECKING:
     from lmq.quantizers.integer_zeros import IntegerZeros
 
+_SCALE_BITS = 16
+_GPTQ_COLUMN_BYTES = 4
+"""The group of every column, an int32 of `g_idx`."""
 _IN_LAYER = re.compile(r"(?:.*\.)?(\d+)\.(.+)")
 
 
@@ -38,6 +41,8 @@ class Target:
     `lmq.quantizers.integer_zeros` fits them.
     out_features_multiple: what the rows of every matrix must be a multiple of.
     most_configurations: how many different ones a checkpoint may have.
+    zero_bits: bits whose zeros an export stores, packed like codes. column_bytes, matrix_bytes: what it stores of a
+    column and of a matrix beside codes, zeros and 16-bit scales.
     package: what opens it from Python, and `bits_since`, the version that some bits need.
     """
 
@@ -54,6 +59,9 @@ class Target:
     integer_zeros: IntegerZeros = False
     out_features_multiple: int = 1
     most_configurations: int | None = None
+    zero_bits: tuple[int, ...] = ()
+    column_bytes: int = 0
+    matrix_bytes: int = 0
     package: str | None = None
     bits_since: Mapping[int, str] = field(default_factory=dict)
 
@@ -75,6 +83,15 @@ class Target:
         if out_features % self.out_features_multiple:
             return f"{out_features} rows, not a multiple of {self.out_features_multiple}"
         return None
+
+    def size_bytes(self, spec: QuantSpec, out_features: int, in_features: int) -> int:
+        """Bytes of a matrix in the target's file. Raises InputError for a configuration that does not fit it."""
+        parameters = out_features * in_features
+        if self.types:
+            return spec.size_bytes(parameters, in_features)
+        zeros_bits = spec.bits if spec.bits in self.zero_bits else 0
+        groups_bytes = spec.groups(parameters) * (_SCALE_BITS + zeros_bits) // 8
+        return parameters * spec.bits // 8 + groups_bytes + self.column_bytes * in_features + self.matrix_bytes
 
     @property
     def specs(self) -> tuple[QuantSpec, ...]:
@@ -105,6 +122,8 @@ TARGETS: Mapping[str, Target] = {
             alike=("qkv", "gate-up"),
             integer_zeros=True,
             out_features_multiple=8,  # zeros of 4 bits are packed 8 to an int32 along the rows
+            zero_bits=(4,),
+            matrix_bytes=16,  # its shape, two int64
         ),
         Target(
             name="llama.cpp",
@@ -125,6 +144,8 @@ TARGETS: Mapping[str, Target] = {
             alike=("qkv", "gate-up"),
             integer_zeros=True,
             out_features_multiple=32,  # zeros of 3 bits are packed 32 to three int32 along the rows
+            zero_bits=(2, 3, 4, 8),
+            column_bytes=_GPTQ_COLUMN_BYTES,
         ),
         Target(
             name="gptq-symmetric",
@@ -136,6 +157,8 @@ TARGETS: Mapping[str, Target] = {
             alike=("qkv", "gate-up"),
             integer_zeros="middle",
             out_features_multiple=32,
+            zero_bits=(2, 3, 4, 8),
+            column_bytes=_GPTQ_COLUMN_BYTES,
         ),
         Target(
             name="auto-round",
@@ -147,6 +170,8 @@ TARGETS: Mapping[str, Target] = {
             menu=(*(spec.name for spec in STOPS if spec.bits < 8), "b5g64", "b6g64", "b8g64"),
             integer_zeros=True,
             out_features_multiple=32,
+            zero_bits=(2, 3, 4, 5, 6, 8),
+            column_bytes=_GPTQ_COLUMN_BYTES,
             package="auto-round",
             bits_since={5: "0.16", 6: "0.16"},
         ),
@@ -159,6 +184,7 @@ TARGETS: Mapping[str, Target] = {
             group_sizes=(32, 64, 128),
             integer_zeros=True,
             out_features_multiple=8,
+            zero_bits=(4,),
             most_configurations=1,
         ),
     )

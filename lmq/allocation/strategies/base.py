@@ -13,6 +13,7 @@ from lmq.allocation.constraints import Constraints, violations
 from lmq.allocation.error_table import ErrorTable
 from lmq.allocation.refine import Trials
 from lmq.allocation.solver import Allocation, Assignment, check_budget, check_feasible_program, solve
+from lmq.allocation.targets import Target
 from lmq.errors import InputError, LmqError
 from lmq.formats.spec import QuantSpec
 from lmq.measurement.registry import PROFILES
@@ -29,7 +30,7 @@ class Measurements:
     `layer_scores` hold one number per layer for each metric of `lmq.layers.importance.layers.layer_scores`. `trials`
     tries allocations on the model. `constraints` are kept by strategies that solve a program; the others refuse them,
     but for uniform. `towers` are the layers of each of several, so that the last of one is no neighbour of the first of
-    the next; empty for one.
+    the next; empty for one. Bytes are those of the file of `target`, or of our checkpoint.
     """
 
     modules: tuple[ModuleInfo, ...]
@@ -40,6 +41,7 @@ class Measurements:
     trials: Trials | None = None
     constraints: Constraints = field(default_factory=Constraints)
     towers: tuple[range, ...] = ()
+    target: Target | None = None
 
     def by_tower(self, profile: Mapping[ModuleId, float | None]) -> Iterator[dict[str, dict[int, float | None]]]:
         """One number per module as kind → layer → number, for every tower."""
@@ -102,7 +104,7 @@ class Choices:
     def by_size(cls, measurements: Measurements) -> Choices:
         """The menu sorted, smallest first. Raises InputError for a menu that does not fit the modules."""
         specs = tuple(sorted(measurements.menu, key=lambda spec: spec.bits_per_weight))
-        return cls(measurements.modules, specs, module_sizes(measurements.modules, specs))
+        return cls(measurements.modules, specs, module_sizes(measurements.modules, specs, measurements.target))
 
     def size_bytes(self, columns: np.ndarray) -> int:
         """Total bytes of an allocation, its columns [modules]."""

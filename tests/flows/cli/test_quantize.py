@@ -27,6 +27,7 @@ from lmq.formats.packed_layer import QuantizedEmbedding
 from lmq.formats.spec import QuantSpec
 from lmq.model.discovery import discover
 from lmq.model.structure import ModelStructure
+from lmq.model.tensors import read_headers, size_bytes
 from lmq.report.results import format_measured, read_results
 from lmq_flows.cli import main
 from lmq_flows.run.given_plan import read_plan
@@ -143,7 +144,9 @@ def test_a_directory_for_gptq_holds_what_was_planned(
     server: None, tiny_qwen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["quantize", str(tiny_qwen), "--bits", "3.9", "--for", "gptq", "--effort", "quick", "-o", "small"]) == 0
-    assert "vllm serve small" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert re.search(r"at most [\d.]+ MB on disk, [\d.]+ of them quantized matrices, for GPTQModel, vLLM", said)
+    assert "vllm serve small" in said
     (run_dir,) = (tmp_path / "runs").iterdir()
     (result,) = [item for item in read_results(run_dir / "results.json") if item.strategy == "loss-aware"]
     checkpoint = QuantizedCheckpoint(run_dir / result.checkpoint)
@@ -152,6 +155,10 @@ def test_a_directory_for_gptq_holds_what_was_planned(
     for path in checkpoint.specs:
         weight = opened.get_submodule(path).weight.detach()
         assert torch.allclose(weight, checkpoint.weight(path), rtol=2**-10)
+    stored = read_headers(Path("small"))
+    of_matrices = {name for name in stored if name.rpartition(".")[2] in ("qweight", "qzeros", "scales", "g_idx")}
+    matrices_bytes = sum(size_bytes(stored[name]) for name in of_matrices)
+    assert matrices_bytes == result.size_bytes <= 3.9 * sum(math.prod(s) for s in checkpoint.shapes.values()) / 8
 
 
 def test_a_target_is_kept_before_anything_is_made(
