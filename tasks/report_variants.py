@@ -11,7 +11,7 @@ from typing import Any
 from lmq.allocation.solver import ALLOCATION_SCHEMA
 from lmq.evaluation.predictions import PREDICTIONS_SCHEMA, PredictionSummary, summarize_predictions
 from lmq.evaluation.task_scores import TaskScore, task_scores_from_json
-from lmq.evaluation.windows import WINDOWS_SCHEMA, Evaluation, summarize
+from lmq.evaluation.windows import WINDOWS_SCHEMA, Estimate, Evaluation, summarize
 from lmq.model.structure import ModelStructure
 from lmq.report.results import FULL_PRECISION, VariantResult
 from lmq.tables import TableSchema, read_rows
@@ -67,7 +67,7 @@ class ReportedVariant:
         scores = _scores(job, inputs, self.item.get("tasks", {}))
         if self.predictions:
             found = summarize_predictions(self.predictions)
-            measured, scores = _measured_on_images(found), (*found.scores, *(scores or ())) or None
+            measured, scores = _divergences(found, found.perplexity), (*found.scores, *(scores or ())) or None
         item = self.item
         is_reference = item["strategy"] == FULL_PRECISION
         size = _size(job, inputs, structure, self.allocation, is_reference)
@@ -92,16 +92,9 @@ def _measured(evaluation: Evaluation | None) -> tuple[dict[str, Any], str | None
     """Fields of the record that an evaluation gives, and a remark when perplexity is infinite."""
     if evaluation is None:
         return {}, None
-    perplexity, kl = evaluation.perplexity, evaluation.kl_divergence
-    finite = math.isfinite(perplexity.value)
+    finite = math.isfinite(evaluation.perplexity.value)
     fields = {
-        "perplexity": perplexity.value if finite else None,
-        "perplexity_stderr": perplexity.stderr if finite else None,
-        "kl_divergence": kl.value if kl else None,
-        "kl_divergence_stderr": kl.stderr if kl else None,
-        "kl_p99": evaluation.kl_p99,
-        "top1_agreement": evaluation.top1_agreement,
-        "protocol": evaluation.protocol,
+        **_divergences(evaluation, evaluation.perplexity if finite else None),
         "tokens": evaluation.scored_tokens,
     }
     broken = evaluation.broken_window
@@ -109,9 +102,9 @@ def _measured(evaluation: Evaluation | None) -> tuple[dict[str, Any], str | None
     return fields, None if finite else f"perplexity is infinite{where}: the model gives tokens no probability"
 
 
-def _measured_on_images(found: PredictionSummary) -> dict[str, Any]:
-    """Fields of the record that an evaluation on images gives."""
-    perplexity, kl = found.perplexity, found.kl_divergence
+def _divergences(found: Evaluation | PredictionSummary, perplexity: Estimate | None) -> dict[str, Any]:
+    """Fields of the record that texts and images share."""
+    kl = found.kl_divergence
     return {
         "perplexity": perplexity.value if perplexity else None,
         "perplexity_stderr": perplexity.stderr if perplexity else None,

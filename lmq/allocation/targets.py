@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
@@ -109,6 +109,20 @@ class Target:
         return restrict_menu(own or STOPS, self, modules)
 
 
+_GPTQ = Target(
+    name="gptq",
+    description="GPTQModel, vLLM and SGLang by GPTQ's layout, with bits and groups by module",
+    export="gptq",
+    usage="vllm serve {path}",
+    bits=(2, 3, 4, 8),
+    group_sizes=(32, 64, 128),
+    alike=("qkv", "gate-up"),
+    integer_zeros=True,
+    out_features_multiple=32,  # zeros of 3 bits are packed 32 to three int32 along the rows
+    zero_bits=(2, 3, 4, 8),
+    column_bytes=_GPTQ_COLUMN_BYTES,
+)
+
 TARGETS: Mapping[str, Target] = {
     each.name: each
     for each in (
@@ -134,31 +148,12 @@ TARGETS: Mapping[str, Target] = {
             menu=("q2_k", "q3_k", "iq4_xs", "q4_k", "q4_1", "q5_k", "q6_k", "q8_0"),
             embeddings=True,
         ),
-        Target(
-            name="gptq",
-            description="GPTQModel, vLLM and SGLang by GPTQ's layout, with bits and groups by module",
-            export="gptq",
-            usage="vllm serve {path}",
-            bits=(2, 3, 4, 8),
-            group_sizes=(32, 64, 128),
-            alike=("qkv", "gate-up"),
-            integer_zeros=True,
-            out_features_multiple=32,  # zeros of 3 bits are packed 32 to three int32 along the rows
-            zero_bits=(2, 3, 4, 8),
-            column_bytes=_GPTQ_COLUMN_BYTES,
-        ),
-        Target(
+        _GPTQ,
+        replace(
+            _GPTQ,
             name="gptq-symmetric",
             description="what takes symmetric GPTQ alone, as vLLM's Marlin does at 4 and 8 bits, and ExLlama",
-            export="gptq",
-            usage="vllm serve {path}",
-            bits=(2, 3, 4, 8),
-            group_sizes=(32, 64, 128),
-            alike=("qkv", "gate-up"),
             integer_zeros="middle",
-            out_features_multiple=32,
-            zero_bits=(2, 3, 4, 8),
-            column_bytes=_GPTQ_COLUMN_BYTES,
         ),
         Target(
             name="auto-round",
