@@ -49,8 +49,12 @@ class StageProgress:
     failed: int = 0
     not_run: int = 0
     """Of the failed ones, those whose inputs are missing."""
-    started_s: float | None = None
-    ended_s: float | None = None
+    at_work: set[Node] = field(default_factory=set)
+    """Nodes that started and did not end yet."""
+    worked_s: float = 0.0
+    """Seconds, up to `since_s`, that any of them was at work."""
+    since_s: float | None = None
+    """Since when one is at work; None while none is."""
     made_s: float = 0.0
     """Seconds that the nodes that ran took, added up."""
     size_bytes: int = 0
@@ -67,10 +71,20 @@ class StageProgress:
 
     @property
     def elapsed_s(self) -> float:
-        """Seconds from the first start to the last end (or now)."""
-        if self.started_s is None:
-            return 0.0
-        return (self.ended_s or time.monotonic()) - self.started_s
+        """Seconds that nodes were at work: a stage that waits for others does not grow older."""
+        return self.worked_s + (0.0 if self.since_s is None else time.monotonic() - self.since_s)
+
+    def start(self, node: Node) -> None:
+        """Note that a node is at work."""
+        self.at_work.add(node)
+        if self.since_s is None:
+            self.since_s = time.monotonic()
+
+    def end(self, node: Node) -> None:
+        """Note that a node is at work no more, if it was."""
+        self.at_work.discard(node)
+        if not self.at_work:
+            self.worked_s, self.since_s = self.elapsed_s, None
 
     @property
     def remaining_s(self) -> float | None:
@@ -112,9 +126,10 @@ class RunProgress:
     def watch(self, node: Node, outcome: Outcome | None) -> None:
         """Take note of a node that starts (outcome None) or ends."""
         stage = self.stages[node.stage.name]
-        if stage.started_s is None:
-            stage.started_s = time.monotonic()
-        if outcome is not None:
+        if outcome is None:
+            stage.start(node)
+        else:
+            stage.end(node)
             stage.ran += outcome.state == "ran"
             stage.cached += outcome.state == "cached"
             stage.failed += outcome.state in ("failed", "not run")
@@ -125,14 +140,12 @@ class RunProgress:
                 manifest = open_store(node.site.store_url).manifest(outcome.ref.stage, outcome.ref.key)
                 stage.size_bytes += manifest.size_bytes if manifest else 0
                 stage.made_s += (manifest.seconds or 0.0) if manifest and outcome.state == "ran" else 0.0
-            if stage.done == stage.total:
-                stage.ended_s = time.monotonic()
         for reporter in self.reporters:
             reporter.show(node.stage.name, stage)
 
 
 class TerminalReporter:
-    """Bars on a terminal; elsewhere a line when a stage ends, and every 10 seconds for those under way.
+    """Bars on a terminal; elsewhere a line when a stage ends, and every 10 seconds for those at work.
 
     Stages that count say how far their layers or variants are, where these are made in this process.
     """
@@ -189,6 +202,7 @@ class TerminalReporter:
             for stage, progress in list(self._under_way.items()):
                 if self._console.is_terminal:
                     self._move_bar(stage, progress)
+                if self._console.is_terminal or not progress.at_work:
                     continue
                 shares = shares_under_way(stage)
                 left = progress.remaining_after(sum(shares))

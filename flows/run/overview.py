@@ -134,7 +134,7 @@ class Overview:
             return "failed" if progress.failed > progress.not_run else "not run"
         if progress.done == progress.total:
             return "ran" if progress.ran else "cached"
-        if progress.started_s is None:
+        if not progress.at_work and (self._end is None or not progress.done):
             return "waiting"
         return "running" if self._end is None else "stopped"
 
