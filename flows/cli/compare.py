@@ -7,7 +7,6 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -15,7 +14,7 @@ from rich.table import Table
 
 from lmq.errors import InputError
 from lmq_flows.cli.arguments import add_store
-from lmq_flows.cli.evaluate import add_judging, format_score, task_scores
+from lmq_flows.cli.evaluate import add_judging, format_score, model_directory, task_scores
 from lmq_flows.cli.terminal import console, say
 
 if TYPE_CHECKING:
@@ -79,7 +78,7 @@ def compare_command(arguments: argparse.Namespace) -> int:
     twice = next((name for name in arguments.models if arguments.models.count(name) > 1), None)
     if twice is not None:
         raise InputError(f"{twice} is given twice; name every model once")
-    directories = {name: _directory(name, arguments.store) for name in dict.fromkeys(names)}
+    directories = {name: model_directory(name, arguments.store) for name in dict.fromkeys(names)}
     for path in directories.values():
         check_window(path, arguments.window, "--window")
     with Console(stderr=True).status("starting") as status:
@@ -108,17 +107,6 @@ def compare_command(arguments: argparse.Namespace) -> int:
         _print_table(rows, names[0], markdown=arguments.markdown)
     failed = any(row.found.error or any(score.error for score in row.scores) for row in rows)
     return 1 if failed else 0
-
-
-def _directory(name: str, store: str) -> Path:
-    """A directory of safetensors: as given, downloaded, or converted. Raises InputError naming what is not there."""
-    from lmq.model.source import ModelSource, locate, needs_conversion
-    from lmq_flows.run.plan import inspect_model
-
-    if Path(name).is_dir():
-        return Path(name)
-    located = locate(ModelSource.parse(name))
-    return inspect_model(name, store).model_dir if needs_conversion(located) else located.path
 
 
 def _row(

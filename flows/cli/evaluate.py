@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from lmq.errors import LmqError
 from lmq.evaluation.options import EvaluationOptions
 from lmq.evaluation.task_scores import TaskScore
-from lmq_flows.cli.arguments import add_column, add_list, add_number, at_least
+from lmq_flows.cli.arguments import add_column, add_list, add_number, add_store, at_least
 from lmq_flows.cli.terminal import say
 
 if TYPE_CHECKING:
@@ -20,15 +20,17 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `lmq evaluate`."""
     parser.add_argument(
-        "checkpoint", type=Path, metavar="CHECKPOINT", help="directory of a checkpoint, or of an unquantized model"
+        "checkpoint",
+        metavar="CHECKPOINT",
+        help="directory of a checkpoint (of lmq or any other that transformers opens) or model, hub id, or .gguf file",
     )
     parser.add_argument(
         "--reference",
-        type=Path,
         metavar="MODEL",
-        help="directory of the unquantized model, to measure KL divergence and agreement against",
+        help="the unquantized model, to measure KL divergence and agreement against",
     )
     add_judging(parser)
+    add_store(parser, "where a converted model is kept")
     parser.set_defaults(command=evaluate_command)
 
 
@@ -55,24 +57,37 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
     from lmq.evaluation.whole_model import evaluate_checkpoint
     from lmq_flows.run.prepare import check_window
 
-    if (arguments.checkpoint / "config.json").is_file():
-        check_window(arguments.checkpoint, arguments.window, "--window")
+    checkpoint = model_directory(arguments.checkpoint, arguments.store)
+    reference = None if arguments.reference is None else model_directory(arguments.reference, arguments.store)
+    if (checkpoint / "config.json").is_file():
+        check_window(checkpoint, arguments.window, "--window")
     evaluation = evaluate_checkpoint(
-        arguments.checkpoint,
+        checkpoint,
         text=arguments.text,
         column=arguments.column,
         tokens=arguments.tokens,
         window=arguments.window,
         stride=arguments.stride,
-        reference=arguments.reference,
+        reference=reference,
     )
     _print_evaluation(evaluation)
-    scores = task_scores(arguments.checkpoint, arguments.tasks, arguments.limit)
+    scores = task_scores(checkpoint, arguments.tasks, arguments.limit)
     for score in scores:
         say(f"{score.task} {format_score(score)}")
     if arguments.performance:
-        _print_performance(arguments.checkpoint, arguments.threads)
+        _print_performance(checkpoint, arguments.threads)
     return 1 if any(score.error for score in scores) else 0
+
+
+def model_directory(name: str, store: str) -> Path:
+    """A directory of safetensors: as given, downloaded, or converted. Raises InputError naming what is not there."""
+    from lmq.model.source import ModelSource, locate, needs_conversion
+    from lmq_flows.run.plan import inspect_model
+
+    if Path(name).is_dir():
+        return Path(name)
+    located = locate(ModelSource.parse(name))
+    return inspect_model(name, store).model_dir if needs_conversion(located) else located.path
 
 
 def _print_evaluation(found: Evaluation) -> None:

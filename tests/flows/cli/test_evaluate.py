@@ -34,6 +34,13 @@ def test_evaluate_compares_with_the_unquantized_model_and_names_tasks_without_da
     assert "winogrande was not measured: the data of task 'winogrande' is not at hand" in out
 
 
+def test_models_may_be_gguf_files(made: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(tmp_path / "model.gguf")
+    assert main(["export", str(made[1]), "--format", "gguf", "--output", file]) == 0
+    assert main(["evaluate", file, *EVALUATION, "--reference", file, "--store", str(tmp_path / "store")]) == 0
+    assert "KL to the reference 0.0000" in capsys.readouterr().out
+
+
 def test_evaluate_refuses_a_checkpoint_of_a_newer_version(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = json.loads((checkpoint / "config.json").read_text())
     config["quantization_config"]["format_version"] += 1
@@ -59,6 +66,10 @@ def test_evaluate_refuses_texts_and_models_that_are_not_there(
 ) -> None:
     (tmp_path / "short.txt").write_text("three words only")
     assert "there is no model directory" in refusal(capsys, "evaluate", tmp_path / "model")
+    lost = ["--reference", tmp_path / "model", *EVALUATION]
+    assert "there is no model directory" in refusal(capsys, "evaluate", tiny_llama, *lost)
+    packaged = ["--reference", "package:lmq_lost/model.gguf", *EVALUATION]
+    assert "lmq_lost" in refusal(capsys, "evaluate", tiny_llama, *packaged)
     missing = ["--text", tmp_path / "shrt.txt", *EVALUATION]
     assert "short.txt?" in refusal(capsys, "evaluate", tiny_llama, *missing)
     short = ["--text", tmp_path / "short.txt", *EVALUATION]
