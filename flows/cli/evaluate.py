@@ -101,8 +101,8 @@ def _print_evaluation(found: Evaluation) -> None:
     if found.kl_divergence is not None:
         kl_stderr = f" ± {found.kl_divergence.stderr:.4f}" if found.kl_divergence.stderr is not None else ""
         say(
-            f"KL to the reference {found.kl_divergence.value:z.4f}{kl_stderr} nats, 99th percentile {found.kl_p99:.4f}, "
-            f"top-1 agreement {format_percent(found.top1_agreement)}"
+            f"KL to the reference {found.kl_divergence.value:z.4f}{kl_stderr} nats, "
+            f"99th percentile {found.kl_p99:.4f}, top-1 agreement {format_percent(found.top1_agreement)}"
         )
 
 
