@@ -11,6 +11,7 @@ STAGES: dict[str, Stage] = {
         sources.draw_calibration,
         sources.draw_evaluation,
         sources.draw_images,
+        sources.draw_pairs,
         sources.write_prompts,
         states.embed,
         states.forward,

@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from lmq.errors import InputError
+from lmq.images.pairs import PackedPairs, read_packed
 from lmq.images.prepared import SCHEMA as IMAGES_SCHEMA
 from lmq.images.prepared import read_prepared
 from lmq.model.source import ModelSource, locate
@@ -22,6 +23,7 @@ from lmq_tasks.stage import Job, ModelLocation
 
 TOKENS_FILE = "tokens.parquet"
 IMAGES_FILE = "images.safetensors"
+PAIRS_FILE = "pairs.safetensors"
 
 _thread = threading.local()
 
@@ -94,6 +96,11 @@ def read_examples(job: Job, name: str = "tokens") -> Examples:
         prepared = read_prepared(job.input(name, IMAGES_FILE))
         return Examples(prepared.pixels, prepared.labels)
     return Examples(read_tokens(job.input(name, TOKENS_FILE)))
+
+
+def read_pairs(job: Job) -> PackedPairs | None:
+    """Images with text that the model is measured on; None where it is measured on something else."""
+    return read_packed(job.input("pairs", PAIRS_FILE)) if job.has("pairs") else None
 
 
 def layer_weights(job: Job, structure: ModelStructure, layer: int) -> dict[str, Tensor]:

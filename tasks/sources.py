@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 
 from lmq.checkpoint.dry_run import dry_run
+from lmq.images.pairs import SCHEMA as PAIRS_SCHEMA
+from lmq.images.pairs import PairDraw, pack_pairs, write_pairs
 from lmq.images.prepared import SCHEMA as IMAGES_SCHEMA
 from lmq.images.prepared import ImageDraw, prepare_images, write_images
 from lmq.images.prompts import class_names, prompt_tokens
@@ -24,7 +26,7 @@ from lmq.text.calibration import (
     token_stream,
     write_tokens,
 )
-from lmq_tasks.inputs import IMAGES_FILE, TOKENS_FILE, model_dir
+from lmq_tasks.inputs import IMAGES_FILE, PAIRS_FILE, TOKENS_FILE, model_dir
 from lmq_tasks.stage import Job, stage
 
 
@@ -89,6 +91,14 @@ def draw_images(job: Job) -> None:
     options = {name: value for name, value in job.config.items() if name != "images"}
     draw = ImageDraw(source=job.site.places["images"], **options)
     write_images(job.output / IMAGES_FILE, prepare_images(draw, model_dir(job)))
+
+
+@stage("pairs", version=1, schema=PAIRS_SCHEMA)
+def draw_pairs(job: Job) -> None:
+    """Images with text from a source, prepared by the model's own processor and packed into sequences."""
+    options = {name: value for name, value in job.config.items() if name != "images"}
+    draw = PairDraw(source=job.site.places["images"], **options)
+    write_pairs(job.output / PAIRS_FILE, pack_pairs(draw, model_dir(job)))
 
 
 @stage("prompts", version=1, schema=TOKENS_SCHEMA.label)

@@ -18,7 +18,7 @@ from lmq.measurement.replay import (
 from lmq.measurement.sequence_fisher import sampled_loss_gradient
 from lmq.model.experts import every_token
 from lmq.numerics import fast_products
-from lmq_tasks.inputs import open_model, read_examples
+from lmq_tasks.inputs import open_model, read_examples, read_pairs
 from lmq_tasks.stage import Job, stage
 
 HIDDEN_STATES_FILE = "hidden-states.parquet"
@@ -28,8 +28,12 @@ MOMENTS_FILE = "moments.safetensors"
 
 @stage("embed", version=1, schema="hidden-states/1")
 def embed(job: Job) -> None:
-    """States that enter the first block for the calibration tokens or images."""
-    entering = open_model(job).embed(read_examples(job).inputs, job.config.get("tower", 0))
+    """States that enter the first block for the calibration tokens, images, or images with text."""
+    model, packed = open_model(job), read_pairs(job)
+    if packed is not None:
+        entering = model.embed_pairs(packed.pairs, packed.token_ids.shape[1])
+    else:
+        entering = model.embed(read_examples(job).inputs, job.config.get("tower", 0))
     write_hidden_states(job.output / HIDDEN_STATES_FILE, entering)
 
 
@@ -69,6 +73,7 @@ def backward(job: Job) -> None:
 def sampled_gradient(job: Job) -> None:
     """Gradient of the loss for labels drawn by the model at the states that leave the last block, for every draw."""
     hidden = read_hidden_states(job.input("hidden", HIDDEN_STATES_FILE))
+    packed = read_pairs(job)
     with fast_products(job.device):
         gradient = sampled_loss_gradient(
             open_model(job),
@@ -77,6 +82,7 @@ def sampled_gradient(job: Job) -> None:
             seed=job.config["seed"],
             tower=job.config.get("tower", 0),
             inputs=read_examples(job).inputs if job.has("tokens") else None,
+            is_text=None if packed is None else packed.is_text,
         )
     write_gradients(job.output / GRADIENTS_FILE, gradient)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 IMAGE_TOKEN = 500
 _START, _END, _VIDEO = 501, 502, 503
@@ -144,3 +145,31 @@ def image_and_text(family: str, seed: int = 0) -> dict[str, Tensor]:
     if family in ("idefics3", "smolvlm"):
         return inputs | {"pixel_values": pixels[None]}
     return inputs | {"pixel_values": pixels}
+
+
+def save_processor(family: str, path: Path, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """A processor for the model of a family (llava, idefics3), saved beside it.
+
+    The tokenizer gets the tokens that stand for an image in the tiny models, as special ones.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+        from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+
+    names = ["<image>", "<start>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": names})
+    assert tokenizer.convert_tokens_to_ids("<image>") == IMAGE_TOKEN
+    if family == "llava":
+        images = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+        processor: Any = transformers.LlavaProcessor(
+            images, tokenizer, patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1
+        )
+    elif family == "idefics3":
+        edges = {"longest_edge": 28}
+        images = Idefics3ImageProcessorPil(size=edges, max_image_size=edges, do_image_splitting=False)
+        processor = transformers.Idefics3Processor(images, tokenizer, image_seq_len=1)
+    else:
+        raise ValueError(f"no processor for {family}")
+    processor.save_pretrained(path)
+    return processor

@@ -128,7 +128,7 @@ def _template(text: str) -> str:
 
 
 class ImagesConfig(Section):
-    """Images that encoders are measured and judged on, in the place of texts."""
+    """Images that encoders are measured and judged on in the place of texts, or vision-language models on with them."""
 
     source: str = Field(
         "digits",
@@ -139,6 +139,9 @@ class ImagesConfig(Section):
     )
     column: str = Field("image", description="Field of Parquet files and data sets that holds images")
     label_column: str = Field("label", description="Field that holds labels: numbers or names of classes")
+    text_column: str | None = Field(
+        None, description="Field that holds a text about the image: vision-language models are measured on such pairs"
+    )
     calibration: int = Field(128, ge=1, description="Images that activations and gradients are measured on")
     evaluation: int | None = Field(None, ge=1, description="Images that variants are judged on; default: all there are")
     probe: int | None = Field(

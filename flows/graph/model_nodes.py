@@ -47,7 +47,8 @@ class ImageSources:
 class PreparedModel:
     """A model that was identified: its structure, the artifact that holds it, and where its files lie.
 
-    `images` is there for a model that sees images.
+    `images` is there for a model that sees images, `pairs` for a vision-language model that is measured on images with
+    text.
     """
 
     config: ModelConfig
@@ -56,6 +57,7 @@ class PreparedModel:
     site: Site
     menu: tuple[QuantSpec, ...]
     images: ImageSources | None = None
+    pairs: ImageSources | None = None
 
 
 class ModelNodes:
@@ -105,7 +107,10 @@ class ModelNodes:
     def calibration_examples(
         self, calibration: CalibrationConfig, count: int, skipped: int = 0, what: str = ""
     ) -> Node:
-        """What the model is measured on: sequences of the text, or images, of which the first are `skipped`."""
+        """What the model is measured on: sequences of the text, or images, of which the first are `skipped`; or
+        sequences of images with text."""
+        if self.model.pairs is not None:
+            return self._pairs(self.model.pairs, calibration.sequence_length, count)
         if self.model.images is not None:
             return self._images(self.model.images.calibration, 0, count, skipped, what)
         sizes = calibration_sizes(calibration, count)
@@ -135,6 +140,16 @@ class ModelNodes:
         }
         site = replace(self.model.site, places={"images": identity.location})
         return self.add("images", what, config, {}, site=site, here=True)
+
+    def _pairs(self, images: ImageSources, sequence_length: int, sequences: int) -> Node:
+        config = {
+            "images": images.calibration.identity,
+            "sequences": sequences,
+            "sequence_length": sequence_length,
+            **images.config.model_dump(include={"column", "text_column", "seed", "unreadable"}),
+        }
+        site = replace(self.model.site, places={"images": images.calibration.location})
+        return self.add("pairs", "", config, {}, site=site, here=True)
 
     def prompts(self, which: int, count: int | None = None) -> Node:
         """Texts for the classes of the images that are measured on (0) or judged on (1), for a tower of texts."""
@@ -265,10 +280,15 @@ class CapturedText:
 
     @cached_property
     def tokens(self) -> Node:
-        """The calibration tokens, or images."""
+        """The calibration tokens, images, or images with text."""
         images = self._nodes.model.images
         count = self._calibration.sequences if images is None else images.config.calibration
         return self._nodes.calibration_examples(self._calibration, count)
+
+    @property
+    def _examples(self) -> str:
+        """What stages call that."""
+        return "tokens" if self._nodes.model.pairs is None else "pairs"
 
     @cached_property
     def _prompts(self) -> Node:
@@ -285,8 +305,8 @@ class CapturedText:
         towers = []
         for tower in range(len(self._structure.towers)):
             config, what = ({"tower": tower}, f"tower {tower + 1}") if tower else ({}, "")
-            tokens = self._prompts if tower else self.tokens
-            states = [self._nodes.add("embed", what, config, {"tokens": tokens}, expected_bytes=keep)]
+            given = {"tokens": self._prompts} if tower else {self._examples: self.tokens}
+            states = [self._nodes.add("embed", what, config, given, expected_bytes=keep)]
             for layer in self._structure.layers_of(tower):
                 inputs = {"hidden": states[-1]}
                 states.append(self._nodes.add_layer("forward", layer, {}, inputs, expected_bytes=keep))
@@ -334,6 +354,8 @@ class CapturedText:
             if tower:
                 config, what = config | {"tower": tower}, f"tower {tower + 1}"
                 inputs["tokens"] = self._prompts
+            elif self._examples == "pairs":
+                inputs["pairs"] = self.tokens
             found = [self._nodes.add("sampled-loss-gradient", what, config, inputs, expected_bytes=keep)]
             for layer in reversed(self._structure.layers_of(tower)):
                 inputs = {"hidden": self.entering[layer], "gradient": FileOf(found[-1], GRADIENTS_FILE)}

@@ -34,7 +34,7 @@ from lmq_tasks.inputs import located_dir
 from lmq_tasks.retries import is_transient
 from lmq_tasks.stage import open_store
 
-_SEE_TEXTS = ("calibration", "embed", "evaluation-tokens", "reference", "images", "reference-images")
+_SEE_TEXTS = ("calibration", "embed", "evaluation-tokens", "reference", "images", "reference-images", "pairs")
 """Stages that draw tokens, and those that first show them to the model: what went through them needs no check."""
 
 

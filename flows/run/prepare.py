@@ -19,6 +19,7 @@ from lmq.allocation.targets import target_named
 from lmq.errors import InputError, LmqError
 from lmq.evaluation.perplexity import full_windows
 from lmq.formats.spec import QuantSpec
+from lmq.images.pairs import PairDraw, first_pair, sample_pair
 from lmq.images.prepared import ImageDraw, check_images, check_probe
 from lmq.images.prompts import class_names
 from lmq.images.sources import identify_images
@@ -28,6 +29,7 @@ from lmq.measurement.token_fisher import FISHER
 from lmq.model.losses import LOSSES
 from lmq.model.skeleton import read_model_config
 from lmq.model.source import LocatedModel, ModelSource, locate, nearest_sibling, needs_conversion, source_digest
+from lmq.model.streaming import StreamedModel
 from lmq.model.structure import ModelStructure
 from lmq.model.transformers_lock import TRANSFORMERS_LOCK
 from lmq.text.calibration import (
@@ -204,6 +206,7 @@ def prepared_model(
         site=site,
         menu=menu,
         images=_identified_images(config.images) if structure.sees_images else None,
+        pairs=_identified_images(config.images) if config.images.text_column and config.needs_calibration else None,
     )
 
 
@@ -248,12 +251,14 @@ def check_context(model_dir: Path, tokens: int, key: str, *, prefix_tokens: int 
 def check_texts(config: MeasurementRequest, models: list[PreparedModel]) -> None:
     """Raise InputError for text files that cannot be read, are empty, or hold fewer tokens than are asked for.
 
-    So for images of which there are too few, or whose labels or processor do not suit a model. Data sets of the hub are
-    not fetched for that.
+    So for images of which there are too few, or whose labels or processor do not suit a model, and for images with text
+    that a model cannot be measured on. Data sets of the hub are not fetched for that.
     """
     for model in models:
         if model.images is not None:
             _check_images(config, model, model.images)
+        if model.pairs is not None:
+            _check_pairs(config, model)
     models = [model for model in models if model.images is None]
     for text in config.texts:
         if text.source != PYDOC_TOPICS and not is_file_text(text.source):
@@ -267,7 +272,7 @@ def check_texts(config: MeasurementRequest, models: list[PreparedModel]) -> None
                 tokens = token_stream(found, tokenizer, text.tokens)
                 full_windows(len(tokens), text.window, text.stride)
                 _check_vocabulary(tokens, model)
-            elif isinstance(text, CalibrationConfig) and config.needs_calibration:
+            elif isinstance(text, CalibrationConfig) and config.needs_calibration and model.pairs is None:
                 sizes = text.model_dump(include={"sequence_length", "seed"})
                 tokens = pack_tokens(found, tokenizer, sequences=config.calibration_sequences, **sizes)
                 _check_vocabulary(tokens, model)
@@ -292,13 +297,46 @@ def _check_images(config: MeasurementRequest, model: PreparedModel, images: Imag
             check_images(ImageDraw(source=source, part=part, count=count, **options), _model_dir(model))
 
 
+def _check_pairs(config: MeasurementRequest, model: PreparedModel) -> None:
+    """Refuse images with text of which the first cannot be used; those of data sets are not fetched for that."""
+    images = config.images
+    assert images.text_column is not None
+    if images.source.startswith(DATA_SET):
+        return
+    draw = PairDraw(
+        **images.model_dump(include={"source", "column", "text_column", "seed", "unreadable"}),
+        **config.calibration.model_dump(include={"sequences", "sequence_length"}),
+    )
+    first_pair(draw, _model_dir(model))
+
+
+def _check_what_pairs_measure(config: MeasurementRequest, model: PreparedModel) -> None:
+    """Refuse a model that sees no images beside text, or sees them in a way that is not replayed, and what is measured
+    on text alone."""
+    if not model.structure.kept_parts:
+        raise InputError(
+            f"{model.config.name} is no vision-language model, which images.text_column is for; leave it out, and give "
+            "vision-language models a run of their own"
+        )
+    if config.embeddings:
+        raise InputError("embeddings = true is measured on text; leave out one of it and images.text_column")
+    _check_needs(config, f"{model.config.name} is measured on images with text (images.text_column), on which")
+    directory = _model_dir(model)
+    StreamedModel.open(directory, model.structure).check_pair(sample_pair(directory))
+
+
 def _check_towers(config: MeasurementRequest, model: PreparedModel) -> None:
     """Refuse what is measured by running a model to its end, which one of two towers is not."""
+    _check_needs(config, f"{model.config.name} has {len(model.structure.towers)} towers, of which")
+
+
+def _check_needs(config: MeasurementRequest, reason: str) -> None:
+    """Refuse what runs a model from its inputs to its end."""
     whole = {TRIALS, FISHER.name, DIVERGENCE.name, DELTA_LOSS.name} & set(config.needs)
     if whole or getattr(config, "polish", None) is not None:
         raise InputError(
-            f"{model.config.name} has {len(model.structure.towers)} towers, of which {min(whole, default='polish')} is "
-            "not measured; take out strategies and measurements that need it (auto, kl), and polish"
+            f"{reason} {min(whole, default='polish')} is not measured; take out strategies and measurements that need "
+            "it (auto, kl), and polish"
         )
 
 
@@ -328,8 +366,11 @@ def _check_sensitivity_spec(config: MeasurementRequest, structure: ModelStructur
 def check_context_of(config: MeasurementRequest, model: PreparedModel) -> None:
     """Raise InputError when the model's context does not hold the sequences and windows it would see.
 
-    Of a model that sees images, when it is asked for what language models do.
+    Of a model that sees images, when it is asked for what language models do; of one that is measured on images with
+    text, when that cannot be done.
     """
+    if model.pairs is not None:
+        _check_what_pairs_measure(config, model)
     if model.images is not None:
         evaluation = getattr(config, "evaluation", None)
         if evaluation is not None and (evaluation.performance or evaluation.tasks):

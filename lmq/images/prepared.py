@@ -63,8 +63,8 @@ def prepare_images(draw: ImageDraw, model_dir: Path) -> PreparedImages:
     found = read_images(draw.source, draw.column, draw.label_column)
     chosen = _chosen(found, draw)
     labels = _labels(found, model_dir, draw.source)
-    decoded = {number: image for number in chosen if (image := _decoded(found.images[number])) is not None}
-    _check_readable(len(chosen) - len(decoded), len(chosen), draw)
+    decoded = {number: image for number in chosen if (image := decode(found.images[number])) is not None}
+    check_readable(len(chosen) - len(decoded), len(chosen), draw.source, draw.unreadable)
     images = list(decoded.values())
     pieces = [
         processor(images=images[start : start + _AT_ONCE], return_tensors="pt")["pixel_values"]
@@ -154,7 +154,8 @@ def _chosen(found: ImageSet, draw: ImageDraw) -> list[int]:
     return chosen
 
 
-def _decoded(image: StoredImage) -> Any:
+def decode(image: StoredImage) -> Any:
+    """The image in RGB; None, with a warning that names it, where it cannot be read."""
     try:
         return image.decoded()
     except (OSError, ValueError, SyntaxError) as error:  # SyntaxError: what PIL says of broken PNG files
@@ -162,11 +163,12 @@ def _decoded(image: StoredImage) -> Any:
         return None
 
 
-def _check_readable(lost: int, chosen: int, draw: ImageDraw) -> None:
-    if lost > math.floor(draw.unreadable * chosen):
+def check_readable(lost: int, chosen: int, source: str, share: float, what: str = "images") -> None:
+    """Raise InputError where more than a share of what was chosen is lost."""
+    if lost > math.floor(share * chosen):
         raise InputError(
-            f"{lost:,} of {chosen:,} images of {draw.source} cannot be read, where a share of {draw.unreadable:g} may "
-            "be (images.unreadable); the log names them"
+            f"{lost:,} of {chosen:,} {what} of {source} cannot be read, where a share of {share:g} may be "
+            "(images.unreadable); the log names them"
         )
 
 

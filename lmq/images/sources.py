@@ -95,6 +95,29 @@ def read_images(source: str, column: str = "image", label_column: str = "label")
     return _of_parquet(tables if path.is_dir() else [path], column, label_column)
 
 
+def read_pairs(source: str, column: str, text_column: str) -> list[tuple[StoredImage, Any]]:
+    """Images of a source and what `text_column` holds beside each, in its order; none is decoded yet.
+
+    Raises InputError for a source that is not there, has no such columns, or is no Parquet file and no data set.
+    """
+    if source.startswith(DATA_SET):
+        images, rows = _images_of_rows(source, column)
+        _require(text_column, rows.column_names, source, "images.text_column")
+        return list(zip(images, rows[text_column], strict=True))
+    path = None if source == DIGITS else _existing(source)
+    paths = [] if path is None else sorted(path.rglob(f"*{_PARQUET}")) if path.is_dir() else [path]
+    if not paths:
+        raise InputError(
+            f"{source} has no texts beside its images; pass .parquet or dataset:NAME, or dataset:FOLDER for a folder "
+            "with a metadata.jsonl of file_name and text"
+        )
+    found: list[tuple[StoredImage, Any]] = []
+    for table in paths:
+        _require(text_column, pq.read_schema(table).names, str(table), "images.text_column")
+        found += zip(*_of_table(table, column, text_column), strict=True)
+    return found
+
+
 def _existing(source: str) -> Path:
     path = Path(source).expanduser().absolute()
     if path.is_dir() or (path.is_file() and path.suffix.lower() == _PARQUET):
@@ -143,32 +166,44 @@ def _of_parquet(paths: Sequence[Path], column: str, label_column: str) -> ImageS
     images: list[StoredImage] = []
     labels: list[Any] = []
     for path in paths:
-        try:
-            with pq.ParquetFile(path) as file:
-                there = file.schema_arrow.names
-                _require(column, there, str(path))
-                wanted = [column, *([label_column] if label_column in there else [])]
-                table = file.read(columns=wanted)
-        except (pa.ArrowException, OSError) as error:
-            raise InputError(f"{path} is not a readable Parquet file: {error}") from error
-        values = table.column(column).to_pylist()
-        images += [StoredImage(name=f"{path.name} row {row}", content=_bytes(item)) for row, item in enumerate(values)]
-        labels += table.column(label_column).to_pylist() if label_column in table.column_names else []
+        found, values = _of_table(path, column, label_column)
+        images, labels = images + found, labels + values
     return _labelled(images, labels, None, str(paths[0]))
+
+
+def _of_table(path: Path, column: str, other: str) -> tuple[list[StoredImage], list[Any]]:
+    """Images of a Parquet file and what its `other` column holds, nothing where it has none."""
+    try:
+        with pq.ParquetFile(path) as file:
+            there = file.schema_arrow.names
+            _require(column, there, str(path))
+            table = file.read(columns=[column, *([other] if other in there else [])])
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{path} is not a readable Parquet file: {error}") from error
+    cells = table.column(column).to_pylist()
+    images = [StoredImage(name=f"{path.name} row {row}", content=_bytes(item)) for row, item in enumerate(cells)]
+    return images, table.column(other).to_pylist() if other in table.column_names else []
 
 
 def _of_data_set(source: str, column: str, label_column: str) -> ImageSet:
     import datasets  # takes seconds
 
-    rows = load_data_set(source, _INSTEAD)
-    _require(column, rows.column_names, source)
+    images, rows = _images_of_rows(source, column)
     feature = rows.features.get(label_column)
     classes = tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+    return _labelled(images, list(rows[label_column]) if feature is not None else [], classes, source)
+
+
+def _images_of_rows(source: str, column: str) -> tuple[list[StoredImage], Any]:
+    """Images of a data set and its rows."""
+    import datasets  # takes seconds
+
+    rows = load_data_set(source, _INSTEAD)
+    _require(column, rows.column_names, source)
     if isinstance(rows.features[column], datasets.Image):
         rows = rows.cast_column(column, datasets.Image(decode=False))
     contents = (_bytes(item) for item in rows[column])
-    images = [StoredImage(name=f"row {row}", content=content) for row, content in enumerate(contents)]
-    return _labelled(images, list(rows[label_column]) if feature is not None else [], classes, source)
+    return [StoredImage(name=f"row {row}", content=content) for row, content in enumerate(contents)], rows
 
 
 def _bytes(item: Any) -> Path | bytes | None:
@@ -195,6 +230,6 @@ def _labelled(images: list[StoredImage], labels: list[Any], classes: tuple[str, 
     return ImageSet(images=images, labels=labels, classes=classes)
 
 
-def _require(column: str, there: Sequence[str], source: str) -> None:
+def _require(column: str, there: Sequence[str], source: str, key: str = "images.column") -> None:
     if column not in there:
-        raise InputError(f"{source} has no column {column!r} (it has: {', '.join(there)}); set images.column")
+        raise InputError(f"{source} has no column {column!r} (it has: {', '.join(there)}); set {key}")

@@ -46,7 +46,14 @@ _GRADIENTS_AT_ONCE = 8
 
 
 def sampled_loss_gradient(
-    model: StreamedModel, hidden: Tensor, *, draws: int, seed: int, tower: int = 0, inputs: Tensor | None = None
+    model: StreamedModel,
+    hidden: Tensor,
+    *,
+    draws: int,
+    seed: int,
+    tower: int = 0,
+    inputs: Tensor | None = None,
+    is_text: Tensor | None = None,
 ) -> Tensor:
     """Gradient of the summed loss, for labels the model draws itself, at the states that leave the last block.
 
@@ -54,11 +61,17 @@ def sampled_loss_gradient(
     but each last one, whose gradient is 0 (nothing follows it), of images one for each. Float32 [draws · sequences,
     sequence_length, hidden], sequences fastest, on the device of `hidden`. Equal seeds draw equal labels. Of a model of
     several towers `hidden` leaves one `tower`; one of texts looks at its `inputs` again, the token ids.
+
+    Where images stand among the tokens, `is_text` bool [sequences, sequence_length] says which are text: these alone
+    are predicted, gradients are 0 at what precedes others, and the rest is scaled so that half its mean square over
+    all predictions is that over those of text.
     """
     generator = torch.Generator(model.device).manual_seed(seed)
     pieces: list[Tensor] = []
     first = 0
-    for piece in model.split(model.loss.predicting(hidden)):
+    predicting = model.loss.predicting(hidden)
+    chosen = None if is_text is None else is_text[:, 1:].flatten().to(hidden.device)
+    for piece in model.split(predicting if chosen is None else predicting[chosen]):
         given = None if inputs is None else inputs[first : first + len(piece)]
         first += len(piece)
         leaving = piece.detach().to(model.device, model.dtype).requires_grad_(True)
@@ -68,7 +81,12 @@ def sampled_loss_gradient(
             losses = [model.loss.summed(outputs, targets) for targets in drawn]
             found = [torch.autograd.grad(loss, leaving, retain_graph=True)[0].float() for loss in losses]
         pieces.append(torch.stack(found))
-    return model.loss.at_states(torch.cat(pieces, dim=1), hidden).flatten(0, 1)
+    gradients = torch.cat(pieces, dim=1)
+    if chosen is not None:
+        of_all = gradients.new_zeros(draws, *predicting.shape)
+        of_all[:, chosen.to(gradients.device)] = gradients * math.sqrt(len(chosen) / int(chosen.sum()))
+        gradients = of_all
+    return model.loss.at_states(gradients, hidden).flatten(0, 1)
 
 
 def sequence_loss_changes(

@@ -278,6 +278,35 @@ class StreamedModel:
         rows = inputs.to(self.device).split(1 if self.loss.per_token else _IMAGES_AT_ONCE)
         return torch.cat([self._run_until_stopped(stop, tower, **self._given(row)) for row in rows])
 
+    @torch.no_grad()
+    def embed_pairs(self, sequences: Sequence[Sequence[Mapping[str, Tensor]]], sequence_length: int) -> Tensor:
+        """States that enter block 0 [sequences, sequence_length, hidden] for images with text, packed into sequences.
+
+        A pair is what the model's processor makes of it: `input_ids` [1, tokens] and the tensors of its image, which
+        the model itself embeds and merges. Pairs of a sequence follow one another, and its last is cut. What lies
+        beside the language model is read for that, and released. Raises as `check_pair` does.
+        """
+        self._load_tables()
+        beside = self._read(self._beside_names())
+        with self._in_place(beside):
+            joined = (torch.cat([self._merged(pair) for pair in pairs], dim=1) for pairs in sequences)
+            return torch.cat([states[:, :sequence_length] for states in joined])
+
+    @torch.no_grad()
+    def check_pair(self, pair: Mapping[str, Tensor]) -> None:
+        """Raise UnsupportedModel where an image changes more than the states that enter block 0.
+
+        So do positions in several dimensions, image tokens that see each other, and features that are added between
+        blocks; positions that are added to embeddings do not let pairs be joined. No weight of tables or towers is
+        read for that.
+        """
+        one, tensors = torch.ones((), device=self.device, dtype=self.dtype), self._model.state_dict()
+        with self._in_place({name: one.expand(tensors[name].shape) for name in self._table_names()}):
+            states = self._merged(pair)[0]
+        of_text = states[states.isfinite().all(dim=1)]  # of images comes NaN, as their weights are not read
+        if not torch.equal(of_text, of_text[:1].expand_as(of_text)):
+            raise self._not_for_pairs("its embeddings of equal tokens differ from place to place")
+
     def head_logits(self, hidden: Tensor, tower: int = 0, inputs: Tensor | None = None) -> Tensor:
         """Logits [..., vocabulary] of states that leave the last block [..., hidden], token by token.
 
@@ -389,12 +418,27 @@ class StreamedModel:
             for name, buffer in module.named_buffers(recurse=False):
                 if not buffer.is_meta:
                     setattr(module, name, buffer.to(self.device))
-        beside = tuple(f"{part.path}." for part in self.structure.kept_parts)
-        unread = {name: tensor for name, tensor in self._model.state_dict().items() if name.startswith(beside)}
+        beside = set(self._beside_names())
+        unread = {name: tensor for name, tensor in self._model.state_dict().items() if name in beside}
         nothing = torch.tensor(torch.nan, device=self.device, dtype=self.dtype)
         stand_ins = {name: nothing.expand(t.shape) for name, t in unread.items() if t.is_floating_point()}
         self._model.load_state_dict(stand_ins, strict=False, assign=True)
         self._assign(name for name in self._model.state_dict() if name not in {*unread, *self._table_names()})
+
+    def _beside_names(self) -> list[str]:
+        """Names of what lies beside the language model."""
+        beside = tuple(f"{part.path}." for part in self.structure.kept_parts)
+        return [name for name in self._model.state_dict() if name.startswith(beside)]
+
+    @contextmanager
+    def _in_place(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+        """These tensors of the model in the place of what it has; that is put back on leaving."""
+        before = {name: tensor for name, tensor in self._model.state_dict().items() if name in tensors}
+        self._model.load_state_dict(tensors, strict=False, assign=True)
+        try:
+            yield
+        finally:
+            self._model.load_state_dict(before, strict=False, assign=True)
 
     def _load_tables(self) -> None:
         """Read embedding and head, unless that is done or another model holds them."""
@@ -492,6 +536,39 @@ class StreamedModel:
 
         self._run_until_stopped(record, tower, **self._dummy(1, sequence_length, seed, tower=tower))
         return recorded
+
+    def _merged(self, pair: Mapping[str, Tensor]) -> Tensor:
+        """States that enter block 0 [1, tokens, hidden] for an image with text, merged by the model itself.
+
+        Raises UnsupportedModel where a block is called otherwise than for as many tokens of text.
+        """
+        expected = self.block_inputs(pair["input_ids"].shape[1])
+        entered: list[Tensor] = []
+
+        def check(layer: int, entering: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            given = _by_name(args, kwargs)
+            of_text = _by_name(expected[layer].args, expected[layer].kwargs)
+            for name in sorted({*given, *of_text}):
+                if not _equal_inputs(given.get(name), of_text.get(name)):
+                    raise self._not_for_pairs(f"it gives block {layer} another {name} than for text")
+            entered.append(entering)
+            if entering is not entered[0] and not torch.equal(entering, entered[0]):
+                raise self._not_for_pairs(f"it changes the states between its blocks, before block {layer}")
+            if layer == self.structure.layers - 1:
+                raise StopForward(entered[0])
+            return self._as_output(entering)
+
+        inputs = {
+            name: tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
+            for name, tensor in pair.items()
+        }
+        return self._run_until_stopped(check, 0, use_cache=False, **inputs)
+
+    def _not_for_pairs(self, why: str) -> UnsupportedModel:
+        return UnsupportedModel(
+            f"{self.structure.architecture} cannot be calibrated on images with text: {why}; calibrate it on text "
+            "(leave out images.text_column)"
+        )
 
     def _run_until_stopped(self, handler: StubHandler, tower: int, **inputs: Any) -> Tensor:
         """Run the model's forward until a stub stops it; the states that entered that stub."""
@@ -604,6 +681,20 @@ def _stored_model_of(model_dir: Path, _: tuple[tuple[Path, int, int], ...]) -> S
 def copied(arguments: Any, copy: Callable[[Tensor], Tensor] = torch.clone) -> Any:
     """Arguments of a call (nested tuples, lists and dicts) with their tensors copied: a block may change its own."""
     return tree_map(lambda leaf: copy(leaf) if isinstance(leaf, Tensor) else leaf, arguments)
+
+
+def _by_name(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a call, those without a name by their number."""
+    return {**{str(number): value for number, value in enumerate(args)}, **kwargs}
+
+
+def _equal_inputs(first: Any, second: Any) -> bool:
+    """Whether what two calls of a block are given is the same."""
+    ours, theirs = tree_leaves(first), tree_leaves(second)
+    return len(ours) == len(theirs) and all(
+        torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else type(a) is type(b)
+        for a, b in zip(ours, theirs, strict=True)
+    )
 
 
 def _same_tensors(first: Any, second: Any) -> bool:

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
-from transformers import Qwen2VLForConditionalGeneration
+from transformers import AutoTokenizer, LlavaForConditionalGeneration, Qwen2VLForConditionalGeneration
 
 import lmq
+from lmq.errors import InputError
 from lmq.export.source import QuantizedCheckpoint
+from lmq.images.pairs import PairDraw, pack_pairs
+from lmq.measurement.replay import read_hidden_states
 from lmq.model.discovery import discover
 from lmq.report.results import read_results
 from lmq_flows.cli import main
+from lmq_flows.run.plan import check_run, plan_run
+from lmq_tasks.stage import open_store
 from tests.flows.conftest import run_and_look, tiny_config
-from tests.vision_language import image_and_text, save_vision_language_model
+from tests.vision_language import image_and_text, save_processor, save_vision_language_model
 
 
 @pytest.fixture(scope="module")
@@ -68,3 +78,80 @@ def test_it_is_evaluated_beside_its_source(finished, capsys: pytest.CaptureFixtu
     options = ["--tokens", "256", "--window", "64", "--stride", "32"]
     assert main(["evaluate", str(checkpoint), "--reference", str(model), *options]) == 0
     assert "KL to the reference" in capsys.readouterr().out
+
+
+def pairs_table(path: Path, count: int = 12) -> str:
+    """Parquet with images of noise, and a text for each."""
+    for number in range(count):
+        values = np.random.default_rng(number).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+        Image.fromarray(values).save(path.with_suffix(f".{number}.png"))
+    images = [path.with_suffix(f".{number}.png").read_bytes() for number in range(count)]
+    pq.write_table(pa.table({"image": images, "caption": [f"the image number {n}" for n in range(count)]}), path)
+    return str(path)
+
+
+def pairs_config(family: str, tokenizer: Path, place: Path, **changes: Any) -> Any:
+    """A run of a model with its processor, measured on images with text."""
+    save_vision_language_model(family, place / "model")
+    save_processor(family, place / "model", AutoTokenizer.from_pretrained(tokenizer))
+    measure = {"quantizer": "fisher-gptq", "menu": ["b2g64", "b3g64", "b4g64", "b8g64"]}
+    images = {"source": pairs_table(place / "pairs.parquet"), "text_column": "caption"}
+    options = {"images": images, "measure": measure, "strategies": ["uniform", "sensi-boost", "loss-aware"]}
+    return tiny_config(place / "model", place, **options | changes)
+
+
+def test_blocks_are_measured_on_images_with_text(server, tiny_llama: Path, tmp_path: Path) -> None:
+    config = pairs_config("llava", tiny_llama, tmp_path)
+    check_run(config)
+    done = run_and_look(config)
+    assert done.state.is_completed(), done.state.message
+    assert "pairs" in done.ran()
+    assert "calibration" not in done.ran()
+    for result in read_results(config.run_dir / "results.json"):
+        assert result.error is None
+        assert result.perplexity is not None  # of text
+    planned = plan_run(config).nodes
+    assert all(item.cached for item in planned if item.node.stage.name != "report")
+    (embed,) = (item for item in planned if item.node.stage.name == "embed")
+    store = open_store(config.store)
+    ref = store.find(*embed.uri.split("/"))
+    entering = read_hidden_states(store.path(ref, "hidden-states.parquet"))
+    draw = PairDraw(source=config.images.source, text_column="caption", sequences=3, sequence_length=32)
+    model = LlavaForConditionalGeneration.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
+    packed = pack_pairs(draw, tmp_path / "model")
+    for found, pairs in zip(entering, packed.pairs, strict=True):
+        with torch.no_grad():
+            states = [model(**pair, output_hidden_states=True).hidden_states[0][0] for pair in pairs]
+        torch.testing.assert_close(found, torch.cat(states)[:32], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"strategies": ["auto"]}, r"tiny is measured on images with text .*, on which trials is not measured"),
+        ({"embeddings": True}, "embeddings = true is measured on text"),
+        ({"polish": {"steps": 1}}, "polish is not measured"),
+        ({"calibration": {"sequence_length": 500}}, "sequence_length = 500 is more than the 256 tokens"),
+        ({"calibration": {"sequence_length": 8}}, None),
+        ({"images": {"source": "digits", "text_column": "text"}}, "digits has no texts beside its images"),
+    ],
+)
+def test_what_images_with_text_cannot_measure_is_said_before_work(
+    changes: dict[str, Any], message: str | None, tiny_llama: Path, tmp_path: Path
+) -> None:
+    config = pairs_config("idefics3", tiny_llama, tmp_path, **changes)
+    if message is None:
+        check_run(config)
+        return
+    with pytest.raises(InputError, match=message):
+        check_run(config)
+
+
+def test_models_that_images_with_text_are_not_for_are_refused_by_name(tiny_llama: Path, tmp_path: Path) -> None:
+    images = {"source": pairs_table(tmp_path / "pairs.parquet"), "text_column": "caption"}
+    config = tiny_config(tiny_llama, tmp_path, images=images)
+    with pytest.raises(InputError, match=r"tiny is no vision-language model, which images\.text_column is for"):
+        check_run(config)
+    save_vision_language_model("llava", tmp_path / "bare")
+    with pytest.raises(InputError, match="bare has no processor of images with text"):
+        check_run(tiny_config(tmp_path / "bare", tmp_path, images=images))

@@ -114,7 +114,13 @@ def test_pooled_costs_keep_the_level_of_sequences_and_the_steps_of_tokens() -> N
     assert pooled_costs({SMALL: 0.0}, {SMALL: 0.0}) == {SMALL: 0.0}
 
 
-def test_mean_cost_over_draws_is_the_divergence_of_a_small_error(tiny_model: Path) -> None:
+@pytest.mark.parametrize("among_images", [False, True])
+def test_mean_cost_over_draws_is_the_divergence_of_a_small_error(tiny_model: Path, among_images: bool) -> None:
+    """Where images stand among the tokens, it is the divergence per token of text."""
+    is_text = torch.ones(SEQUENCES, LENGTH, dtype=torch.bool)
+    if among_images:
+        is_text[0, :7] = False
+        is_text[1, 3:5] = False
     plain, streamed = open_both(tiny_model)
     last = streamed.structure.layers - 1
     kind = streamed.structure.in_layer(last)[0].id.kind
@@ -127,15 +133,16 @@ def test_mean_cost_over_draws_is_the_divergence_of_a_small_error(tiny_model: Pat
     reference = log_probabilities(plain)
     linear.weight.data += error
     changed = log_probabilities(plain)
-    divergence = (reference.exp() * (reference - changed))[:, :-1].sum().item()
+    divergences = (reference.exp() * (reference - changed)).sum(-1)[:, :-1]
     inputs = streamed.block_inputs(LENGTH)[last]
-    gradient = sampled_loss_gradient(streamed, hidden, draws=150, seed=0)
+    gradient = sampled_loss_gradient(streamed, hidden, draws=150, seed=0, is_text=is_text if among_images else None)
+    assert gradient.view(150, *hidden.shape)[:, :, :-1].any(-1).any(0).equal(is_text[:, 1:])
     with streamed.block(last) as block:
         trace = trace_modules(block, inputs, entering[0], gradient, [kind], torch.float32)[kind]
     changes = sequence_loss_changes(trace, {SMALL: error}, sequence_length=LENGTH)[SMALL]
     assert len(changes) == 150 * SEQUENCES
     cost = sequence_fisher(changes, tokens_per_sequence=LENGTH - 1)
-    assert cost == pytest.approx(divergence / (SEQUENCES * (LENGTH - 1)), rel=0.2)
+    assert cost == pytest.approx(divergences[is_text[:, 1:]].mean().item(), rel=0.2)
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from lmq.model.discovery import discover
 from lmq.model.streaming import StreamedModel
 from lmq.model.structure import ModelStructure
 from lmq.model.unquantized import unquantized_parts
-from tests.vision_language import FAMILIES, KEPT_PARTS, save_vision_language_model
+from tests.vision_language import FAMILIES, IMAGE_TOKEN, KEPT_PARTS, image_and_text, save_vision_language_model
 
 LENGTH = 20
 
@@ -59,6 +59,70 @@ def test_text_goes_through_the_blocks_as_in_transformers(family: str, tmp_path: 
     torch.testing.assert_close(streamed.head_logits(hidden), plain.logits, rtol=1e-4, atol=1e-5)
     beside = [streamed._model.get_submodule(path) for path in KEPT_PARTS[family]]
     assert {p.untyped_storage().nbytes() for module in beside for p in module.parameters()} == {4}
+
+
+def pair_of(family: str, seed: int = 0) -> dict[str, torch.Tensor]:
+    """What `image_and_text` gives, with the types of tokens that Gemma's processor adds, and no mask."""
+    inputs = image_and_text(family, seed)
+    types = {"token_type_ids": (inputs["input_ids"] == IMAGE_TOKEN).long()} if family == "gemma3" else {}
+    return {name: tensor for name, tensor in inputs.items() if name != "attention_mask"} | types
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llava", "idefics3", "smolvlm"])
+def test_images_with_text_go_through_the_blocks_as_in_transformers(family: str, tmp_path: Path) -> None:
+    """Two pairs in a sequence, of which the second is cut, beside one that begins with the second."""
+    model = save_vision_language_model(family, tmp_path)
+    streamed = StreamedModel.open(tmp_path, discover(tmp_path, weights_sha256="0"))
+    first, second = pair_of(family, 0), pair_of(family, 1)
+    streamed.check_pair(first)
+    own = first["input_ids"].shape[1]
+    length = own + 7
+    hidden = streamed.embed_pairs([(first, second), (second, first)], length)
+    both = {
+        name: torch.cat([first[name], second[name]], dim=int(name == "input_ids" or first[name].ndim == 5))
+        for name in first
+    }
+    plain = model(**both, output_hidden_states=True)
+    alone = model(**second, output_hidden_states=True)
+    inputs = streamed.block_inputs(length)
+    for layer in range(2):
+        torch.testing.assert_close(hidden[:1], plain.hidden_states[layer][:, :length], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(hidden[1:, :own], alone.hidden_states[layer], rtol=1e-4, atol=1e-5)
+        with streamed.block(layer) as block:
+            hidden = inputs[layer].run(block, hidden)
+    torch.testing.assert_close(streamed.head_logits(hidden[:1]), plain.logits[:, :length], rtol=1e-4, atol=1e-4)
+    beside = [streamed._model.get_submodule(path) for path in KEPT_PARTS[family]]
+    assert {p.untyped_storage().nbytes() for module in beside for p in module.parameters()} == {4}  # released
+
+
+@pytest.mark.parametrize(
+    ("family", "why"),
+    [
+        ("qwen2-vl", "Qwen2VL.* gives block 0 another position_embeddings than for text"),
+        ("qwen2.5-vl", "Qwen2_5_VL.* another position_embeddings"),
+        ("gemma3", "Gemma3.* gives block 0 another attention_mask"),
+    ],
+)
+def test_images_that_change_more_than_states_are_refused_by_name(family: str, why: str, tmp_path: Path) -> None:
+    save_vision_language_model(family, tmp_path)
+    streamed = StreamedModel.open(tmp_path, discover(tmp_path, weights_sha256="0"))
+    with pytest.raises(UnsupportedModel, match=f"{why}.*; calibrate it on text"):
+        streamed.check_pair(pair_of(family))
+    with pytest.raises(UnsupportedModel, match="another"):
+        streamed.embed_pairs([(pair_of(family),)], 8)
+
+
+def test_positions_in_the_embeddings_are_refused(tmp_path: Path) -> None:
+    text = {"model_type": "xglm", "vocab_size": 512, "d_model": 64, "ffn_dim": 64, "num_layers": 2}
+    text |= {"attention_heads": 4, "max_position_embeddings": 64}
+    vision = {"model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    vision |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    config = transformers.LlavaConfig(text_config=text, vision_config=vision, image_token_index=IMAGE_TOKEN)
+    transformers.LlavaForConditionalGeneration(config).save_pretrained(tmp_path)
+    streamed = StreamedModel.open(tmp_path, discover(tmp_path, weights_sha256="0"))
+    with pytest.raises(UnsupportedModel, match="embeddings of equal tokens differ from place to place"):
+        streamed.check_pair(pair_of("llava"))
 
 
 def test_a_language_model_has_nothing_beside_it(tiny_model: Path) -> None:
