@@ -122,6 +122,11 @@ def load_pair_processor(model_dir: Path) -> Any:
             f"{model_dir} has no processor of images with text that can be read ({why}); save its "
             "processor_config.json, preprocessor_config.json and tokenizer beside the model"
         )
+    if not processor.chat_template and getattr(processor, "image_token", None) is None:
+        raise InputError(
+            f"the processor of {model_dir} has neither a chat template nor an image_token, which says where an "
+            "image goes; save one of them with it"
+        )
     return processor
 
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase
 
 from lmq.errors import DamagedFile, InputError
 from lmq.images.pairs import (
@@ -165,6 +165,14 @@ def test_a_source_without_a_text_is_refused_before_all_is_read(model: Path, tmp_
     source = table(tmp_path / "pairs.parquet", ["", None])
     with pytest.raises(InputError, match=r"has no image with a text in 'caption'; set images\.text_column"):
         first_pair(draw_of(source), model)
+
+
+def test_a_processor_that_does_not_say_where_images_go_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    processor = load_pair_processor(model)
+    del processor.image_token
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda *_, **__: processor)
+    with pytest.raises(InputError, match="neither a chat template nor an image_token"):
+        load_pair_processor(model)
 
 
 @pytest.mark.parametrize("tokenizer", [False, True])
