@@ -249,7 +249,7 @@ class RunConfig(MeasurementRequest):
             return self
         if self.measure.axis != 1:
             raise ValueError("embeddings = true takes groups along the hidden dimension; set measure.axis to 1")
-        if self.target is not None and not target_named(self.target).embeddings:
+        if self.engine is not None and not self.engine.embeddings:
             raise ValueError(f"target {self.target!r} holds no quantized embeddings; leave out target or embeddings")
         if rounding := [item.label for item in self.baselines if item.path is None]:
             raise ValueError(f"baseline {rounding[0]!r} rounds no embeddings; leave out one of both")
@@ -283,7 +283,7 @@ class RunConfig(MeasurementRequest):
 
     @model_validator(mode="after")
     def _grids_suit_the_target(self) -> RunConfig:
-        if self.target is None:
+        if self.engine is None:
             return self
         if self.measure.axis != 1:
             raise ValueError(f"target {self.target!r} takes groups along in_features; set measure.axis to 1")
@@ -295,7 +295,7 @@ class RunConfig(MeasurementRequest):
         used = {self.measure.quantizer, *self.quantizers} | {
             item.quantizer for item in self.strategies if item.quantizer
         }
-        if target_named(self.target).integer_zeros and (unable := sorted(used - {*able})):
+        if self.engine.integer_zeros and (unable := sorted(used - {*able})):
             raise ValueError(
                 f"target {self.target!r} takes whole zeros, which quantizer {unable[0]!r} does not fit; "
                 f"those that do: {', '.join(able)}"
@@ -343,9 +343,9 @@ class RunConfig(MeasurementRequest):
         Raises InputError where it holds none of them, or not one of measure.kl_specs.
         """
         menu = self.whole_menu_of(model)
-        if self.target is None:
+        if self.engine is None:
             return menu
-        held = restrict_menu(menu, target_named(self.target), modules)
+        held = restrict_menu(menu, self.engine, modules)
         names = [spec.name for spec in held]
         if missing := [name for name in self.measure.kl_specs or () if name not in names]:
             raise InputError(
@@ -356,7 +356,7 @@ class RunConfig(MeasurementRequest):
 
     def whole_menu_of(self, model: ModelConfig) -> tuple[QuantSpec, ...]:
         """The configurations that the menu of a model names, smallest first; without one, those of the target."""
-        own = target_named(self.target).menu if self.target is not None else ()
+        own = () if self.engine is None else self.engine.menu
         if own and model.menu is None and self.measure.menu == MeasureConfig().menu:
             return tuple(sorted(map(QuantSpec.parse, own), key=lambda spec: spec.bits_per_weight))
         return super().whole_menu_of(model)
@@ -368,9 +368,9 @@ class RunConfig(MeasurementRequest):
         """
         menu = self.whole_menu_of(model)
         texts = taken_instead(menu, modules)
-        if self.target is not None:
-            target = target_named(self.target)
-            texts = [*left_out(menu, target, modules), *too_new(self.menu_of(model, modules), target), *texts]
+        if self.engine is not None:
+            too_old_for = too_new(self.menu_of(model, modules), self.engine)
+            texts = [*left_out(menu, self.engine, modules), *too_old_for, *texts]
         return [f"{model.name}: {text}" for text in texts]
 
     @property
