@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 _FIRST_VALUES = {"normal_", "uniform_", "kaiming_uniform_"}
 """Names of the functions, of `torch.nn.init` as of transformers, that draw a tensor's values."""
 
+_OF_THE_CLASS = (AttributeError, TypeError, LookupError, RuntimeError, AssertionError)
+"""What a class of transformers raises of a configuration that it does not suit."""
+
 
 class _EmptyWithoutMemory(TorchFunctionMode):
     """Inside it, in this thread, torch.empty (what layers make their weights with) takes no memory.
@@ -77,7 +80,7 @@ def skeleton_of(config: Any, name: str) -> PreTrainedModel:
     try:
         with TRANSFORMERS_LOCK, _EmptyWithoutMemory():
             model: PreTrainedModel = auto_class.from_config(config, dtype=torch.float32, trust_remote_code=False)
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, *_OF_THE_CLASS) as error:
         raise UnsupportedModel(_cannot_be_built(config, name, error)) from error
     lost = [
         buffer
@@ -99,7 +102,8 @@ def _cannot_be_built(config: Any, name: str, error: Exception) -> str:
             f"predicts the next token (it was saved as {saved_as}); pass a causal language model or an "
             "image classifier"
         )
-    return f"{name} ({config.model_type}) cannot be built as a language model: {str(error).strip().splitlines()[0]}"
+    cause = str(error).strip().partition("\n")[0] or type(error).__name__
+    return f"{name} ({config.model_type}) cannot be built as a language model: {cause}"
 
 
 def _without_advice(error: Exception) -> str:

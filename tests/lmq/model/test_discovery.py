@@ -14,6 +14,7 @@ from transformers import (
     GPTNeoXForCausalLM,
     Llama4ForCausalLM,
     Llama4TextConfig,
+    LlavaConfig,
 )
 
 from lmq.errors import InputError, UnsupportedModel
@@ -227,6 +228,15 @@ def test_configurations_that_do_not_fit_are_refused(llama_copy: Path, change, me
     (llama_copy / "config.json").write_text(json.dumps(config))
     with pytest.raises(UnsupportedModel, match=message):
         discover(llama_copy)
+
+
+def test_a_configuration_that_transformers_cannot_build_is_refused(tmp_path: Path) -> None:
+    """LLaVA looks for the embedding of its language model where OPT has none."""
+    text = {"model_type": "opt", "vocab_size": 512, "hidden_size": 64, "ffn_dim": 64, "num_hidden_layers": 2}
+    config = LlavaConfig(text_config=text | {"num_attention_heads": 4}, architectures=["LlavaForConditionalGeneration"])
+    config.save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModel, match=r"cannot be built as a language model: .*embed_tokens"):
+        discover(tmp_path)
 
 
 def test_integer_weights_are_refused(llama_copy: Path) -> None:
