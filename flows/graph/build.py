@@ -79,13 +79,6 @@ class Variant:
         """`smollm2 loss-aware @ uniform b4g64`."""
         return f"{self.model} {self.what}"
 
-    @property
-    def tags(self) -> tuple[str, ...]:
-        """What finds the variant's tasks in the UI."""
-        chosen = () if self.strategy_label == FULL_PRECISION else (f"strategy:{self.strategy_label}",)
-        budget = () if self.budget is None else (f"budget:{self.budget}",)
-        return (f"model:{self.model}", *chosen, *budget)
-
 
 @dataclass(kw_only=True)
 class MeasuredModel:
@@ -322,14 +315,14 @@ class _ModelGraph(ModelNodes):
             return variant
         stage = "evaluate-other" if subject.opens else self.judging("evaluate-rounded")
         site = replace(self.model.site, places=subject.places)
-        own: dict[str, Any] = {"variant": variant.label, "tags": variant.tags, "site": site}
+        own: dict[str, Any] = {"variant": variant.label, "site": site}
         variant.evaluation = self.add(stage, variant.what, subject.config | windows, inputs, **own)
         self._judge(variant, subject)
         return variant
 
     def _judge(self, variant: Variant, subject: Subject) -> None:
         """Add what is measured of a variant beside its perplexity."""
-        own: dict[str, Any] = {"variant": variant.label, "tags": variant.tags}
+        own: dict[str, Any] = {"variant": variant.label}
         if self._config.evaluation.performance and subject.opens:
             site = replace(self.model.site, places=subject.places)
             config = PERFORMANCE_TOKENS | subject.config
@@ -349,7 +342,7 @@ class _ModelGraph(ModelNodes):
         assert variant.strategy is not None
         (measured,) = (measured for each, measured in self._by_quantizer if each == quantizer)
         what = f"{variant.strategy.label} @ {variant.budget}"
-        own: dict[str, Any] = {"variant": variant.label, "tags": variant.tags}
+        own: dict[str, Any] = {"variant": variant.label}
         chosen = strategy(variant.strategy.name, **variant.strategy.options)
         needs = chosen.needs
         config = {

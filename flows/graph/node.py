@@ -17,8 +17,8 @@ class Node:
 
     `model` and `what` name the thing, as in "smollm2" and "mxq @ 4.25"; either may be empty. `inputs` are nodes, files
     of nodes, finished artifacts, or lists of them. `expected_bytes` is what the artifact is expected to keep on disk,
-    None when that is not known beforehand. `tags` find its task in the UI. A node that is to be made `here` reads files
-    that only the machine of the flow is sure to have.
+    None when that is not known beforehand. A node that is to be made `here` reads files that only the machine of the
+    flow is sure to have.
     """
 
     stage: Stage
@@ -30,7 +30,6 @@ class Node:
     layer: int | None = None
     expected_bytes: int | None = None
     variant: str | None = None
-    tags: tuple[str, ...] = ()
     here: bool = False
     parents: list[Node] = field(init=False)
 

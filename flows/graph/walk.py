@@ -269,7 +269,7 @@ class Walk:
     ) -> tuple[Any, dict[str, Any], dict[str, set[RunInput]]]:
         """The task that carries a chunk, its parameters, and the task runs that it takes its inputs from."""
         first = chunk[0]
-        carrier = stage_task(first.stage.name).with_options(tags=list(first.tags))
+        carrier = stage_task(first.stage.name)
         parameters = {"label": joint_title(chunk), "items": items, "total": self._like[_kind(first)]}
         parents = {self._task_runs[parent] for node in chunk for parent in node.parents if parent in self._task_runs}
         return carrier, parameters, {"items": {TaskRunResult(id=run) for run in parents}}

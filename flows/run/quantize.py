@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NoReturn
 from uuid import UUID
 
-from prefect import flow, get_run_logger, tags
+from prefect import flow, get_run_logger
 from prefect.client.orchestration import get_client
 from prefect.exceptions import MissingResult
 from prefect.runtime import flow_run
@@ -82,13 +82,12 @@ def _quantize_alone(config: RunConfig, model: ModelConfig, runner: Any) -> Model
     """Run one model of the configuration in a flow run of its own; an error of any kind ends only that."""
     alone = config.model_copy(update={"models": (model,)})
     configured = quantize_model.with_options(task_runner=runner)
-    with tags(f"run:{config.name}", f"model:{model.name}"):
+    state = configured(alone, return_state=True)
+    try:
+        found = state.result(raise_on_failure=False)
+    except MissingResult:  # the server answered with a state that holds no data: all is in the store, once more
         state = configured(alone, return_state=True)
-        try:
-            found = state.result(raise_on_failure=False)
-        except MissingResult:  # the server answered with a state that holds no data: all is in the store, once more
-            state = configured(alone, return_state=True)
-            found = state.result(raise_on_failure=False)
+        found = state.result(raise_on_failure=False)
     if isinstance(found, ModelOutcome):
         return found
     if not isinstance(found, Exception):

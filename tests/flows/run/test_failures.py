@@ -85,6 +85,9 @@ def test_a_sweep_finishes_four_of_six_and_reports_two(server, sweep, tmp_path, c
         )
         parent = FlowRunFilterParentFlowRunId(any_=[run.id])
         of_models = client.read_flow_runs(flow_run_filter=FlowRunFilter(parent_flow_run_id=parent))
+        tasks = client.read_task_runs(flow_run_filter=FlowRunFilter(parent_flow_run_id=parent))
+    assert tasks
+    assert not any(task.tags for task in tasks)
     assert run.state.name == "SomeVariantsFailed"
     assert run.state.type.value == "FAILED"
     assert run.state.message.startswith("4 of 6 variants; failed: large uniform @ uniform b4g64: ")
