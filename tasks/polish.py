@@ -31,7 +31,7 @@ def last_states(job: Job) -> None:
     write_hidden_states(job.output / HIDDEN_STATES_FILE, _unquantized(job, tokens))
 
 
-@stage("polish", version=1, schema="polish/1")
+@stage("polish", version=2, schema="polish/1")
 def polish(job: Job) -> None:
     """Some steps of polish: from the measured grids, or from the state that earlier steps left."""
     model = open_model(job)

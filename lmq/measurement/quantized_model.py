@@ -135,7 +135,7 @@ class QuantizedPoint:
             self._gradient_products(
                 token_ids,
                 allocation,
-                functools.partial(self._divergence_gradient, reference_states=reference),
+                functools.partial(self._divergence_gradient, reference_states=reference, divergences=[]),
                 functools.partial(_slopes, menu=menu),
             )
             for token_ids, reference in pairs
@@ -193,10 +193,9 @@ class QuantizedPoint:
         The divergence itself, mean nats per token, is appended to `divergences`.
         """
 
-        def last_gradient(hidden: Tensor) -> Tensor:
-            divergences.append(self._divergences([hidden], reference_states).mean().item())
-            return self._divergence_gradient(hidden, reference_states)
-
+        last_gradient = functools.partial(
+            self._divergence_gradient, reference_states=reference_states, divergences=divergences
+        )
         return self.weight_gradients(token_ids, allocation, last_gradient)
 
     def weight_gradients(
@@ -263,21 +262,23 @@ class QuantizedPoint:
         """Gradient of the summed loss at the states that leave the last block."""
         return self._model.loss_gradient(hidden, given).gradient
 
-    def _divergence_gradient(self, hidden: Tensor, reference_states: Tensor) -> Tensor:
+    def _divergence_gradient(self, hidden: Tensor, reference_states: Tensor, divergences: list[float]) -> Tensor:
         """Gradient of the summed KL(p ‖ p_hidden) at the states that leave the last block, float32, same shape.
 
-        It is 0 at the last position of every text, which predicts nothing.
+        It is 0 at the last position of every text, which predicts nothing. The mean KL is appended to `divergences`.
         """
         loss = self._model.loss
         states, reference = (self._model.split(loss.predicting(part)) for part in (hidden, reference_states))
-        pieces = []
+        pieces, found = [], []
         for piece, reference_piece in zip(states, reference, strict=True):
             leaving = piece.detach().to(self._model.device, self._model.dtype).requires_grad_(True)
             with torch.no_grad():
                 expected = self._predictions(reference_piece)
             with torch.enable_grad():
-                total = loss.divergence(expected, self._predictions(leaving)).sum()
-                pieces.append(torch.autograd.grad(total, leaving)[0].float())
+                of_predictions = loss.divergence(expected, self._predictions(leaving))
+                pieces.append(torch.autograd.grad(of_predictions.sum(), leaving)[0].float())
+            found.append(of_predictions.detach())
+        divergences.append(torch.cat(found).mean().item())
         return loss.at_states(torch.cat(pieces)[None], hidden)[0]
 
     def _backward(
