@@ -30,8 +30,8 @@ _TOKEN_IDS, _IS_TEXT = "token_ids", "is_text"
 class PairDraw:
     """Which pairs of a source are taken: as many as fill the sequences, in an order drawn by `seed`.
 
-    At most a share `unreadable` of the pairs that are taken may have no text or an image that cannot be read; these
-    are left out.
+    At most a share `unreadable` of the pairs that are taken may have no text, an image that cannot be read, or more
+    tokens than the processor or a sequence takes; these are left out.
     """
 
     source: str
@@ -131,8 +131,12 @@ def load_pair_processor(model_dir: Path) -> Any:
 
 
 def _prepared(draw: PairDraw, processor: Any) -> Iterator[Mapping[str, Tensor] | None]:
-    """Pairs as the model takes them, one after the other; None for one that cannot be used, which the log names."""
+    """Pairs as the model takes them, one after the other; None for one that cannot be used, which the log names.
+
+    Raises InputError where the processor refuses a pair before it has taken any, or where that pair is too long.
+    """
     pairs = read_pairs(draw.source, draw.column, draw.text_column)
+    is_first = True
     for number in seeded_order(len(pairs), draw.seed):
         image, text = pairs[number]
         if not isinstance(text, str) or not text.strip():
@@ -141,7 +145,16 @@ def _prepared(draw: PairDraw, processor: Any) -> Iterator[Mapping[str, Tensor] |
         elif (decoded := decode(image)) is None:
             yield None
         else:
-            yield _checked(_processed(processor, decoded, text, image.name), image.name, draw, processor)
+            try:
+                pair = _checked(_processed(processor, decoded, text, image.name), image.name, draw, processor)
+            except InputError as error:
+                if is_first:
+                    raise
+                _log.warning("a pair is left out: %s", error)
+                yield None
+            else:
+                is_first = False
+                yield pair
 
 
 def _processed(processor: Any, image: Any, text: str, name: str) -> dict[str, Tensor]:

@@ -167,7 +167,7 @@ def check_readable(lost: int, chosen: int, source: str, share: float, what: str 
     """Raise InputError where more than a share of what was chosen is lost."""
     if lost > math.floor(share * chosen):
         raise InputError(
-            f"{lost:,} of {chosen:,} {what} of {source} cannot be read, where a share of {share:g} may be "
+            f"{lost:,} of {chosen:,} {what} of {source} cannot be used, where a share of {share:g} may be "
             "(images.unreadable); the log names them"
         )
 

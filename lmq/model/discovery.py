@@ -283,6 +283,11 @@ def left_out(structure: ModelStructure, patterns: Sequence[str]) -> tuple[Module
     names = {info.id: f"{info.id.layer}.{info.id.kind}" for info in structure.modules}
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names.values()):
+            if kept := [part for part in structure.kept_parts if _is_part_of(pattern, part.path)]:
+                raise InputError(
+                    f"modules: {pattern!r} names {', '.join(map(str, kept))}, which lmq keeps as it is; only matrices "
+                    f"of the language model's layers are quantized, as in {next(iter(names.values()))!r}"
+                )
             raise InputError(
                 f"modules: {pattern!r} matches nothing of {structure.architecture}, whose modules are "
                 f"{', '.join(structure.kinds[:8])}{', ...' if len(structure.kinds) > 8 else ''} of each layer, as in "
@@ -295,6 +300,12 @@ def left_out(structure: ModelStructure, patterns: Sequence[str]) -> tuple[Module
                 f"modules: {', '.join(patterns)} leave layer {layer} without a module; take one of each layer"
             )
     return tuple(module for module in names if module not in taken)
+
+
+def _is_part_of(pattern: str, path: str) -> bool:
+    """Whether a pattern names a part of a model or what is in it: `vision_tower.*` of `model.vision_tower`."""
+    name = path.rpartition(".")[2]
+    return fnmatchcase(path, pattern) or pattern.strip("*.").startswith((path, name))
 
 
 def _kept(blocks: Sequence[_Block], kept: Collection[ModuleId]) -> Iterator[KeptTensor]:

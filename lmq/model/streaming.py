@@ -691,10 +691,15 @@ def _by_name(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
 def _equal_inputs(first: Any, second: Any) -> bool:
     """Whether what two calls of a block are given is the same."""
     ours, theirs = tree_leaves(first), tree_leaves(second)
-    return len(ours) == len(theirs) and all(
-        torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else type(a) is type(b)
-        for a, b in zip(ours, theirs, strict=True)
-    )
+    return len(ours) == len(theirs) and all(map(_is_equal, ours, theirs))
+
+
+def _is_equal(first: Any, second: Any) -> bool:
+    """Tensors and plain values are compared; of other objects, such as a cache, only the type."""
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return torch.equal(first, second)
+    is_plain = isinstance(first, bool | int | float | str)
+    return type(first) is type(second) and (not is_plain or bool(first == second))
 
 
 def _same_tensors(first: Any, second: Any) -> bool:

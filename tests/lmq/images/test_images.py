@@ -123,7 +123,7 @@ def test_names_of_classes_are_the_models_numbers(tmp_path: Path) -> None:
 def test_damaged_images_are_named_and_counted(tmp_path: Path, vit: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = folder_of(tmp_path / "set", {"0": 3, "1": 1})
     (folder / "1" / "broken.png").write_bytes(png(9)[:40])
-    with pytest.raises(InputError, match=r"1 of 5 images of .* cannot be read, where a share of 0\.01 may"):
+    with pytest.raises(InputError, match=r"1 of 5 images of .* cannot be used, where a share of 0\.01 may"):
         prepare_images(ImageDraw(source=str(folder)), vit)
     assert "1/broken.png cannot be read" in caplog.text
     assert len(prepare_images(ImageDraw(source=str(folder), unreadable=0.2), vit).pixels) == 4

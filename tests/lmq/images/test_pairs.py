@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from lmq.images.pairs import (
     sample_pair,
     write_pairs,
 )
+from lmq.text.calibration import seeded_order
 from tests.vision_language import IMAGE_TOKEN, save_processor, save_vision_language_model
 
 TEXTS = ["a small cat sits", "two dogs run", "the sea", "a red house by a road"]
@@ -142,6 +144,22 @@ def test_pairs_that_cannot_be_used_are_named_and_counted(
     assert "pairs.parquet row 4 has no text in 'caption' and is left out" in caplog.text
     assert "pairs.parquet row 6 cannot be read" in caplog.text
     assert pack_pairs(draw_of(source, sequences=3, unreadable=0.5), model).token_ids.shape == (3, 20)
+
+
+def test_a_later_pair_that_the_processor_refuses_is_left_out(
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    refusal = "{% if 'dogs' in messages[1]['content'][0]['text'] %}{{ raise_exception('no dogs') }}{% endif %}"
+    (model / "chat_template.jinja").write_text(refusal + TEMPLATE)
+    source = table(tmp_path / "pairs.parquet")
+    by_place = {seeded_order(len(TEXTS), seed).index(1): seed for seed in range(30)}
+    with pytest.raises(InputError, match=r"processor refuses pairs.parquet row 1: no dogs"):
+        pack_pairs(draw_of(source, seed=by_place[0]), model)
+    later = draw_of(source, seed=by_place[1], sequences=1, sequence_length=40)
+    with pytest.raises(InputError, match=r"1 of \d pairs of image and text of .* cannot be used"):
+        pack_pairs(later, model)
+    assert "a pair is left out: the model's processor refuses pairs.parquet row 1: no dogs" in caplog.text
+    assert pack_pairs(replace(later, unreadable=0.5), model).token_ids.shape == (1, 40)
 
 
 @pytest.mark.parametrize(
