@@ -289,10 +289,25 @@ def test_monotone_costs_fall_with_size_and_never_exceed_the_measured(seed):
     assert np.array_equal(costs, given_costs)
     for row in range(4):
         for column in range(6):
-            smaller_or_equal = sizes[row] < sizes[row, column]
-            assert monotone[row, column] <= costs[row, column]
-            assert (monotone[row, column] <= monotone[row][smaller_or_equal]).all()
-        assert monotone[row].min() == costs[row].min()
+            smaller = sizes[row] < sizes[row, column]
+            assert monotone[row, column] == min([costs[row, column], *costs[row][smaller]])
+
+
+@pytest.mark.parametrize("name", ["loss-aware", "kl"])
+def test_of_configurations_that_are_equally_large_the_better_one_is_taken(name):
+    """Rows of 576 weights are no multiple of 256: llama.cpp stores them in 4.5 bits for all of these types."""
+    menu = [QuantSpec.parse(type_name) for type_name in ("q2_k", "q3_k", "iq4_xs")]
+    modules = tuple(ModuleInfo(ModuleId(layer, "mlp.up_proj"), 64, 576, "mlp_in") for layer in range(4))
+    sizes = module_sizes(modules, menu)
+    assert (sizes == sizes[0, 0]).all()
+    for best in range(3):
+        cost = np.full(sizes.shape, 2.0)
+        cost[:, best] = 1.0
+        table = ErrorTable(tuple(module.id for module in modules), tuple(menu), cost, sizes)
+        measured = Measurements(
+            modules=modules, menu=tuple(menu), costs={"sequence_fisher": table, "divergence": table}
+        )
+        assert set(strategy(name).allocate(measured, int(sizes.max(1).sum())).specs.values()) == {menu[best]}
 
 
 def test_kurtosis_scales_the_cost():
