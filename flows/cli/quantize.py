@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--effort",
         choices=_EFFORTS,
         default="normal",
-        help="quick: measured on 8 sequences of 512 tokens and judged on 2,048 tokens; normal: 32 and 8,192; best: 32 "
+        help="quick: measured on 16 sequences of 512 tokens and judged on 2,048 tokens; normal: 32 and 8,192; best: 32 "
         "and 16,384, plans are tried on the model itself and the best is polished (default: %(default)s)",
     )
     parser.add_argument(

@@ -48,7 +48,7 @@ class Effort:
 
 
 EFFORTS = {
-    "quick": Effort(strategy="loss-aware", sequences=8, label_draws=1, polish_steps=0, evaluation_tokens=2048),
+    "quick": Effort(strategy="loss-aware", sequences=16, label_draws=1, polish_steps=0, evaluation_tokens=2048),
     "normal": Effort(strategy="loss-aware", sequences=32, label_draws=2, polish_steps=0, evaluation_tokens=8192),
     "best": Effort(strategy="auto", sequences=32, label_draws=4, polish_steps=60, evaluation_tokens=16384),
 }

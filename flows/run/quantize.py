@@ -20,7 +20,7 @@ from lmq_flows.run.model import SOME_VARIANTS_FAILED, ModelOutcome, heal_damage,
 from lmq_flows.run.overview import artifact_key, overview_of, summary
 from lmq_flows.run.prepare import absolute_store_url, failure_of_all, resolve_device
 from lmq_flows.run.report import make_report, write_results
-from lmq_flows.run.runners import check_runner, started_runner
+from lmq_flows.run.runners import check_runner, start_own_server, started_runner
 from lmq_storage import StoreError
 from lmq_tasks.engine import GPU_LIMIT
 from lmq_tasks.stage import open_store
@@ -28,6 +28,7 @@ from lmq_tasks.stage import open_store
 
 def run(config: RunConfig) -> State[Any]:
     """Run a configuration as a Prefect flow, on the server that Prefect is set to (else one of its own)."""
+    start_own_server()
     return quantize_models(config, return_state=True)
 
 

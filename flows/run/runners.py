@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib
 import ipaddress
 import logging
+import signal
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -122,16 +123,29 @@ def _ray(config: RunnerConfig) -> Iterator[Any]:
 @contextmanager
 def _server_for_all_processes() -> Iterator[None]:
     """Let workers report to the server of this process, where it has one of its own, instead of starting others."""
-    if get_current_settings().api.url:
+    api_url = start_own_server()
+    with temporary_settings({PREFECT_API_URL: api_url}) if api_url else nullcontext():
         yield
-        return
+
+
+def start_own_server() -> str | None:
+    """Start the server that Prefect has for a process that is set to none, and give its URL; it ends with the process.
+
+    It does not hear Ctrl-C, which a terminal sends to all its processes: a run that is stopped has to tell its server,
+    and would try to for minutes. None where Prefect is set to a server.
+    """
+    if get_current_settings().api.url:
+        return None
     from prefect.server.api.server import SubprocessASGIServer  # seconds to import, which workers need not spend
 
     server = SubprocessASGIServer()
     set_s = get_current_settings().server.ephemeral.startup_timeout_seconds
-    server.start(timeout=max(set_s, LEAST_SERVER_START_S))
-    with temporary_settings({PREFECT_API_URL: server.api_url}):
-        yield
+    heard = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})  # which a child inherits
+    try:
+        server.start(timeout=max(set_s, LEAST_SERVER_START_S))
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, heard)
+    return server.api_url
 
 
 def _package(kind: str) -> Any:

@@ -1,0 +1,41 @@
+"""Ctrl-C on a terminal, which reaches the command and the Prefect server that it started."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from tests.flows.processes import Runner, forking_runner, save_small_llama, wait_until
+
+
+@pytest.fixture(scope="module")
+def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
+    """Starts commands that have no Prefect server but one of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("PREFECT_API_URL", raising=False)
+        with forking_runner(PREFECT_HOME=str(tmp_path_factory.mktemp("prefect"))) as runner:
+            yield runner
+
+
+@pytest.mark.slow
+def test_a_run_that_is_stopped_still_has_its_server(
+    runner: Runner, tiny_llama: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    model = save_small_llama(tiny_llama, tmp_path_factory.mktemp("small-llama"), layers=9, width=128)
+    made = tmp_path / "store" / "manifests" / "forward"
+    run = runner.start("quantize", str(model), "--bits", "4.25", "--effort", "quick", "-o", "small", place=tmp_path)
+    try:
+        wait_until(lambda: run.is_over or any(made.glob("*.json")), "work that is done", lambda: run.output)
+        os.killpg(run.pid, signal.SIGINT)
+        assert run.wait() == 1, run.output
+        assert run.output.rstrip().endswith("finished work is kept, run again to go on")
+        assert "Connection refused" not in run.output
+        assert "connection attempts failed" not in run.output
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGTERM)  # a forked process leaves its server behind
