@@ -132,14 +132,15 @@ def start_own_server() -> str | None:
     """Start the server that Prefect has for a process that is set to none, and give its URL; it ends with the process.
 
     It does not hear Ctrl-C, which a terminal sends to all its processes: a run that is stopped has to tell its server,
-    and would try to for minutes. None where Prefect is set to a server.
+    and would try to for minutes. None where Prefect is set to a server, or to start none.
     """
-    if get_current_settings().api.url:
+    settings = get_current_settings()
+    if settings.api.url or not settings.server.ephemeral.enabled:
         return None
     from prefect.server.api.server import SubprocessASGIServer  # seconds to import, which workers need not spend
 
     server = SubprocessASGIServer()
-    set_s = get_current_settings().server.ephemeral.startup_timeout_seconds
+    set_s = settings.server.ephemeral.startup_timeout_seconds
     heard = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})  # which a child inherits
     try:
         server.start(timeout=max(set_s, LEAST_SERVER_START_S))
