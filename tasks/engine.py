@@ -63,7 +63,7 @@ def stage_task(name: str) -> Task[..., State[Any]]:
         **retry_options(),
     )
     def run(label: str, items: list[JsonDict], total: int, tell: Tell | None = None) -> State[Any]:
-        _drop_finished_messages()
+        drop_finished_messages()
         stage, started = STAGES[name], time.perf_counter()
         if all("ref" in item for item in items):
             outcomes = [{"state": "cached", "ref": item["ref"]} for item in items]
@@ -159,7 +159,7 @@ def _said(stage: Stage, item: JsonDict, outcome: JsonDict) -> list[str]:
         return []  # whoever needs it will say so
 
 
-def _drop_finished_messages() -> None:
+def drop_finished_messages() -> None:
     """Let the log of a run say what was made, without Prefect's "Finished in state Completed()" after each line."""
     logger = logging.getLogger("prefect.task_runs")
     if _is_news not in logger.filters:

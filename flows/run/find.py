@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from prefect import task
+from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.exceptions import MissingResult
 from prefect.states import Failed, State
@@ -22,7 +22,7 @@ from lmq_flows.config.run import RunConfig
 from lmq_flows.config.sections import ModelConfig
 from lmq_flows.run.prepare import IdentifiedModel, absolute_store_url, identify_model
 from lmq_storage import ArtifactRef, ArtifactStore, artifact_key, file_sha256
-from lmq_tasks.engine import BAD_INPUT, failed_name
+from lmq_tasks.engine import BAD_INPUT, drop_finished_messages, failed_name
 from lmq_tasks.retries import UNAVAILABLE, retry_options
 from lmq_tasks.stage import open_store
 
@@ -51,8 +51,11 @@ def find_model(config: RunConfig, model: ModelConfig) -> IdentifiedModel:
 )
 def _find(config: RunConfig) -> Any:
     """Find the model, downloading it where it is on the hub, and digest its files."""
+    drop_finished_messages()
     try:
-        return identify_model(config, config.models[0])
+        found = identify_model(config, config.models[0])
+        get_run_logger().info("find %s: %s", config.models[0].name, found.located.path)
+        return found
     except InputError as error:
         return Failed(name=failed_name(error), message=str(error))
 
