@@ -57,13 +57,8 @@ def non_increasing(costs: np.ndarray, sizes_bytes: np.ndarray) -> np.ndarray:
     A larger configuration that measured worse does so by noise of the calibration: it gets the smaller one's cost. Of
     two that are equally large each keeps its own.
     """
-    by_size = np.argsort(sizes_bytes, axis=1, kind="stable")
-    sizes = np.take_along_axis(sizes_bytes, by_size, axis=1)
-    ordered = np.take_along_axis(costs, by_size, axis=1)
-    least = np.concatenate([np.full((len(costs), 1), np.inf), np.minimum.accumulate(ordered, axis=1)], axis=1)
-    numbers = np.broadcast_to(np.arange(sizes.shape[1]), sizes.shape)
-    is_larger = np.diff(sizes, axis=1, prepend=sizes[:, :1]) > 0
-    smaller_ones = np.maximum.accumulate(np.where(is_larger, numbers, 0), axis=1)
+    by_size = np.lexsort((-costs, sizes_bytes), axis=1)  # of equally large ones the best comes last
+    running = np.minimum.accumulate(np.take_along_axis(costs, by_size, axis=1), axis=1)
     monotone = np.empty_like(costs)
-    np.put_along_axis(monotone, by_size, np.minimum(ordered, np.take_along_axis(least, smaller_ones, axis=1)), axis=1)
+    np.put_along_axis(monotone, by_size, running, axis=1)
     return monotone
