@@ -267,11 +267,17 @@ class Walk:
     def _call(
         self, chunk: list[Node], items: list[dict[str, Any]]
     ) -> tuple[Any, dict[str, Any], dict[str, set[RunInput]]]:
-        """The task that carries a chunk, its parameters, and the task runs that it takes its inputs from."""
+        """The task that carries a chunk, its parameters, and the task runs that it takes its inputs from.
+
+        Prefect takes a list for the result of an earlier task where that result stood at the same address (its issue
+        20558), so it is made to forget results: whose inputs a task takes is known here.
+        """
         first = chunk[0]
         carrier = stage_task(first.stage.name)
         parameters = {"label": joint_title(chunk), "items": items, "total": self._like[_kind(first)]}
         parents = {self._task_runs[parent] for node in chunk for parent in node.parents if parent in self._task_runs}
+        if (context := FlowRunContext.get()) is not None:
+            context.run_results.clear()
         return carrier, parameters, {"items": {TaskRunResult(id=run) for run in parents}}
 
     def _items(self, chunk: list[Node]) -> list[dict[str, Any]]:

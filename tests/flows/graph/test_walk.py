@@ -3,9 +3,12 @@
 import json
 import threading
 import time
+from uuid import uuid4
 
 import pytest
 from prefect import flow, task
+from prefect.client.schemas.objects import RunType
+from prefect.context import FlowRunContext
 from prefect.states import Completed, Crashed
 from prefect.task_runners import ThreadPoolTaskRunner
 
@@ -159,6 +162,19 @@ def test_what_is_there_already_is_one_cached_task(server, tmp_path):
     (task,) = recorded_tasks(state.state_details.flow_run_id)
     assert (task.name, task.state_name) == ("chain · layers 0-5", "Cached")
     assert task.state.message == "6 of 6 layers cached"
+
+
+def test_a_list_at_the_address_of_an_earlier_result_is_not_taken_for_it(server, tmp_path):
+    @flow(name="walk", persist_result=False, task_runner=ThreadPoolTaskRunner(max_workers=2))
+    def after_many_results():
+        freed = [[] for _ in range(100_000)]
+        stale = Completed(state_details={"task_run_id": uuid4(), "flow_run_id": uuid4()})
+        FlowRunContext.get().run_results.update({id(item): (stale, RunType.TASK_RUN, None) for item in freed})
+        del freed
+        execute(a_graph(tmp_path, 3), in_flight=2, watch=lambda *_: None, chunk_seconds=20.0)
+
+    state = after_many_results(return_state=True)
+    assert [task.task_inputs["items"] for task in recorded_tasks(state.state_details.flow_run_id)] == [[], [], []]
 
 
 def test_tasks_know_the_tasks_that_they_take_their_inputs_from(server, tmp_path):
