@@ -29,7 +29,7 @@ from transformers import AutoTokenizer
 from benchmarks.judge import read_tokens
 from lmq.errors import InputError
 from lmq.formats.coded_grid import EncodedMatrix
-from lmq.formats.gguf_types import GGUF_TYPES, GgufMatrix, GgufType
+from lmq.formats.gguf_types import GGUF_TYPES, LLAMA_CPP_TYPES, GgufMatrix, GgufType
 from lmq.formats.spec import QuantSpec
 from lmq.measurement.quantizer_moments import input_moments
 from lmq.measurement.replay import forward_block
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--other", required=True, type=Path, help="text that they do not see")
     parser.add_argument("--sequences", type=int, default=8, help="sequences of 512 tokens of each text (default 8)")
     parser.add_argument("--layers", default="10,11,12", help="layers whose matrices are quantized (default 10,11,12)")
-    parser.add_argument("--types", default=",".join(GGUF_TYPES), help="default: all")
+    parser.add_argument("--types", default=",".join(LLAMA_CPP_TYPES), help="default: all")
     options = parser.parse_args()
     layers = sorted(map(int, options.layers.split(",")))
     model = StreamedModel.open(options.model, discover(options.model))

@@ -22,7 +22,9 @@ from lmq_flows.config.sections import (
 )
 
 _NUMBER = r"(\d+(\.\d+)?|\.\d+)"
-BUDGET_PATTERN = rf"^({_NUMBER} *(bpw)?|{_NUMBER} *[KMGTkmgt]?i?B|uniform +(b\d+g\d+|i?q\d_\w+)( *\+ *{_NUMBER} *%)?)$"
+BUDGET_PATTERN = (
+    rf"^({_NUMBER} *(bpw)?|{_NUMBER} *[KMGTkmgt]?i?B|uniform +(b\d+g\d+|i?q\d_\w+|(mx|nv)fp4)( *\+ *{_NUMBER} *%)?)$"
+)
 """Budgets as `lmq.allocation.budget` reads them, in the form a JSON schema takes."""
 
 StopName = Annotated[str, Field(json_schema_extra={"enum": [spec.name for spec in STOPS]})]

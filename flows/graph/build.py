@@ -354,7 +354,7 @@ class _ModelGraph(ModelNodes):
         if self._config.kept_constraints.plain and chosen.keeps_constraints:
             config["constraints"] = self._config.kept_constraints.plain
         engine = self._config.engine
-        if engine is not None and not engine.types:  # types of GGUF take the same bytes everywhere
+        if engine is not None and engine.bits:  # types alone take the same bytes everywhere
             config["target"] = engine.name
         inputs: dict[str, Input | list[Input]] = {
             need: list(measured.tables[need]) for need in sorted(needs - {TRIALS})

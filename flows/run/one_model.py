@@ -99,7 +99,7 @@ class Goal:
             )
         if self.effort not in EFFORTS:
             raise unknown_name("effort", self.effort, EFFORTS)
-        if self.engine is not None and self.engine.types and self.directory.suffix != ".gguf":
+        if self.engine is not None and self.engine.export == "gguf" and self.directory.suffix != ".gguf":
             raise InputError(f"{self.engine.name} opens one file; name it as in {self.title}.gguf, not {self.output}")
         for size in (self.size, self.fit_gpu):
             if size is not None and Budget.parse(size).size_bytes is None:
@@ -136,7 +136,8 @@ class Goal:
         """Where the checkpoint goes."""
         if self.output is not None:
             return self.output
-        return Path(f"{self.title}.gguf" if self.engine is not None and self.engine.types else self.title)
+        one_file = self.engine is not None and self.engine.export == "gguf"
+        return Path(f"{self.title}.gguf" if one_file else self.title)
 
 
 @dataclass(frozen=True, kw_only=True)

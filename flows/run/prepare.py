@@ -393,7 +393,7 @@ def check_context_of(config: MeasurementRequest, model: PreparedModel) -> None:
 def check_target(config: MeasurementRequest, model: PreparedModel) -> None:
     """Raise InputError when the engine that a run is for does not compute such a model."""
     target = getattr(config, "target", None)
-    if target is None or not target_named(target).types:
+    if target is None or target_named(target).export != "gguf":
         return
     from lmq.export.gguf_model import config_problems
 

@@ -87,7 +87,9 @@ class Budget:
             return cls(bits_per_weight=Fraction(match[1]))
         if (match := re.fullmatch(rf"{_NUMBER}\s*([KMGT]?i?B)", text, re.IGNORECASE)) is not None:
             return cls(size_bytes=math.floor(Fraction(match[1]) * UNIT_BYTES[match[2].upper()]))
-        if match := re.fullmatch(rf"uniform\s+(b\d+g\d+|i?q\d_\w+)(?:\s*\+\s*{_NUMBER}\s*%)?", text, re.IGNORECASE):
+        if match := re.fullmatch(
+            rf"uniform\s+(b\d+g\d+|i?q\d_\w+|(?:mx|nv)fp4)(?:\s*\+\s*{_NUMBER}\s*%)?", text, re.IGNORECASE
+        ):
             return cls(uniform=QuantSpec.parse(match[1].lower()), percent_over=Fraction(match[2] or 0))
         raise InputError(f"{value!r} is not a budget; allowed: {ALLOWED_FORMS}")
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from packaging.version import Version
 
 from lmq.errors import InputError, unknown_name
-from lmq.formats.gguf_types import GGUF_TYPES, SMALL_BLOCK
+from lmq.formats.gguf_types import LLAMA_CPP_TYPES
 from lmq.formats.spec import STOPS, QuantSpec
 from lmq.model.structure import EMBEDDINGS, ModuleInfo, expert_number, layer_ranges
 
@@ -33,7 +33,7 @@ class Target:
     """What the kernels of an engine take.
 
     bits, group_sizes: any of one with any of the other. Groups run along in_features and do not straddle rows.
-    types: those of GGUF, in the place of both. menu: what a run chooses from that names no menu.
+    types: configurations by name, beside both or in their place. menu: what a run chooses from that names no menu.
     embeddings: whether input embedding and output head may be quantized. export: the format of `lmq export`.
     usage: what opens an export at `{path}`.
     alike: kinds that the engine holds in one matrix, and so in one configuration; presets of
@@ -42,7 +42,7 @@ class Target:
     out_features_multiple: what the rows of every matrix must be a multiple of.
     most_configurations: how many different ones a checkpoint may have.
     zero_bits: bits whose zeros an export stores, packed like codes. column_bytes, matrix_bytes: what it stores of a
-    column and of a matrix beside codes, zeros and 16-bit scales.
+    column and of a matrix beside codes, zeros and 16-bit scales; type_bytes: of a matrix beside the blocks of a type.
     package: what opens it from Python, and `bits_since`, the version that some bits need.
     """
 
@@ -62,18 +62,19 @@ class Target:
     zero_bits: tuple[int, ...] = ()
     column_bytes: int = 0
     matrix_bytes: int = 0
+    type_bytes: Mapping[str, int] = field(default_factory=dict)
     package: str | None = None
     bits_since: Mapping[int, str] = field(default_factory=dict)
 
     def misfit(self, spec: QuantSpec, out_features: int, in_features: int) -> str | None:
         """Why the engine cannot hold such a matrix in this configuration; None where it can."""
-        if self.types:
-            if spec.gguf is None:
-                return f"grids of lmq's own, where {self.name} takes {_either(self.types)}"
-            wrong = in_features % SMALL_BLOCK
-            return f"rows of {in_features} weights, not a multiple of {SMALL_BLOCK}" if wrong else None
         if spec.gguf is not None:
-            return f"a type of GGUF, which {self.name} does not open"
+            if spec.name not in self.types:
+                return f"a type that is not written for {self.name}"
+            multiple = spec.gguf.row_multiple
+            return f"rows of {in_features} weights, not a multiple of {multiple}" if in_features % multiple else None
+        if not self.bits:
+            return f"grids of lmq's own, where {self.name} takes {_either(self.types)}"
         if spec.bits not in self.bits:
             return f"{spec.bits}-bit codes, where {self.name} takes {_either(self.bits)} bits"
         if spec.group_size not in self.group_sizes:
@@ -87,8 +88,8 @@ class Target:
     def size_bytes(self, spec: QuantSpec, out_features: int, in_features: int) -> int:
         """Bytes of a matrix in the target's file. Raises InputError for a configuration that does not fit it."""
         parameters = out_features * in_features
-        if self.types:
-            return spec.size_bytes(parameters, in_features)
+        if spec.gguf is not None:
+            return spec.size_bytes(parameters, in_features) + self.type_bytes.get(spec.name, 0)
         zeros_bits = spec.bits if spec.bits in self.zero_bits else 0
         groups_bytes = spec.groups(parameters) * (_SCALE_BITS + zeros_bits) // 8
         return parameters * spec.bits // 8 + groups_bytes + self.column_bytes * in_features + self.matrix_bytes
@@ -96,9 +97,8 @@ class Target:
     @property
     def specs(self) -> tuple[QuantSpec, ...]:
         """Every configuration that it holds."""
-        if self.types:
-            return tuple(QuantSpec.parse(name) for name in self.types)
-        return tuple(QuantSpec(bits, size) for bits in self.bits for size in sorted(self.group_sizes, reverse=True))
+        own = (QuantSpec(bits, size) for bits in self.bits for size in sorted(self.group_sizes, reverse=True))
+        return (*own, *(QuantSpec.parse(name) for name in self.types))
 
     def usual_menu(self, modules: Sequence[ModuleInfo]) -> tuple[QuantSpec, ...]:
         """What plans for it choose from: its own menu, or the standard configurations that it holds for every module.
@@ -133,18 +133,20 @@ TARGETS: Mapping[str, Target] = {
             usage="vllm serve {path}",
             bits=(4, 8),
             group_sizes=(32, 64, 128),
+            types=("mxfp4", "nvfp4"),
             alike=("qkv", "gate-up"),
             integer_zeros=True,
             out_features_multiple=8,  # zeros of 4 bits are packed 8 to an int32 along the rows
             zero_bits=(4,),
             matrix_bytes=16,  # its shape, two int64
+            type_bytes={"nvfp4": 4},  # the float32 of the matrix
         ),
         Target(
             name="llama.cpp",
             description="llama.cpp and the programs built on it, by GGUF files",
             export="gguf",
             usage="llama-cli -m {path}",
-            types=tuple(GGUF_TYPES),
+            types=LLAMA_CPP_TYPES,
             menu=("q2_k", "q3_k", "iq4_xs", "q4_k", "q4_1", "q5_k", "q6_k", "q8_0"),
             embeddings=True,
         ),
@@ -258,7 +260,7 @@ def taken_instead(menu: Sequence[QuantSpec], modules: Sequence[ModuleInfo]) -> l
     paths: dict[tuple[str, str, int], list[str]] = defaultdict(list)
     for spec in menu:
         for module in modules:
-            if spec.gguf is None or module.in_features % SMALL_BLOCK:
+            if spec.gguf is None or module.in_features % spec.gguf.row_multiple:
                 continue
             taken = spec.gguf.of_rows(module.in_features)
             if taken is not spec.gguf:

@@ -6,7 +6,7 @@ compute with them: bits, groups and shapes follow from the tensors.
 compressed-tensors are decompressed by the package: transformers 5.23 with compressed-tensors 0.20 cannot open 4-bit
 checkpoints with zeros as they are. It prepares its modules on the meta device, where that version does not pack zeros,
 and then refuses the packed ones. It can with `quantization_config=CompressedTensorsConfig(dequantize=True)`, but takes
-the first group's configuration for all.
+the first group's configuration for all. And 4-bit floats it computes with in bfloat16 alone.
 """
 
 from __future__ import annotations
@@ -83,16 +83,20 @@ def _compressed_tensors(path: Path, fields: Mapping[str, Any], dtype: torch.dtyp
     try:
         from compressed_tensors.compressors import BaseCompressor
         from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
+        from compressed_tensors.utils.match import match_name
     except ImportError as error:
         raise InputError("the package compressed-tensors is not installed; pip install 'lmq[vllm]'") from error
-    groups = QuantizationConfig.model_validate(fields).config_groups.values()
-    schemes = [group for group in groups if isinstance(group, QuantizationScheme)]
-    scheme_of = {target: scheme for scheme in schemes for target in scheme.targets}
+    config = QuantizationConfig.model_validate(fields)
+    schemes = [group for group in config.config_groups.values() if isinstance(group, QuantizationScheme)]
+    of_all = [scheme for scheme in schemes if "Linear" in scheme.targets]
     state: dict[str, Tensor] = {}
     for module_path, tensors in _modules(path):
-        if scheme := scheme_of.get(module_path):
+        named = [scheme for scheme in schemes if any(match_name(module_path, target) for target in scheme.targets)]
+        if "weight_scale" in tensors and (named or of_all):
+            scheme = (named or of_all)[0]
             tensors["weight_scale"] = tensors["weight_scale"].float()
-            decompressed = BaseCompressor.get_value_from_registry(scheme.format).decompress(tensors, scheme)
+            compressor = BaseCompressor.get_value_from_registry(scheme.format or config.format)
+            decompressed = compressor.decompress(tensors, scheme)
             tensors = {name: tensor.to(dtype) for name, tensor in decompressed.items() if name in ("weight", "bias")}
         state |= {f"{module_path}.{name}": tensor for name, tensor in tensors.items()}
     return state
@@ -121,3 +125,10 @@ go together.
 
 SELF_READ = frozenset(DENSE_STATES) - {"compressed-tensors"}
 """Those that are read from their layouts alone, without a package."""
+
+
+def has_float4(fields: Mapping[str, Any]) -> bool:
+    """Whether a configuration of compressed-tensors has matrices of 4-bit floats."""
+    groups = fields.get("config_groups") or {}
+    formats = [fields.get("format"), *(group.get("format") for group in groups.values())]
+    return any(str(name).endswith("fp4-pack-quantized") for name in formats)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from lmq import load
 from lmq.checkpoint.config import QUANT_METHOD
-from lmq.checkpoint.dense_state import DENSE_STATES, SELF_READ
+from lmq.checkpoint.dense_state import DENSE_STATES, SELF_READ, has_float4
 from lmq.checkpoint.verify import read_quantization_config, verify_checkpoint
 from lmq.errors import DamagedFile, InputError, LmqError
 from lmq.formats.packed_layer import QuantizedMatrix
@@ -52,14 +53,15 @@ def open_model_directory(
     """The model in evaluation mode, by plain `from_pretrained`, in `dtype` (None: as stored).
 
     With `dense` a checkpoint of lmq is unpacked once: full memory, faster calls; those of GPTQ, AutoRound and AWQ are
-    dequantized, and no package of theirs is needed. Raises InputError where there is no model directory or a package
-    that opens it is missing, DamagedFile for a damaged checkpoint, and LmqError where it does not open for another
-    reason, or not completely.
+    dequantized, and no package of theirs is needed; compressed-tensors with 4-bit floats are so by its package. Raises
+    InputError where there is no model directory or a package that opens it is missing, DamagedFile for a damaged
+    checkpoint, and LmqError where it does not open for another reason, or not completely.
     """
-    method = quantization_method(path)
+    fields = _quantization_config(path)
+    method = _method(fields)
     if method == QUANT_METHOD:
         return load(path, device=device, dtype=dtype, dense=dense)
-    if dense and method in SELF_READ:
+    if dense and (method in SELF_READ or (method == "compressed-tensors" and has_float4(fields or {}))):
         return _open_dense(path, method, dtype, device)
     if method is not None and method not in (known := _quantization_methods()):
         raise InputError(
@@ -79,13 +81,20 @@ def open_model_directory(
 
 def quantization_method(path: Path) -> str | None:
     """`quant_method` of a model directory's configuration, None for a plain model. Raises InputError."""
+    return _method(_quantization_config(path))
+
+
+def _method(fields: Mapping[str, Any] | None) -> str | None:
+    return None if fields is None else str(fields.get("quant_method", "an unnamed method"))
+
+
+def _quantization_config(path: Path) -> dict[str, Any] | None:
     if not path.is_dir():
         raise InputError(f"there is no model directory {path}{nearest_sibling(path)}")
     try:
-        fields = json.loads((path / "config.json").read_text("utf-8")).get("quantization_config")
+        return json.loads((path / "config.json").read_text("utf-8")).get("quantization_config")
     except (OSError, ValueError) as error:
         raise InputError(f"{path} has no config.json that can be read ({error}); is it a model directory?") from error
-    return None if fields is None else str(fields.get("quant_method", "an unnamed method"))
 
 
 def _quantization_methods() -> list[str]:

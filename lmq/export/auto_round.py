@@ -18,6 +18,7 @@ import torch
 from lmq.allocation.targets import TARGETS
 from lmq.export.gptq import base_spec, unquantized_in_blocks
 from lmq.export.integer_codes import (
+    integer_tensors,
     is_symmetric,
     misfits,
     moved_zeros_note,
@@ -51,8 +52,12 @@ def export(checkpoint: QuantizedCheckpoint, target: Path) -> ExportReport:
         target,
         problems=found,
         target=TARGET,
-        tensors_of=partial(gptq_tensors, zero_offset=int(symmetric)),
-        scale_dtype=torch.float16,
+        tensors_of=partial(
+            integer_tensors,
+            checkpoint,
+            layout=partial(gptq_tensors, zero_offset=int(symmetric)),
+            scale_dtype=torch.float16,
+        ),
         quantization_config=quantization_config(checkpoint, symmetric=symmetric),
         notes=() if found else tuple(moved_zeros_note(checkpoint, planning_advice(TARGET))),
     )

@@ -7,6 +7,7 @@ AWQ names the layout here, not how the codes were found. Matrices that are not q
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,14 @@ import torch
 
 from lmq.allocation.targets import TARGETS
 from lmq.export.gptq import base_spec, unquantized_in_blocks
-from lmq.export.integer_codes import misfits, moved_zeros_note, planning_advice, sentences, write_directory
+from lmq.export.integer_codes import (
+    integer_tensors,
+    misfits,
+    moved_zeros_note,
+    planning_advice,
+    sentences,
+    write_directory,
+)
 from lmq.export.report import ExportReport
 from lmq.export.source import QuantizedCheckpoint
 from lmq.formats.integer_words import awq_tensors
@@ -42,8 +50,7 @@ def export(checkpoint: QuantizedCheckpoint, target: Path) -> ExportReport:
         target,
         problems=found,
         target=TARGET,
-        tensors_of=awq_tensors,
-        scale_dtype=torch.float16,
+        tensors_of=partial(integer_tensors, checkpoint, layout=awq_tensors, scale_dtype=torch.float16),
         quantization_config=quantization_config(checkpoint),
         notes=() if found else tuple(moved_zeros_note(checkpoint, planning_advice(TARGET))),
     )

@@ -1,6 +1,6 @@
-"""Checkpoints of compressed-tensors, format `pack-quantized`: what vLLM and SGLang serve with integer kernels.
+"""Checkpoints of compressed-tensors, which vLLM and SGLang serve: weights of 4 and 8 bits, integers or 4-bit floats.
 
-A matrix `[out_features, in_features]` of b bits in groups of g becomes
+Format `pack-quantized`: a matrix `[out_features, in_features]` of b bits in groups of g becomes
 
 - `weight_packed` int32 [out_features, in_features · b / 32]: codes along the row, the first in the lowest bits;
 - `weight_scale` [out_features, in_features / g], in the 16-bit type of the checkpoint (float16 for float32 ones);
@@ -9,11 +9,16 @@ A matrix `[out_features, in_features]` of b bits in groups of g becomes
 
 Marlin, the kernel behind both engines, takes 4-bit codes with whole zeros in 0..15, and 8-bit codes without zeros of
 their own: their zero is 128.
+
+Formats `mxfp4-pack-quantized` and `nvfp4-pack-quantized` are those of `lmq.formats.float4`. Their codes and scales are
+the checkpoint's own.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +29,28 @@ from lmq.allocation.targets import TARGETS, list_modules
 from lmq.export.integer_codes import (
     dense_matrices,
     fused_apart,
+    fused_modules,
+    integer_tensors,
     misfits,
     moved_zeros_note,
     planning_advice,
     sentences,
     write_directory,
 )
-from lmq.export.report import ExportReport
+from lmq.export.report import ExportReport, ModuleStep, relative_error
 from lmq.export.source import QuantizedCheckpoint
+from lmq.formats.float4 import float4_tensors, largest_scale
 from lmq.formats.integer_words import IntegerMatrix, pack_words
+from lmq.formats.spec import QuantSpec
 from lmq.quantizers.integer_zeros import SYMMETRIC_BITS
 
 TARGET = TARGETS["vllm"]
-FORMAT = "pack-quantized"
+MIXED = "mixed-precision"
 
+_FLOAT_SCALES = {
+    "mxfp4": {"strategy": "group", "scale_dtype": "torch.uint8"},
+    "nvfp4": {"strategy": "tensor_group", "scale_dtype": "torch.float8_e4m3fn"},
+}
 _MARLIN_TILE = (64, 128)
 """What out_features and in_features are multiples of in every version of the kernel."""
 
@@ -61,8 +74,7 @@ def export(checkpoint: QuantizedCheckpoint, target: Path) -> ExportReport:
         target,
         problems=found,
         target=TARGET,
-        tensors_of=_tensors,
-        scale_dtype=_scale_dtype(checkpoint),
+        tensors_of=partial(_tensors_of, checkpoint, _joined(checkpoint)),
         quantization_config=quantization_config(checkpoint),
         notes=() if found else _notes(checkpoint),
     )
@@ -70,39 +82,58 @@ def export(checkpoint: QuantizedCheckpoint, target: Path) -> ExportReport:
 
 def quantization_config(checkpoint: QuantizedCheckpoint) -> dict[str, Any]:
     """What config.json says of the matrices: a group per configuration with its modules by name, the rest ignored."""
-    members: dict[tuple[int, int], list[str]] = defaultdict(list)
+    members: dict[QuantSpec, list[str]] = defaultdict(list)
     for path, spec in checkpoint.specs.items():
-        members[spec.bits, spec.group_size].append(path)
+        members[spec].append(path)
+    formats = {_format(spec) for spec in members}
     return {
         "quant_method": "compressed-tensors",
-        "format": FORMAT,
+        "format": formats.pop() if len(formats) == 1 else MIXED,
         "quantization_status": "compressed",
         "config_groups": {
-            f"b{bits}g{group_size}": {
+            spec.name: {
                 "targets": paths,
-                "weights": _weights_config(bits, group_size),
+                "weights": _weights_config(spec),
                 "input_activations": None,
                 "output_activations": None,
-                "format": FORMAT,
+                "format": _format(spec),
             }
-            for (bits, group_size), paths in sorted(members.items())
+            for spec, paths in sorted(members.items())
         },
         "ignore": sorted({"lm_head", *dense_matrices(checkpoint)}),
     }
 
 
-def _weights_config(bits: int, group_size: int) -> dict[str, Any]:
-    return {
-        "type": "int",
-        "num_bits": bits,
-        "symmetric": bits == SYMMETRIC_BITS,
-        "strategy": "group",
-        "group_size": group_size,
-        "dynamic": False,
-    }
+def _format(spec: QuantSpec) -> str:
+    return "pack-quantized" if spec.gguf is None else f"{spec.name}-pack-quantized"
 
 
-def _tensors(matrix: IntegerMatrix) -> dict[str, Tensor]:
+def _weights_config(spec: QuantSpec) -> dict[str, Any]:
+    of_type = {"type": "int", "symmetric": spec.bits == SYMMETRIC_BITS, "strategy": "group"}
+    if spec.gguf is not None:
+        of_type = {"type": "float", "symmetric": True, **_FLOAT_SCALES[spec.name]}
+    return {"num_bits": spec.bits, "group_size": spec.group_size, "dynamic": False, **of_type}
+
+
+def _joined(checkpoint: QuantizedCheckpoint) -> dict[str, list[str]]:
+    """The paths of the matrices that the engine holds in one with that of a path, itself among them."""
+    return {path: members for members in fused_modules(checkpoint, TARGET) for path in members}
+
+
+def _tensors_of(
+    checkpoint: QuantizedCheckpoint, joined: Mapping[str, list[str]], path: str
+) -> tuple[dict[str, Tensor], ModuleStep]:
+    """The tensors of a matrix, and what writing them did to it."""
+    if checkpoint.specs[path].gguf is None:
+        return integer_tensors(checkpoint, path, layout=_integers, scale_dtype=_scale_dtype(checkpoint))
+    matrix = checkpoint.blocks(path)
+    largest = max(largest_scale(checkpoint.blocks(member)) for member in joined.get(path, [path]))
+    tensors, written = float4_tensors(matrix, largest)
+    error = relative_error(written, matrix.dequantize())
+    return tensors, ModuleStep(target=f"{matrix.kind.name.upper()}A16", relative_error=error)
+
+
+def _integers(matrix: IntegerMatrix) -> dict[str, Tensor]:
     tensors = {
         "weight_packed": pack_words(matrix.codes, matrix.bits),
         "weight_scale": matrix.scale,
@@ -126,5 +157,10 @@ def _notes(checkpoint: QuantizedCheckpoint) -> tuple[str, ...]:
         notes.append(
             f"{list_modules(off_tile)} are not multiples of {rows} by {columns}: vLLM pads such matrices for Marlin "
             "since its pull request 45295 (June 2026), and may find no kernel for them before"
+        )
+    if checkpoint.dtype != torch.bfloat16 and any(spec.name == "mxfp4" for spec in checkpoint.specs.values()):
+        notes.append(
+            "Marlin has mxfp4 for bfloat16 alone, and vLLM takes float16 for this checkpoint: serve it with "
+            "--dtype bfloat16"
         )
     return tuple(notes)

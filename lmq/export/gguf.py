@@ -53,6 +53,7 @@ _FILE_TYPES = {
     GGMLQuantizationType.Q6_K: LlamaFileType.MOSTLY_Q6_K,
     GGMLQuantizationType.IQ4_NL: LlamaFileType.MOSTLY_IQ4_NL,
     GGMLQuantizationType.IQ4_XS: LlamaFileType.MOSTLY_IQ4_XS,
+    GGMLQuantizationType.MXFP4: LlamaFileType.MOSTLY_MXFP4_MOE,
     GGMLQuantizationType.Q4_1: LlamaFileType.MOSTLY_Q4_1,
     GGMLQuantizationType.Q8_0: LlamaFileType.MOSTLY_Q8_0,
     GGMLQuantizationType.Q2_K: LlamaFileType.MOSTLY_Q2_K,

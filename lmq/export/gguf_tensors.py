@@ -18,6 +18,7 @@ from lmq.export.gguf_blocks import GRID_BLOCKS, Bytes, Floats, decode, encode
 from lmq.export.gguf_model import ROPE_FACTORS, gguf_name, head_rows, norm_offset, rope_factors
 from lmq.export.report import ModuleStep
 from lmq.export.source import QuantizedCheckpoint
+from lmq.formats.gguf_types import LLAMA_CPP_TYPES
 from lmq.formats.spec import QuantSpec
 from lmq.model.tensors import StoredTensor, read_tensors
 
@@ -63,6 +64,9 @@ def tensor_problems(checkpoint: QuantizedCheckpoint, config: PreTrainedConfig) -
     for name, stored in unquantized.items():
         if stored.dtype not in STORED_TYPES:
             yield f"the tensor {name} is {stored.dtype}; {', '.join(STORED_TYPES)} are exported"
+    if unwritten := [path for path, spec in checkpoint.specs.items() if spec.gguf and spec.name not in LLAMA_CPP_TYPES]:
+        names = ", ".join(sorted({checkpoint.specs[path].name for path in unwritten}))
+        yield f"{names}, which is not written to GGUF files: {list_modules(unwritten)}"
     converted = {path: spec for path, spec in checkpoint.specs.items() if spec.gguf is None}
     for bits in sorted({spec.bits for spec in converted.values()} - {*K_TYPES, 8}):
         paths = [path for path, spec in converted.items() if spec.bits == bits]

@@ -27,6 +27,7 @@ from lmq.allocation.targets import TARGETS
 from lmq.export.integer_codes import (
     dense_matrices,
     fused_apart,
+    integer_tensors,
     is_symmetric,
     misfits,
     moved_zeros_note,
@@ -66,8 +67,12 @@ def export(checkpoint: QuantizedCheckpoint, target: Path) -> ExportReport:
         target,
         problems=found,
         target=TARGET,
-        tensors_of=partial(gptq_tensors, zero_offset=int(symmetric)),
-        scale_dtype=torch.float16,
+        tensors_of=partial(
+            integer_tensors,
+            checkpoint,
+            layout=partial(gptq_tensors, zero_offset=int(symmetric)),
+            scale_dtype=torch.float16,
+        ),
         quantization_config=config,
         also={CONFIG_FILE: config},
         notes=() if found else _notes(checkpoint, config),

@@ -50,18 +50,24 @@ def sentences(misfits: Mapping[str, list[str]]) -> list[str]:
     return [f"{reason}: {list_modules(paths)}" if paths else reason for reason, paths in misfits.items()]
 
 
-def fused_apart(checkpoint: QuantizedCheckpoint, target: Target) -> dict[str, list[str]]:
-    """Kinds that the target's engine holds in one matrix and that differ, quantized or not, with their parents."""
+def fused_modules(checkpoint: QuantizedCheckpoint, target: Target) -> list[list[str]]:
+    """Paths of the matrices, quantized or not, that the target's engine holds in one: a list for each."""
     groups: dict[tuple[str, str], list[str]] = defaultdict(list)
     for path in sorted(dense_matrices(checkpoint) | set(checkpoint.specs)):
         parent, _, name = path.rpartition(".")
         for preset in target.alike:
             if name in ALIKE_PRESETS[preset]:
                 groups[parent, preset].append(path)
+    return list(groups.values())
+
+
+def fused_apart(checkpoint: QuantizedCheckpoint, target: Target) -> dict[str, list[str]]:
+    """Kinds that the target's engine holds in one matrix and that differ, quantized or not, with their parents."""
     found: dict[str, list[str]] = defaultdict(list)
-    for (parent, _), members in groups.items():
+    for members in fused_modules(checkpoint, target):
         if len({checkpoint.specs.get(path) for path in members}) > 1:
-            found[", ".join(path.rpartition(".")[2] for path in members)].append(parent)
+            names = ", ".join(path.rpartition(".")[2] for path in members)
+            found[names].append(members[0].rpartition(".")[0])
     return found
 
 
@@ -79,10 +85,14 @@ def is_symmetric(checkpoint: QuantizedCheckpoint) -> bool:
     )
 
 
-def integer_matrix(
-    checkpoint: QuantizedCheckpoint, path: str, scale_dtype: torch.dtype
-) -> tuple[IntegerMatrix, ModuleStep]:
-    """A matrix with whole zeros and scales in `scale_dtype`, and what that did to it."""
+def integer_tensors(
+    checkpoint: QuantizedCheckpoint,
+    path: str,
+    *,
+    layout: Callable[[IntegerMatrix], dict[str, Tensor]],
+    scale_dtype: torch.dtype,
+) -> tuple[dict[str, Tensor], ModuleStep]:
+    """The tensors of a matrix with whole zeros and scales in `scale_dtype`, and what that did to it."""
     spec, shape = checkpoint.specs[path], checkpoint.shapes[path]
     weight = checkpoint.weight(path)
     groups = weight.view(-1, spec.group_size)
@@ -97,7 +107,7 @@ def integer_matrix(
         zero=zero.view(per_row).to(torch.uint8),
     )
     error = relative_error(matrix.dequantize(), weight)
-    return matrix, ModuleStep(target=f"W{spec.bits}A16 g{spec.group_size}", relative_error=error)
+    return layout(matrix), ModuleStep(target=f"W{spec.bits}A16 g{spec.group_size}", relative_error=error)
 
 
 def _held_grid(groups: Tensor, grid: Grid, bits: int) -> tuple[Tensor, Tensor]:
@@ -111,7 +121,8 @@ def _held_grid(groups: Tensor, grid: Grid, bits: int) -> tuple[Tensor, Tensor]:
 
 def moved_zeros_note(checkpoint: QuantizedCheckpoint, advice: str) -> list[str]:
     """What is to be said where zeros were moved."""
-    moved = [path for path in checkpoint.specs if _has_moved_zeros(checkpoint, path)]
+    grids = [path for path, spec in checkpoint.specs.items() if spec.gguf is None]
+    moved = [path for path in grids if _has_moved_zeros(checkpoint, path)]
     return (
         [f"zeros were moved to whole numbers in {list_modules(moved)}; to keep them exact, {advice}"] if moved else []
     )
@@ -133,15 +144,15 @@ def write_directory(
     *,
     problems: list[str],
     target: Target,
-    tensors_of: Callable[[IntegerMatrix], dict[str, Tensor]],
-    scale_dtype: torch.dtype,
+    tensors_of: Callable[[str], tuple[dict[str, Tensor], ModuleStep]],
     quantization_config: dict[str, Any],
     also: Mapping[str, dict[str, Any]] | None = None,
     notes: tuple[str, ...] = (),
 ) -> ExportReport:
     """Write the directory `path` with one matrix or one shard in memory at a time.
 
-    `tensors_of` gives the tensors of a matrix by the names that they have in its module; `also` are further JSON files.
+    `tensors_of` gives the tensors of the matrix of a path, by the names that they have in its module, and its step;
+    `also` are further JSON files.
     Raises InputError for `problems`, and where `path` exists.
     """
     if problems:
@@ -152,9 +163,9 @@ def write_directory(
     with complete_directory(path) as directory:
         with tempfile.TemporaryDirectory(dir=directory) as parts:
             for module in checkpoint.specs:
-                matrix, steps[module] = integer_matrix(checkpoint, module, scale_dtype)
-                tensors = {f"{module}.{name}": tensor for name, tensor in tensors_of(matrix).items()}
-                save_file(tensors, Path(parts) / f"{module}.safetensors")
+                tensors, steps[module] = tensors_of(module)
+                named = {f"{module}.{name}": tensor for name, tensor in tensors.items()}
+                save_file(named, Path(parts) / f"{module}.safetensors")
             stored = {**checkpoint.unquantized, **headers_of(sorted(Path(parts).iterdir()))}
             write_shards(directory, stored, DEFAULT_MAX_SHARD_BYTES)
         copy_companions(checkpoint.path, directory)

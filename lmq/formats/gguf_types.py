@@ -1,4 +1,4 @@
-"""Types of weights in GGUF files, which llama.cpp computes with: their sizes, their bytes, and what these stand for.
+"""Types of weights that engines compute with, most of them llama.cpp's: their sizes, bytes, and what these stand for.
 
 A row is made of blocks of `block_size` weights, and a block of groups of `group_size`. A weight is
 
@@ -16,6 +16,11 @@ with float16 d and e per block and, in blocks of 256, a small integer s and m pe
 | q3_k | 3.4375 | 16 | −4..3 | −32..31 | |
 | q4_k, q5_k | 4.5, 5.5 | 32 | 0..15, 0..31 | 0..63 | 0..63 |
 | q6_k | 6.5625 | 16 | −32..31 | −128..127 | |
+| mxfp4, nvfp4 | 4.25, 4.5 | 32, 16 | E2M1: 0, ½, 1, 1½, 2, 3, 4, 6 and their negatives | | |
+
+d of mxfp4 is a power of two, the byte E8M0. That of nvfp4 has 3 bits behind its leading one (E5M3: 5 bits of exponent).
+NVFP4 is E4M3 times a float32 of the matrix. With a power of two for the latter, E5M3 holds the product, and a block
+stands for itself; `lmq.formats.float4` takes both apart again. GGUF files hold nvfp4 in another layout.
 
 Layouts, and the types of rows that are no multiple of 256, are those of llama.cpp (ggml-common.h and
 `tensor_type_fallback` in llama-quant.cpp, as of llama-cpp-python 0.3.36). The tests read them with the gguf package.
@@ -37,6 +42,10 @@ BLOCKS_TENSOR = "blocks"
 """Name of the one stored tensor of a matrix in a type of GGUF."""
 
 _UNEQUAL_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+_E2M1_SIZES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_E2M1_LEVELS = (*(-size for size in _E2M1_SIZES[:0:-1]), *_E2M1_SIZES)
+_E2M1_CODES = (15, 14, 13, 12, 11, 10, 9, 0, 1, 2, 3, 4, 5, 6, 7)
+"""What stands for each level in E2M1: the number of its size, plus 8 for a negative one. 8 is read as 0."""
 _CPU_BLOCK_ELEMENTS = 1 << 20
 _LARGEST_FLOAT16, _SMALLEST_FLOAT16 = 65504.0, 2.0**-24
 
@@ -48,12 +57,40 @@ class _Field(NamedTuple):
     run: int
 
 
+class ByteFloat(NamedTuple):
+    """Positive floats of one byte: `mantissa` bits, and above them float32's exponent less `least`.
+
+    Bytes 0 and 255 are read, but not written. Those of a matrix are at most a factor of `span` apart.
+    """
+
+    mantissa: int
+    least: int
+    span: float = float("inf")
+
+    def byte(self, values: Tensor) -> Tensor:
+        """The bytes, int32, of the values nearest to float32 values that are not negative."""
+        shift = 23 - self.mantissa
+        nearest = (values.contiguous().view(torch.int32) + (1 << shift - 1)) >> shift
+        return (nearest - (self.least << self.mantissa)).clamp(1, 254)
+
+    def value(self, stored: Tensor) -> Tensor:
+        """What bytes of any integer type stand for, float32; 0 of E8M0 is 2^-127."""
+        bits = (stored.to(torch.int32) + (self.least << self.mantissa)) << 23 - self.mantissa
+        return bits.clamp_min(1 << 22).view(torch.float32)
+
+
+E8M0 = ByteFloat(mantissa=0, least=0)
+E5M3 = ByteFloat(mantissa=3, least=127 - 24, span=2.0**13)
+"""Up to 240. The span is one that E4M3 times a power of two holds wherever it lies."""
+
+
 @dataclass(frozen=True)
 class GgufType:
     """One type. `number` is that of GGUF files; `order` says which parts a block is made of, one after the other.
 
     `scales` and `minima` are the smallest and largest of the integers that a group stores, None where it stores none.
-    `low` are the lowest bits of codes, `high` those above. `narrow` is the type of rows that are no multiple of 256.
+    `low` are the lowest bits of codes, `high` those above; `stored_codes` what is stored for each code, if not itself.
+    `narrow` is the type of rows that are no multiple of 256. `unit` is what d is stored as, float16 unless given.
     """
 
     name: str
@@ -61,13 +98,15 @@ class GgufType:
     bits: int
     group_size: int
     block_size: int
-    levels: tuple[int, ...]
+    levels: tuple[float, ...]
     order: tuple[str, ...]
     low: _Field
     high: _Field | None = None
     scales: tuple[int, int] | None = None
     minima: tuple[int, int] | None = None
     narrow: str | None = None
+    unit: ByteFloat | None = None
+    stored_codes: tuple[int, ...] | None = None
 
     @property
     def has_minimum(self) -> bool:
@@ -77,7 +116,7 @@ class GgufType:
     @property
     def is_even(self) -> bool:
         """Whether its levels are whole numbers that follow each other."""
-        return self.levels != _UNEQUAL_LEVELS
+        return len(self.levels) == self.levels[-1] - self.levels[0] + 1
 
     @property
     def groups_per_block(self) -> int:
@@ -94,15 +133,20 @@ class GgufType:
         """Stored bits per weight."""
         return 8 * self.block_bytes / self.block_size
 
+    @property
+    def row_multiple(self) -> int:
+        """What the weights of a row are a multiple of, in this type or the one that stands in for it."""
+        return min(self.block_size, SMALL_BLOCK)
+
     def of_rows(self, in_features: int) -> GgufType:
         """The type that rows of `in_features` weights take: this one, or that of llama.cpp for rows it does not fit.
 
-        Raises InputError for rows that are not made of 32 weights.
+        Raises InputError for rows that are no multiple of `row_multiple`.
         """
-        if in_features % SMALL_BLOCK:
+        if in_features % self.row_multiple:
             raise InputError(
-                f"{self.name} does not fit rows of {in_features:,} weights: llama.cpp quantizes rows that are a "
-                f"multiple of {SMALL_BLOCK}; keep the matrix unquantized"
+                f"{self.name} does not fit rows of {in_features:,} weights: it takes rows that are a multiple of "
+                f"{self.row_multiple}; keep the matrix unquantized"
             )
         if in_features % self.block_size == 0:
             return self
@@ -120,7 +164,15 @@ class GgufType:
             field = fields[part]
             assert field is not None
             return self.block_size * field.width // 8
+        if part == "d" and self.unit is not None:
+            return 1
         return 2 if part in ("d", "e") else _SCALE_BYTES[self.name]
+
+    def nearest_unit(self, values: Tensor) -> Tensor:
+        """The nearest values that d can have, float32; those of a byte are positive, whatever the sign."""
+        if self.unit is None:
+            return as_float16(values)
+        return self.unit.value(self.unit.byte(values.abs()))
 
 
 _SCALE_BYTES = {"q2_k": 16, "q3_k": 12, "q4_k": 12, "q5_k": 12, "q6_k": 16, "iq4_xs": 6}
@@ -129,6 +181,11 @@ _SCALE_BYTES = {"q2_k": 16, "q3_k": 12, "q4_k": 12, "q5_k": 12, "q6_k": 16, "iq4
 def _small(name: str, number: int, bits: int, levels: Sequence[int], order: str) -> GgufType:
     low, high = (_Field(8, 1), None) if bits == 8 else (_Field(4, 16), _Field(1, 1) if bits == 5 else None)
     return GgufType(name, number, bits, 32, SMALL_BLOCK, tuple(levels), tuple(order.split()), low, high)
+
+
+def _e2m1(name: str, number: int, size: int, unit: ByteFloat) -> GgufType:
+    low = _Field(4, size // 2)
+    return GgufType(name, number, 4, size, size, _E2M1_LEVELS, ("d", "low"), low, unit=unit, stored_codes=_E2M1_CODES)
 
 
 GGUF_TYPES: Mapping[str, GgufType] = {
@@ -218,16 +275,21 @@ GGUF_TYPES: Mapping[str, GgufType] = {
             scales=(-128, 127),
             narrow="q8_0",
         ),
+        _e2m1("mxfp4", 39, 32, E8M0),
+        _e2m1("nvfp4", 40, 16, E5M3),
     )
 }
+
+LLAMA_CPP_TYPES = tuple(name for name in GGUF_TYPES if name != "nvfp4")
+"""Names of those whose bytes are written to GGUF files as they are."""
 
 
 @dataclass(frozen=True, eq=False)
 class GgufGrid:
     """The grid of one matrix of `shape` [out_features, in_features], as `kind` stores it.
 
-    `unit` is d and `minimum_unit` e, float32 [blocks] of float16 values; `scales` and `minima` s and m, int16 [blocks,
-    groups of a block], ones for types that store none. Without minima both are None.
+    `unit` is d and `minimum_unit` e, float32 [blocks] of values that are stored exactly; `scales` and `minima` s and m,
+    int16 [blocks, groups of a block], ones for types that store none. Without minima both are None.
     """
 
     kind: GgufType
@@ -270,7 +332,7 @@ class GgufLevels:
     """Every scale and zero that the groups of a grid can store while d and e stay.
 
     `unit` and `minimum_unit` float32 are d and e of every group, in any shape that scales and zeros come in. A code is
-    s or m; of types whose groups have d and e of their own it is the float16 value.
+    s or m; of types whose groups have d and e of their own it is the value of these.
     """
 
     kind: GgufType
@@ -286,7 +348,7 @@ class GgufLevels:
     def scale_codes(self, scale: Tensor) -> Tensor:
         """Codes of the levels nearest to scales."""
         if self.kind.scales is None:
-            return as_float16(scale)
+            return self.kind.nearest_unit(scale)
         low, high = self.kind.scales
         # a scale of 0 holds no more than the smallest one where there is a minimum
         return (scale / self.unit).nan_to_num(nan=0.0).round().clamp(1 if self.kind.has_minimum else low, high)
@@ -328,10 +390,13 @@ def pack_blocks(grid: GgufGrid, codes: Tensor) -> Tensor:
     """The bytes of a matrix, uint8 [out_features, bytes per row], from its grid and codes uint8 of its shape."""
     kind = grid.kind
     flat = codes.reshape(-1, kind.block_size)
+    if kind.stored_codes is not None:
+        flat = flat.new_tensor(kind.stored_codes)[flat.int()]
     parts = []
     for part in kind.order:
         if part == "d":
-            parts.append(_float16_bytes(grid.unit))
+            unit = grid.unit
+            parts.append(_float16_bytes(unit) if kind.unit is None else kind.unit.byte(unit).to(torch.uint8)[:, None])
         elif part == "e":
             assert grid.minimum_unit is not None
             parts.append(_float16_bytes(-grid.minimum_unit if kind.minima is None else grid.minimum_unit))
@@ -352,7 +417,7 @@ def unpack_blocks(stored: Tensor, kind: GgufType, shape: tuple[int, int]) -> tup
     blocks = stored.reshape(-1, kind.block_bytes)
     sizes = [kind.part_bytes(part) for part in kind.order]
     parts = dict(zip(kind.order, blocks.split(sizes, dim=1), strict=True))
-    unit = _float16_values(parts["d"])
+    unit = _float16_values(parts["d"]) if kind.unit is None else kind.unit.value(parts["d"][:, 0])
     grid = GgufGrid(kind, shape, unit, unit.new_ones(len(unit), kind.groups_per_block, dtype=torch.int16))
     if "scales" in parts:
         scales, minima = _unpack_scales(kind.name, parts["scales"])
@@ -364,6 +429,10 @@ def unpack_blocks(stored: Tensor, kind: GgufType, shape: tuple[int, int]) -> tup
     codes = parts["low"] ^ 128 if kind.low.width == 8 else _split(parts["low"], kind.low)
     if kind.high is not None:
         codes |= _split(parts["high"], kind.high) << kind.low.width
+    if kind.stored_codes is not None:
+        code_of = codes.new_full((16,), kind.levels.index(0))
+        code_of[list(kind.stored_codes)] = torch.arange(len(kind.levels), dtype=torch.uint8, device=codes.device)
+        codes = code_of[codes.int()]
     return grid, codes.view(shape)
 
 

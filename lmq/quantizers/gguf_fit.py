@@ -4,6 +4,8 @@ Least Σ_i d_i (w_i − ŵ_i)² over a block, d_i the importance of input i. Sca
 first as if they could be stored freely. Then d and e of the block are searched so that the integers of its groups come
 near: with the codes fixed, the error is a quadratic of scale and minimum, so that a candidate costs a few products per
 group. With the grid found, codes, the groups' own optimum and the search take turns; the best grid seen is kept.
+
+Units of one byte (mxfp4, nvfp4) are few: all those near the one that covers a block are tried, with their own codes.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lmq.formats.gguf_types import GgufGrid, GgufMatrix, GgufType, as_float16
+from lmq.formats.gguf_types import ByteFloat, GgufGrid, GgufMatrix, GgufType, as_float16
 from lmq.quantizers.error_feedback import EvenSteps, Steps, UnevenSteps
 from lmq.quantizers.weighted_grid import fit_groups, normalised
 
@@ -28,6 +30,8 @@ _ROUNDS = 3
 _CANDIDATES = 12
 """Units of a block that are tried: those by which its largest integer is from the largest there is to _LEAST of it."""
 _LEAST = 0.65
+_BYTES_TRIED = {0: range(-2, 2), 3: range(-8, 7)}
+"""Bytes of units that are tried from the one that covers a block on, by bits of their mantissa."""
 
 
 @torch.no_grad()
@@ -37,10 +41,11 @@ def fit_type(weight: Tensor, importance: Tensor, kind: GgufType) -> GgufGrid:
     shape = (-1, kind.groups_per_block, kind.group_size)
     by_input = normalised(importance.to(weight.device))
     rows = max(1, (_WEIGHTS_AT_ONCE_ON_GPU if weight.is_cuda else _WEIGHTS_AT_ONCE) // in_features)
+    largest = weight.detach().abs().max().float()
     found = []
     for piece in weight.detach().split(rows):
         blocks = piece.float().reshape(shape)
-        found.append(_fit_blocks(_Blocks(blocks, by_input.expand_as(piece).reshape(shape), kind)))
+        found.append(_fit_blocks(_Blocks(blocks, by_input.expand_as(piece).reshape(shape), kind), largest))
     return GgufGrid(
         kind,
         (out_features, in_features),
@@ -156,8 +161,11 @@ class _Sums:
         return best, self.best_minimum(best)
 
 
-def _fit_blocks(blocks: _Blocks) -> _Stored:
+def _fit_blocks(blocks: _Blocks, largest: Tensor) -> _Stored:
+    """What is stored for the blocks; `largest` [] is the largest size of the matrix's weights."""
     kind = blocks.kind
+    if kind.unit is not None:
+        return _best_bytes(blocks, kind.unit, largest)
     scale, minimum = _free_minimum(blocks) if kind.has_minimum else _free_scale(blocks)
     best: _Stored | None = None
     best_error = torch.full_like(scale[:, 0], torch.inf)
@@ -175,6 +183,20 @@ def _fit_blocks(blocks: _Blocks) -> _Stored:
             minimum = minimum.clamp_min(0)
     assert best is not None
     return best
+
+
+def _best_bytes(blocks: _Blocks, unit: ByteFloat, largest: Tensor) -> _Stored:
+    """Units of one byte for blocks of one group, within the span of the matrix, of least error with nearest codes."""
+    top, tried = blocks.kind.levels[-1], _BYTES_TRIED[unit.mantissa]
+    least = unit.byte(unit.value(unit.byte(largest / top) + tried[-1]) / unit.span)
+    covering = unit.byte(blocks.weights.abs().amax(2) / top)
+    zeros = torch.zeros(covering.shape, device=covering.device)
+    best, best_error = unit.value(covering), torch.full_like(zeros, torch.inf)
+    for step in tried:
+        scale = unit.value((covering + step).maximum(least).clamp_max(254))
+        error = blocks.sums(blocks.levels(scale, zeros)).error(scale, zeros)
+        best, best_error = torch.where(error < best_error, scale, best), torch.minimum(error, best_error)
+    return _Stored(best[:, 0], torch.ones_like(best), zeros[:, 0], zeros)
 
 
 def _free_minimum(blocks: _Blocks) -> tuple[Tensor, Tensor]:

@@ -64,7 +64,14 @@ def test_what_does_not_fit_is_said(spec: str, shape: tuple[int, int], reason: st
     [
         ("gptq", "b3g32", (48, 64), "48 rows, not a multiple of 32"),
         ("gptq", "b5g64", (64, 64), "5-bit codes, where gptq takes 2 or 3 or 4 or 8 bits"),
-        ("gptq", "q4_k", (64, 256), "a type of GGUF, which gptq does not open"),
+        ("gptq", "q4_k", (64, 256), "a type that is not written for gptq"),
+        ("gptq", "nvfp4", (64, 256), "a type that is not written for gptq"),
+        ("llama.cpp", "nvfp4", (64, 256), "a type that is not written for llama.cpp"),
+        ("llama.cpp", "mxfp4", (64, 64), None),
+        ("vllm", "q4_k", (64, 256), "a type that is not written for vllm"),
+        ("vllm", "mxfp4", (64, 48), "rows of 48 weights, not a multiple of 32"),
+        ("vllm", "nvfp4", (64, 48), None),
+        ("vllm", "nvfp4", (64, 40), "rows of 40 weights, not a multiple of 16"),
         ("auto-round", "b5g64", (64, 64), None),
         ("awq", "b8g64", (64, 64), "8-bit codes, where awq takes 4 bits"),
     ],
@@ -88,9 +95,10 @@ def test_what_is_left_out_of_a_menu_is_said_with_the_modules() -> None:
 
 
 def test_a_menu_of_which_nothing_is_left_is_refused_with_what_may_be_on_it() -> None:
-    with pytest.raises(InputError, match=r"none of the menu \(b3g64, b4g128\).*: b4g64, b4g32, b8g64, b8g32$"):
+    held = "b4g64, b4g32, b8g64, b8g32, mxfp4, nvfp4"
+    with pytest.raises(InputError, match=rf"none of the menu \(b3g64, b4g128\).*: {held}$"):
         restrict_menu(_specs("b3g64", "b4g128"), VLLM, _modules((64, 576)))
-    with pytest.raises(InputError, match=r"holds no configuration .*: layer 0 m1 has groups of 32 that straddle rows"):
+    with pytest.raises(InputError, match=r"holds no configuration .*: layer 0 m1 has rows of 40 weights, not a multip"):
         restrict_menu(STOPS, VLLM, _modules((64, 64), (64, 40)))
 
 

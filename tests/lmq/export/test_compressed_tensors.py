@@ -2,18 +2,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
-from compressed_tensors.quantization import QuantizationConfig
+from compressed_tensors.quantization import QuantizationConfig, preset_name_to_scheme
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, PreTrainedModel
 
 import lmq
+from lmq.allocation.targets import TARGETS
 from lmq.checkpoint.open import open_dense
 from lmq.checkpoint.write import write_checkpoint
 from lmq.errors import InputError
-from lmq.export.compressed_tensors import export, problems
+from lmq.export.compressed_tensors import export, problems, quantization_config
 from lmq.export.source import QuantizedCheckpoint
 from lmq.formats.integer_words import pack_words
 from lmq.formats.spec import QuantSpec
@@ -21,6 +23,7 @@ from lmq.model.discovery import discover
 from lmq.model.structure import ModuleId
 from lmq.model.tensors import read_headers, read_tensors
 from lmq.quantizers import quantizer
+from tests.lmq.export.small_checkpoints import write_types
 
 FLOAT16_ROUNDING = 2**-11
 
@@ -124,6 +127,64 @@ def test_a_mixed_export_gives_the_logits_of_its_weights(tiny_model: Path, tmp_pa
     logits = _logits(open_dense(tmp_path / "out"))
     assert torch.allclose(logits, _logits(dense), atol=1e-5)
     assert (logits - expected).norm() / expected.norm() < 0.01
+
+
+def test_floats_are_exported_as_they_are_and_open_as_the_checkpoint(tiny_qwen: Path, tmp_path: Path) -> None:
+    checkpoint = write_types(tiny_qwen, tmp_path / "lmq", "mxfp4", "nvfp4", "b4g32")
+    assert problems(checkpoint) == []
+    report = export(checkpoint, tmp_path / "out")
+    tensors = _tensors(report.path)
+    for path, spec in checkpoint.specs.items():
+        step = report.steps[path]
+        if spec.gguf is not None:
+            assert (step.target, step.relative_error) == (f"{spec.name.upper()}A16", 0.0)
+        own = [tensor for name, tensor in tensors.items() if name.startswith(f"{path}.weight_")]
+        assert sum(tensor.nbytes for tensor in own) == TARGETS["vllm"].size_bytes(spec, *checkpoint.shapes[path])
+    opened = open_dense(report.path)
+    for path, spec in checkpoint.specs.items():
+        if spec.gguf is not None:
+            assert torch.equal(opened.get_submodule(path).get_parameter("weight"), checkpoint.weight(path))
+    own_logits = _logits(lmq.load(checkpoint.path, dtype=torch.float32, dense=True))
+    assert (_logits(opened) - own_logits).norm() / own_logits.norm() < FLOAT16_ROUNDING
+    with torch.no_grad():
+        assert torch.equal(_logits(lmq.load(report.path, dtype=torch.float32)), _logits(opened))
+    (note,) = (note for note in report.notes if "mxfp4" in note)
+    assert "--dtype bfloat16" in note
+
+
+@pytest.mark.parametrize("targets", [["Linear"], ["re:.*_proj$"]])
+def test_floats_of_modules_that_are_not_named_are_opened(targets: list[str], tiny_llama: Path, tmp_path: Path) -> None:
+    """llm-compressor names the class of a module, or a pattern."""
+    checkpoint = write_types(tiny_llama, tmp_path / "lmq", "nvfp4")
+    export(checkpoint, tmp_path / "out")
+    fields = json.loads((tmp_path / "out" / "config.json").read_text())
+    fields["quantization_config"]["config_groups"]["nvfp4"]["targets"] = targets
+    (tmp_path / "out" / "config.json").write_text(json.dumps(fields))
+    opened: Any = lmq.load(tmp_path / "out")
+    for path in checkpoint.specs:
+        assert torch.equal(opened.get_submodule(path).get_parameter("weight"), checkpoint.weight(path))
+
+
+def test_floats_that_are_fused_share_their_scale(tiny_llama: Path, tmp_path: Path) -> None:
+    report = export(write_types(tiny_llama, tmp_path / "lmq", "nvfp4"), tmp_path / "out")
+    tensors = _tensors(report.path)
+    for joined in (("self_attn", ("q_proj", "k_proj", "v_proj")), ("mlp", ("gate_proj", "up_proj"))):
+        scales = [tensors[f"model.layers.0.{joined[0]}.{name}.weight_global_scale"] for name in joined[1]]
+        assert len({float(scale) for scale in scales}) == 1
+    assert {float(tensor).hex()[:5] for name, tensor in tensors.items() if "global" in name} == {"0x1.0"}
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "nvfp4"])
+def test_the_configuration_of_floats_is_the_packages_own(name: str, tiny_llama: Path, tmp_path: Path) -> None:
+    checkpoint = write_types(tiny_llama, tmp_path / "lmq", name)
+    ours = quantization_config(checkpoint)
+    scheme = preset_name_to_scheme(f"{name.upper()}A16", list(checkpoint.specs))
+    scheme.format = f"{name}-pack-quantized"
+    theirs = QuantizationConfig(
+        config_groups={name: scheme}, ignore=ours["ignore"], format=scheme.format, quantization_status="compressed"
+    ).to_dict()
+    assert ours == {key: theirs[key] for key in ours}
+    assert not any(theirs[key] for key in theirs.keys() - ours.keys())
 
 
 @pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")

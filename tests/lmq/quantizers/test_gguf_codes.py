@@ -10,7 +10,7 @@ from gguf import GGMLQuantizationType
 from torch import Tensor
 
 from lmq.errors import InputError
-from lmq.formats.gguf_types import GGUF_TYPES, GgufMatrix, decode_blocks, unpack_blocks
+from lmq.formats.gguf_types import GGUF_TYPES, LLAMA_CPP_TYPES, GgufMatrix, GgufType, decode_blocks, unpack_blocks
 from lmq.formats.spec import QuantSpec
 from lmq.quantizers import quantizer
 from lmq.quantizers.coordinate_descent import descend_gguf
@@ -41,6 +41,15 @@ def spec_of(name: str) -> QuantSpec:
     return QuantSpec.parse(name)
 
 
+def covering_unit(kind: GgufType, values: np.ndarray) -> np.ndarray:
+    """The least value above or at one that d can have."""
+    if kind.unit is None:
+        return values.astype(np.float16).astype(np.float32)
+    fraction, exponent = np.frexp(values)
+    steps = 2.0 ** (kind.unit.mantissa + 1)
+    return np.ldexp(np.ceil(fraction * steps) / steps, exponent).astype(np.float32)
+
+
 def weighted_error(matrix: GgufMatrix, weight: Tensor, importance: Tensor) -> float:
     return float(((matrix.dequantize() - weight).double().square() * importance.double()).sum())
 
@@ -50,7 +59,7 @@ def cost(matrix: GgufMatrix, weight: Tensor, moments: Tensor) -> float:
     return float((error @ moments.double() * error).sum())
 
 
-@pytest.mark.parametrize("name", ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0"])
+@pytest.mark.parametrize("name", ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "mxfp4"])
 def test_grids_lose_no_more_than_those_of_the_gguf_package(name: str, weight: Tensor) -> None:
     """Its grids are those that llama.cpp takes without an importance matrix."""
     number = GGMLQuantizationType[name.upper()]
@@ -76,7 +85,7 @@ def test_grids_lose_no_more_than_a_search_over_units(name: str, weight: Tensor, 
             unit = (values.max(1, keepdims=True) / integers[1]).astype(np.float16).astype(np.float32)
             values[:] = unit * np.clip(np.rint(values / unit), 1 if values is scale else 0, integers[1])
         else:
-            values[:] = values.astype(np.float16)
+            values[:] = covering_unit(kind, values)
     steps = (groups + minimum[..., None]) / scale[..., None]
     nearest = levels[np.abs(steps[..., None] - levels).argmin(-1)]
     error = (nearest * scale[..., None] - minimum[..., None] - groups).reshape(ROWS, COLUMNS)
@@ -139,8 +148,9 @@ def test_constant_and_tiny_weights_are_kept(name: str, value: float) -> None:
     weight = torch.full((2, 256), value)
     found = nearest_matrix(weight, torch.ones(256), GGUF_TYPES[name]).dequantize()
     assert found.isfinite().all()
-    # float16 units end at 6e-8; a block of one value needs one step of its grid
-    assert float((found - weight).abs().max()) <= max(0.002 * abs(value), 2e-7)
+    # float16 units end at 6e-8; a block of one value needs one step of its grid, E2M1 steps of a half of units
+    mantissa = 8 if GGUF_TYPES[name].unit is None else GGUF_TYPES[name].unit.mantissa
+    assert float((found - weight).abs().max()) <= max(2.0 ** -(mantissa + 1) / 2 * abs(value), 2e-7)
 
 
 @pytest.mark.parametrize("name", ["q4_1", "q4_k", "q2_k"])
@@ -163,8 +173,9 @@ def test_quantizers_give_each_row_the_type_it_can_have(name: str) -> None:
         assert isinstance(matrix, GgufMatrix)
         assert matrix.kind is GGUF_TYPES[name].of_rows(96)
         assert matrix.size_bytes == spec_of(name).size_bytes(4 * 96, 96)
-        expected = gguf.quants.dequantize(matrix.blocks.numpy(), GGMLQuantizationType[matrix.kind.name.upper()])
-        assert torch.equal(decode_blocks(matrix.blocks, matrix.kind, (4, 96)), torch.from_numpy(expected))
+        if name in LLAMA_CPP_TYPES:
+            expected = gguf.quants.dequantize(matrix.blocks.numpy(), GGMLQuantizationType[matrix.kind.name.upper()])
+            assert torch.equal(decode_blocks(matrix.blocks, matrix.kind, (4, 96)), torch.from_numpy(expected))
 
 
 def test_what_no_type_holds_is_refused() -> None:
