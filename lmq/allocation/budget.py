@@ -159,7 +159,7 @@ def hqq_size_bytes(parameters: int, spec: QuantSpec, *, axis: int = 1) -> int:
     """
     require_axis(axis)
     if spec.gguf is not None:
-        raise InputError(f"{spec.name} is a type of llama.cpp, which hqq does not hold")
+        raise InputError(f"{spec.name} is a type that hqq does not hold")
     groups = spec.groups(parameters)
     rows, columns = (groups, spec.group_size) if axis == 1 else (spec.group_size, groups)
     if spec.bits == 3:

@@ -27,7 +27,7 @@ from lmq.export.gguf_blocks import GRID_BLOCKS, decode, encode
 from lmq.export.openers import open_export
 from lmq.export.report import ExportReport
 from lmq.export.source import QuantizedCheckpoint
-from tests.lmq.export.small_checkpoints import logits, write_small
+from tests.lmq.export.small_checkpoints import logits, write_small, write_types
 
 FLOAT16_ROUNDING = 2**-11
 GEMMA_SHAPE: dict[str, Any] = {
@@ -105,6 +105,21 @@ def test_transformers_reads_the_same_model(name: str, tmp_path: Path, request: p
     assert float((found - expected).norm() / expected.norm()) < 5e-3
     again = export(checkpoint, tmp_path / "again.gguf", fidelity="exact")
     assert again.path.read_bytes() == report.path.read_bytes()
+
+
+def test_mxfp4_is_written_byte_for_byte(tiny_llama: Path, tmp_path: Path) -> None:
+    checkpoint = write_types(tiny_llama, tmp_path / "q", "mxfp4", "q8_0")
+    assert problems(checkpoint) == []
+    report = export(checkpoint, tmp_path / "m.gguf")
+    assert {step.relative_error for step in report.steps.values()} == {0.0}
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(report.path).tensors}
+    down = tensors["blk.0.ffn_down.weight"]
+    assert down.tensor_type == GGMLQuantizationType.MXFP4
+    path = "model.layers.0.mlp.down_proj"
+    assert (down.data == checkpoint.blocks(path).blocks.numpy()).all()
+    np.testing.assert_array_equal(gguf.dequantize(down.data, down.tensor_type), checkpoint.weight(path).numpy())
+    expected, found = logits(lmq.load(tmp_path / "q", dense=True)), logits(open_gguf(report))
+    assert float((found - expected).norm() / expected.norm()) < 1e-5
 
 
 def test_the_gguf_package_reads_the_same_weights(wide_llama: Path, tmp_path: Path) -> None:
