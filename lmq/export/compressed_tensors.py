@@ -159,8 +159,5 @@ def _notes(checkpoint: QuantizedCheckpoint) -> tuple[str, ...]:
             "since its pull request 45295 (June 2026), and may find no kernel for them before"
         )
     if checkpoint.dtype != torch.bfloat16 and any(spec.name == "mxfp4" for spec in checkpoint.specs.values()):
-        notes.append(
-            "Marlin has mxfp4 for bfloat16 alone, and vLLM takes float16 for this checkpoint: serve it with "
-            "--dtype bfloat16"
-        )
+        notes.append("Marlin computes mxfp4 in bfloat16 alone: serve this with --dtype bfloat16")
     return tuple(notes)
