@@ -54,7 +54,9 @@ FORMATS: Mapping[str, ExportFormat] = {
     "gguf": ExportFormat(
         summary="a file for llama.cpp and its relatives", module="lmq.export.gguf", options=("fidelity", "tensor_types")
     ),
-    "compressed-tensors": ExportFormat(summary="packed integers for vLLM", module="lmq.export.compressed_tensors"),
+    "compressed-tensors": ExportFormat(
+        summary="packed integers and 4-bit floats for vLLM", module="lmq.export.compressed_tensors"
+    ),
     "gptq": ExportFormat(
         summary="packed integers of GPTQ, bits by module, for GPTQModel and vLLM", module="lmq.export.gptq"
     ),

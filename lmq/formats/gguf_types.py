@@ -81,7 +81,7 @@ class ByteFloat(NamedTuple):
 
 E8M0 = ByteFloat(mantissa=0, least=0)
 E5M3 = ByteFloat(mantissa=3, least=127 - 24, span=2.0**13)
-"""Up to 240. The span is one that E4M3 times a power of two holds wherever it lies."""
+"""Up to 224 as written, so that weights reach 1,344. E4M3 times a power of two holds the span wherever it lies."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ Bits per weight follow MXQ equation 2, `b1 + 2·b2/g1 + 32/(g1·g2)`: an 8-bit s
 group of weights, and a 16-bit range (low, high) for every group of scales. The bytes of a stored matrix
 are that formula with the last partial groups rounded up, plus `MATRIX_HEADER_BYTES`.
 
-The types that llama.cpp computes with are configurations too, by their names: `q4_k` (`lmq.formats.gguf_types`).
+The types that llama.cpp computes with are configurations too, by their names: `q4_k` (`lmq.formats.gguf_types`). So
+are `mxfp4` and `nvfp4`, which vLLM serves as well.
 """
 
 from __future__ import annotations
