@@ -5,6 +5,7 @@
     runs/<run>.json                  the artifacts that a finished run needs
     leases/                          those that runs in progress need (`lmq_storage.leases`)
     tmp/, locks/                     files being written and locks, on this machine
+    checked                          local bytes that were read whole and were right (`lmq_storage.check_record`)
 
 Bytes are written under a temporary name and get their final name by rename (or, on object stores, by one upload);
 the manifest comes last, so an artifact either is there whole or is not there. Two writers of one key, on one
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from lmq_storage.artifact import ArtifactRef, Manifest, StoredFile
+from lmq_storage.check_record import CheckRecord
 from lmq_storage.checked_files import CheckedFiles, file_sha256
 from lmq_storage.errors import DamagedArtifact, StoreError
 from lmq_storage.files import StoreFiles, file_lock
@@ -48,6 +50,7 @@ class ArtifactStore:
         self.is_local = self.storage.is_local
         self.local_dir = Path(self.storage.root) if self.is_local else (cache_dir or _default_cache_dir(url))
         self.checked = CheckedFiles()
+        self._record = CheckRecord(self.local_dir / "checked")
 
     def __repr__(self) -> str:
         return f"ArtifactStore({self.url!r})"
@@ -57,7 +60,8 @@ class ArtifactStore:
     def find(self, stage: str, key: str) -> ArtifactRef | None:
         """Reference of the artifact if its manifest and all its bytes are there and undamaged, else None.
 
-        Local bytes are checked by digest (once per process while the file does not change), remote ones by size.
+        Local bytes are checked by digest, once while the file does not change by size, time and inode; remote ones by
+        size. `path` and `files`, which bytes are worked with by, read them whole once per process.
         """
         manifest = self.manifest(stage, key)
         if manifest is None or any(not self._blob_is_sound(file) for file in manifest.files.values()):
@@ -204,6 +208,12 @@ class ArtifactStore:
         parts = (path.split("/") for path in self.storage.find(folder) if path.endswith(".json"))
         return [(part[1], part[2].removesuffix(".json")) for part in parts if len(part) == 3 and part[2][0] != "."]
 
+    def distrust(self, sha256: str) -> None:
+        """Forget that bytes of this digest were right: they are read whole before they count as there again."""
+        blob = self.local_dir / blob_path(sha256)
+        self.checked.forget(blob)
+        self._record.drop(blob)
+
     # ── bytes ────────────────────────────────────────────────────────────────────────────────────────────
 
     def _local_tmp(self) -> Path:
@@ -212,13 +222,24 @@ class ArtifactStore:
         return directory
 
     def _blob_is_sound(self, file: StoredFile) -> bool:
-        if self.is_local:
-            return self.checked.matches(Path(self.storage.full(blob_path(file.sha256))), file)
-        return self.storage.size(blob_path(file.sha256)) == file.size_bytes
+        """Whether a blob was right when it was last read, which is now where it changed since."""
+        if not self.is_local:
+            return self.storage.size(blob_path(file.sha256)) == file.size_bytes
+        path = self.local_dir / blob_path(file.sha256)
+        return self._record.holds(path) or self._is_right(path, file)
+
+    def _is_right(self, path: Path, file: StoredFile) -> bool:
+        """Whether a local blob has its bytes, read whole once per process; the record is told."""
+        if not self.checked.matches(path, file):
+            self._record.drop(path)
+            return False
+        if not self._record.holds(path):
+            self._record.add(path)
+        return True
 
     def _local_blob(self, file: StoredFile, label: str) -> Path:
         path = self.local_dir / blob_path(file.sha256)
-        if self.checked.matches(path, file):
+        if self._is_right(path, file):
             return path
         if self.is_local:
             raise DamagedArtifact(f"{label} is missing or damaged ({path}); run again to make it anew")
@@ -251,18 +272,24 @@ class ArtifactStore:
         """
         file = StoredFile(file_sha256(path), path.stat().st_size)
         target = blob_path(file.sha256)
-        if self.is_local and self._blob_is_sound(file):
+        there = self.local_dir / target
+        if self.is_local and self.checked.matches(there, file):
             try:
-                os.utime(self.storage.full(target))
-                self.checked.remember(Path(self.storage.full(target)))
+                os.utime(there)
+                self._remember(there)
                 return file
             except FileNotFoundError:
                 pass  # removed this moment
         path.chmod(0o444)
         self.storage.upload(path, target)
         if self.is_local:
-            self.checked.remember(Path(self.storage.full(target)))
+            self._remember(there)
         return file
+
+    def _remember(self, blob: Path) -> None:
+        """Take note of a local blob that has its bytes."""
+        self.checked.remember(blob)
+        self._record.add(blob)
 
     def _publish_manifest(self, manifest: Manifest) -> ArtifactRef:
         """Write the manifest unless a sound artifact is there; returns the reference of what is there then.

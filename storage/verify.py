@@ -27,6 +27,7 @@ def verify(store: ArtifactStore) -> list[str]:
             if file.sha256 not in states:
                 states[file.sha256] = _damage(store, file.sha256, file.size_bytes)
             if states[file.sha256] is not None:
+                store.distrust(file.sha256)
                 damages.append(f"{stage}/{key} file {name} {states[file.sha256]}; run again to make it anew")
     return damages
 

@@ -40,7 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="BYTES",
         help="memory of a GPU, as in 24GB, for the checkpoint, the cache of --context and activations",
     )
-    parser.add_argument("--context", metavar="TOKENS", help="tokens at once for --fit-gpu, as in 32k")
+    parser.add_argument(
+        "--context",
+        metavar="TOKENS",
+        help="tokens that a program holds at once, as in 32k: for --fit-gpu, and for the memory that is told",
+    )
     parser.add_argument(
         "-o",
         "--output",
@@ -101,6 +105,7 @@ def _may_start(prepared: PreparedGoal, *, yes: bool) -> bool:
     """Say what the run will take, and ask where that is much and somebody is there to answer."""
     from lmq_flows.cli.inspect import summary
     from lmq_flows.run.expectation import expect
+    from lmq_flows.run.one_model import GPU_SET_ASIDE, GPU_SET_ASIDE_BYTES
     from lmq_flows.run.plan import plan_run
 
     config = prepared.config
@@ -108,10 +113,6 @@ def _may_start(prepared: PreparedGoal, *, yes: bool) -> bool:
     minutes = expected.seconds / 60
     notes = config.left_out_of_menu(config.models[0], prepared.structure.quantized)
     say(f"{prepared.goal.name}: {summary(prepared.structure)}")
-    if prepared.gpu:
-        say(f"{prepared.goal.fit_gpu} of a GPU are divided into")
-        for what, size_bytes in prepared.gpu:
-            say(f"  {size_bytes / 1e6:>12,.1f} MB  {what}")
     say(
         f"run {config.name}: about {_minutes(minutes)} and {expected.memory_bytes / 1e9:.1f} GB of memory with "
         f"{config.runner.workers * config.runner.threads_per_worker} threads; "
@@ -119,8 +120,16 @@ def _may_start(prepared: PreparedGoal, *, yes: bool) -> bool:
     )
     engine, matrices_bytes = prepared.goal.engine, prepared.matrices_bytes
     whole_bytes = matrices_bytes + prepared.beside_bytes
-    opened = "" if engine is None else f", for {engine.description}"
-    say(f"at most {whole_bytes / 1e6:,.1f} MB on disk, {matrices_bytes / 1e6:,.1f} of them quantized matrices{opened}")
+    say(f"at most {whole_bytes / 1e6:,.1f} MB on disk, {matrices_bytes / 1e6:,.1f} of them quantized matrices")
+    if engine is not None:
+        say(f"for {engine.description}; opened by {engine.opened_by}")
+    in_memory = {"the checkpoint": whole_bytes, **prepared.beside_in_memory}
+    if prepared.goal.fit_gpu is not None:
+        in_memory[GPU_SET_ASIDE] = GPU_SET_ASIDE_BYTES
+    if prepared.beside_in_memory:
+        say(f"at most {sum(in_memory.values()) / 1e6:,.1f} MB in memory while it runs")
+        for what, size_bytes in in_memory.items():
+            say(f"  {size_bytes / 1e6:>12,.1f} MB  {what}")
     for note in notes:
         say(f"note: {note}")
     if minutes <= _ASK_ABOVE_MINUTES or yes or not sys.stdin.isatty():

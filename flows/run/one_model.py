@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
@@ -59,7 +59,9 @@ _TENSOR_TEXT_BYTES = 420
 """The most that headers, checksums and configuration say of a tensor, beside its name, which is in all three."""
 _CARD_BYTES = 32_000
 _TENSORS_PER_MODULE = 5
-_GPU_SET_ASIDE_BYTES = 1_000_000_000
+_CONTEXT = 4096
+GPU_SET_ASIDE = "set aside for CUDA and fragments (an assumption, not measured)"
+GPU_SET_ASIDE_BYTES = 1_000_000_000
 _FRAME_STYLE = "width: 100%; height: 80vh; border: 0"
 
 
@@ -70,7 +72,8 @@ class Goal:
     `size` is that of the whole directory, as in "400 MB", where embedding and head are quantized too; `bits` per weight
     are those of the matrices in the blocks; `plan` is the file or run of `lmq_flows.run.given_plan.read_plan`;
     `fit_gpu` is the memory of a GPU, as in "24GB", that is to hold the checkpoint, as small as a `size`, the cache of
-    `context` tokens, as in 32k, and the activations. Exactly one of them is given.
+    `context` tokens, as in 32k, and the activations. Exactly one of them is given. Without `fit_gpu`, `context` only
+    says for how many tokens the memory is told; where it is None for `_CONTEXT`, or all that the model sees.
     `output` None: a directory named after both, here. `target` is one of `lmq.allocation.targets`: what is planned is
     what it holds, and the output is an export for it; where it takes quantized embeddings, `bits` count them too.
     """
@@ -93,9 +96,9 @@ class Goal:
                 "give one of size, bits, plan and fit_gpu: how large the whole checkpoint may be, bits per weight, the "
                 "plan of another run, or the memory of a GPU"
             )
-        if (self.context is None) != (self.fit_gpu is None):
+        if self.fit_gpu is not None and self.context is None:
             raise InputError(
-                "fit_gpu and context go together: the memory of a GPU, and the tokens it is to hold beside"
+                "fit_gpu needs context: how many tokens the memory of the GPU is to hold beside, as in 32k"
             )
         if self.effort not in EFFORTS:
             raise unknown_name("effort", self.effort, EFFORTS)
@@ -144,8 +147,9 @@ class Goal:
 class PreparedGoal:
     """A goal with the run that reaches it by a `strategy`.
 
-    `beside_bytes` are those of the checkpoint beside its quantized matrices. `gpu` says what the memory of a GPU is
-    given to, with the bytes of each, the last of which are left for the checkpoint; empty where none was named.
+    `beside_bytes` are those of the checkpoint beside its quantized matrices. `beside_in_memory` names what a program
+    that runs it holds beside the checkpoint, with the bytes of each; empty where they do not follow from the model's
+    configuration. `gpu_left` are the bytes that a GPU has left for the checkpoint; None where none was named.
     """
 
     goal: Goal
@@ -154,7 +158,8 @@ class PreparedGoal:
     structure: ModelStructure
     model_dir: Path
     beside_bytes: int
-    gpu: tuple[tuple[str, int], ...] = ()
+    beside_in_memory: Mapping[str, int]
+    gpu_left: int | None = None
 
     @property
     def matrices_bytes(self) -> int:
@@ -228,9 +233,10 @@ def prepare_goal(goal: Goal) -> PreparedGoal:
     known = MENU if engine is None else engine.usual_menu(inspected.structure.quantized)
     sizes = LayoutRange.of(inspected.structure.quantized, known, "paper", target=engine)
     menu = set(sizes.uniform_bytes)
-    gpu = _gpu_shares(goal, inspected)
+    beside_in_memory = _beside_in_memory(goal, inspected)
+    gpu_left = _gpu_left(goal, inspected.structure, beside_in_memory)
     if plan is None:
-        asked = replace(goal, size=f"{gpu[-1][1]}B", fit_gpu=None, context=None) if gpu else goal
+        asked = goal if gpu_left is None else replace(goal, size=f"{gpu_left}B", fit_gpu=None)
         budget = _budget(asked, inspected.structure, sizes, beside_bytes)
     else:
         plan_bytes = plan.size_bytes(inspected.structure, engine)
@@ -265,7 +271,8 @@ def prepare_goal(goal: Goal) -> PreparedGoal:
         structure=inspected.structure,
         model_dir=inspected.model_dir,
         beside_bytes=beside_bytes,
-        gpu=gpu,
+        beside_in_memory=beside_in_memory,
+        gpu_left=gpu_left,
     )
 
 
@@ -281,22 +288,36 @@ def _export(checkpoint: Path, path: Path, format_name: str) -> None:
         raise LmqError(f"{report.path} is not what {checkpoint} computes: {'; '.join(check.failures)}")
 
 
-def _gpu_shares(goal: Goal, inspected: InspectedModel) -> tuple[tuple[str, int], ...]:
-    """What the memory of a GPU is given to, in bytes; last what is left for the checkpoint. Raises InputError."""
-    if goal.fit_gpu is None or goal.context is None:
-        return ()
-    tokens, memory = _tokens(goal.context), Budget.parse(goal.fit_gpu).size_bytes
-    assert memory is not None
+def _beside_in_memory(goal: Goal, inspected: InspectedModel) -> dict[str, int]:
+    """What is in memory beside the checkpoint while it runs, in bytes. Raises InputError for a context it cannot have.
+
+    Empty where no context was asked for and the cache does not follow from the configuration.
+    """
     structure, config = inspected.structure, read_model_config(inspected.model_dir)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or _CONTEXT
+    tokens = min(_CONTEXT, positions) if goal.context is None else _tokens(goal.context)
     number_bytes = DTYPE_BYTES[structure.dtype]
-    cache = cache_of(config, tokens, number_bytes)
+    try:
+        cache = cache_of(config, tokens, number_bytes)
+    except InputError:
+        if goal.context is not None:
+            raise
+        return {}
     largest = max(info.parameters for info in structure.modules)
-    taken = {
-        "set aside for CUDA and fragments (an assumption, not measured)": _GPU_SET_ASIDE_BYTES,
+    return {
         str(cache): cache.size_bytes,
         f"activations of {tokens:,} tokens at once (estimated)": activation_bytes(config, tokens, number_bytes),
         "the largest matrix, unpacked": largest * number_bytes,
     }
+
+
+def _gpu_left(goal: Goal, structure: ModelStructure, beside: Mapping[str, int]) -> int | None:
+    """Bytes that the memory of a GPU has left for the checkpoint, None where none was named. Raises InputError."""
+    if goal.fit_gpu is None:
+        return None
+    memory = Budget.parse(goal.fit_gpu).size_bytes
+    assert memory is not None
+    taken = {GPU_SET_ASIDE: GPU_SET_ASIDE_BYTES, **beside}
     left = memory - sum(taken.values())
     if left <= 0:
         named = "; ".join(f"{_megabytes(size)} {what}" for what, size in taken.items())
@@ -309,7 +330,7 @@ def _gpu_shares(goal: Goal, inspected: InspectedModel) -> tuple[tuple[str, int],
             f"{goal.model} takes {_megabytes(own)} and fits as it is: {_megabytes(left)} of {goal.fit_gpu} are "
             f"left for it beside {goal.context} tokens; it need not be quantized"
         )
-    return (*taken.items(), ("left for the checkpoint", left))
+    return left
 
 
 def _tokens(context: str) -> int:

@@ -7,17 +7,21 @@ import ipaddress
 import logging
 import signal
 import tempfile
+import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
+from prefect.settings import PREFECT_API_URL, Settings, get_current_settings, temporary_settings
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from lmq.errors import InputError
 from lmq_flows.config.sections import RunnerConfig
+
+if TYPE_CHECKING:
+    from prefect.server.api.server import SubprocessASGIServer
 
 CONNECT_TIMEOUT_S = 30
 """How long to wait for a cluster to answer."""
@@ -123,13 +127,17 @@ def _ray(config: RunnerConfig) -> Iterator[Any]:
 @contextmanager
 def _server_for_all_processes() -> Iterator[None]:
     """Let workers report to the server of this process, where it has one of its own, instead of starting others."""
-    api_url = start_own_server()
-    with temporary_settings({PREFECT_API_URL: api_url}) if api_url else nullcontext():
+    server = start_own_server()
+    if server is None:
+        yield
+        return
+    with temporary_settings({PREFECT_API_URL: server.api_url}) as settings:
+        _retry_while_it_runs(server, settings)
         yield
 
 
-def start_own_server() -> str | None:
-    """Start the server that Prefect has for a process that is set to none, and give its URL; it ends with the process.
+def start_own_server() -> SubprocessASGIServer | None:
+    """Start the server that Prefect has for a process that is set to none; it ends with the process.
 
     It does not hear Ctrl-C, which a terminal sends to all its processes: a run that is stopped has to tell its server,
     and would try to for minutes. None where Prefect is set to a server, or to start none.
@@ -146,7 +154,20 @@ def start_own_server() -> str | None:
         server.start(timeout=max(set_s, LEAST_SERVER_START_S))
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, heard)
-    return server.api_url
+    _retry_while_it_runs(server, settings)
+    return server
+
+
+def _retry_while_it_runs(server: SubprocessASGIServer, settings: Settings) -> None:
+    """Let requests fail at once when the server has ended: with a whole group of processes, or for want of memory."""
+
+    def give_up() -> None:
+        server_process.wait()
+        settings.client.max_retries = 0
+
+    server_process = server.server_process
+    if server_process is not None:
+        threading.Thread(target=give_up, name="end-of-own-server", daemon=True).start()
 
 
 def _package(kind: str) -> Any:

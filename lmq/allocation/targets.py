@@ -35,7 +35,7 @@ class Target:
     bits, group_sizes: any of one with any of the other. Groups run along in_features and do not straddle rows.
     types: configurations by name, beside both or in their place. menu: what a run chooses from that names no menu.
     embeddings: whether input embedding and output head may be quantized. export: the format of `lmq export`.
-    usage: what opens an export at `{path}`.
+    usage: what opens an export at `{path}`. opened_by: programs that do, from which version on.
     alike: kinds that the engine holds in one matrix, and so in one configuration; presets of
     `lmq.allocation.constraints`. integer_zeros: zeros are whole numbers, or all the middle of the codes, as
     `lmq.quantizers.integer_zeros` fits them.
@@ -50,6 +50,7 @@ class Target:
     description: str
     export: str
     usage: str
+    opened_by: str
     bits: tuple[int, ...] = ()
     group_sizes: tuple[int, ...] = ()
     types: tuple[str, ...] = ()
@@ -114,6 +115,7 @@ _GPTQ = Target(
     description="GPTQModel, vLLM and SGLang by GPTQ's layout, with bits and groups by module",
     export="gptq",
     usage="vllm serve {path}",
+    opened_by="GPTQModel (tested: 7.7), and vLLM and SGLang, which were not run",
     bits=(2, 3, 4, 8),
     group_sizes=(32, 64, 128),
     alike=("qkv", "gate-up"),
@@ -131,6 +133,8 @@ TARGETS: Mapping[str, Target] = {
             description="vLLM and SGLang through compressed-tensors: the weight-only kernels of Marlin",
             export="compressed-tensors",
             usage="vllm serve {path}",
+            opened_by="vLLM 0.9 or newer (zeros of 4 bits: its pull request 14211) and SGLang, which were not run; "
+            "tested: compressed-tensors 0.20",
             bits=(4, 8),
             group_sizes=(32, 64, 128),
             types=("mxfp4", "nvfp4"),
@@ -146,6 +150,7 @@ TARGETS: Mapping[str, Target] = {
             description="llama.cpp and the programs built on it, by GGUF files",
             export="gguf",
             usage="llama-cli -m {path}",
+            opened_by="llama.cpp of March 2024 or newer, the first with iq4_xs (tested: llama-cpp-python 0.3.36)",
             types=LLAMA_CPP_TYPES,
             menu=("q2_k", "q3_k", "iq4_xs", "q4_k", "q4_1", "q5_k", "q6_k", "q8_0"),
             embeddings=True,
@@ -162,6 +167,7 @@ TARGETS: Mapping[str, Target] = {
             description="transformers with the auto-round package, with bits and groups by module",
             export="auto-round",
             usage="AutoModelForCausalLM.from_pretrained({path!r})",
+            opened_by="transformers with auto-round (tested: 5.23 with 0.16)",
             bits=(2, 3, 4, 5, 6, 8),
             group_sizes=(32, 64, 128),
             menu=(*(spec.name for spec in STOPS if spec.bits < 8), "b5g64", "b6g64", "b8g64"),
@@ -177,6 +183,7 @@ TARGETS: Mapping[str, Target] = {
             description="vLLM, SGLang and transformers by AWQ's layout: 4 bits, one group size for all",
             export="awq",
             usage="vllm serve {path}",
+            opened_by="transformers with GPTQModel (tested: 5.23 with 7.7), and vLLM and SGLang, which were not run",
             bits=(4,),
             group_sizes=(32, 64, 128),
             integer_zeros=True,

@@ -6,7 +6,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmq_storage import ArtifactRef, ArtifactStore, DamagedArtifact, StoreError, artifact_key, canonical_json
+from lmq_storage import (
+    ArtifactRef,
+    ArtifactStore,
+    DamagedArtifact,
+    StoreError,
+    artifact_key,
+    canonical_json,
+    check_record,
+    checked_files,
+)
+from lmq_storage.check_record import CheckRecord
 from lmq_storage.verify import verify
 
 
@@ -73,6 +83,54 @@ def test_damaged_bytes_are_a_miss_and_are_made_again(tmp_path, damage):
     again = publish(store)
     assert store.path(again, "a.txt").read_text() == "hello"
     assert verify(store) == []
+
+
+def test_bytes_that_were_read_once_are_there_without_being_read(tmp_path, monkeypatch):
+    ref = publish(ArtifactStore(str(tmp_path / "store")))
+    monkeypatch.setattr(checked_files, "file_sha256", lambda path: pytest.fail(f"{path} was read"))
+    assert ArtifactStore(str(tmp_path / "store")).find("kurtosis", "k") == ref
+
+
+@pytest.mark.parametrize("noticed_by", ["reading", "verify"])
+def test_bytes_that_rot_unseen_are_noticed_before_they_are_worked_with(tmp_path, noticed_by):
+    store, other = (ArtifactStore(str(tmp_path / "store")) for _ in range(2))
+    ref = publish(store)
+    blob = blob_of(store, ref)
+    before = blob.stat()
+    blob.chmod(0o644)
+    with blob.open("r+b") as stream:
+        stream.write(b"j")
+    os.utime(blob, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert other.find("kurtosis", "k") == ref
+    if noticed_by == "verify":
+        assert len(verify(ArtifactStore(str(tmp_path / "store")))) == 1
+    else:
+        with pytest.raises(DamagedArtifact, match="missing or damaged"):
+            ArtifactStore(str(tmp_path / "store")).path(ref, "a.txt")
+    assert other.find("kurtosis", "k") is None
+    publish(other)
+    assert ArtifactStore(str(tmp_path / "store")).path(ref, "a.txt").read_text() == "hello"
+
+
+def test_the_record_of_checks_is_read_as_far_as_it_makes_sense(tmp_path):
+    store = ArtifactStore(str(tmp_path / "store"))
+    ref = publish(store)
+    (tmp_path / "store" / "checked").write_bytes(b"\xff half a line\n" + b"one two three\nhalf")
+    assert ArtifactStore(str(tmp_path / "store")).find("kurtosis", "k") == ref
+
+
+def test_the_record_of_checks_is_rewritten_when_most_of_its_lines_are_old(tmp_path, monkeypatch):
+    monkeypatch.setattr(check_record, "_LINES_BEFORE_REWRITE", 5)
+    record, blob = CheckRecord(tmp_path / "checked"), tmp_path / "blob"
+    blob.write_text("hello")
+    for _ in range(20):
+        record.add(blob)
+    assert record.holds(blob)
+    assert len((tmp_path / "checked").read_text().splitlines()) == 1
+    assert CheckRecord(tmp_path / "checked").holds(blob)
+    record.drop(blob)
+    assert not record.holds(blob)
+    assert not CheckRecord(tmp_path / "checked").holds(blob)
 
 
 def test_truncated_manifest_is_a_miss(tmp_path):

@@ -22,6 +22,7 @@ from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
 
 import lmq
 from lmq.checkpoint.write import quantized_bytes, read_quantization_config
+from lmq.errors import InputError
 from lmq.export.source import QuantizedCheckpoint
 from lmq.formats.packed_layer import QuantizedEmbedding
 from lmq.formats.spec import QuantSpec
@@ -31,7 +32,7 @@ from lmq.model.tensors import read_headers, size_bytes
 from lmq.report.results import format_measured, read_results
 from lmq_flows.cli import main
 from lmq_flows.run.given_plan import read_plan
-from lmq_flows.run.one_model import CheckpointPath, Goal, prepare_goal
+from lmq_flows.run.one_model import GPU_SET_ASIDE_BYTES, CheckpointPath, Goal, prepare_goal
 from tests.flows.cli.conftest import refusal
 from tests.flows.processes import Runner, finished_work, forking_runner, save_small_llama, wait_until
 
@@ -303,13 +304,26 @@ def test_a_run_with_several_plans_names_them(
 
 def test_what_a_gpu_holds_beside_is_taken_off_its_memory(tiny_qwen: Path, tmp_path: Path) -> None:
     prepared = prepare_goal(Goal(model=str(tiny_qwen), fit_gpu="1001.3MB", context="200"))
-    shares = dict(prepared.gpu)
-    assert sum(shares.values()) == 1_001_300_000
+    shares = prepared.beside_in_memory
+    left = prepared.gpu_left
+    assert GPU_SET_ASIDE_BYTES + sum(shares.values()) + left == 1_001_300_000
     assert shares["cache of 200 tokens: 4 layers × 2 heads × 16 × 2 × 4 bytes"] == 200 * 4 * 2 * 16 * 2 * 4
     assert shares["the largest matrix, unpacked"] == 64 * 128 * 4
-    left = shares["left for the checkpoint"]
     assert prepared.config.budgets == (f"{left - prepared.beside_bytes} B",)
     assert prepared.config.budgets == prepare_goal(Goal(model=str(tiny_qwen), size=f"{left}B")).config.budgets
+
+
+@pytest.mark.parametrize(("context", "tokens"), [(None, 256), ("100", 100)])
+def test_what_is_in_memory_while_it_runs_is_told_for_a_context(
+    tiny_qwen: Path, tmp_path: Path, context: str | None, tokens: int
+) -> None:
+    prepared = prepare_goal(Goal(model=str(tiny_qwen), size="400KB", context=context))
+    assert prepared.gpu_left is None
+    (cache, cache_bytes), *_ = prepared.beside_in_memory.items()
+    assert cache.startswith(f"cache of {tokens} tokens")
+    assert cache_bytes == tokens * 4 * 2 * 16 * 2 * 4
+    with pytest.raises(InputError, match="sees 256 tokens at once, not 1,024"):
+        prepare_goal(Goal(model=str(tiny_qwen), size="400KB", context="1k"))
 
 
 def test_what_does_not_fit_a_gpu_is_refused(
@@ -321,10 +335,7 @@ def test_what_does_not_fit_a_gpu_is_refused(
     assert "sees 256 tokens at once, not 32,768" in refusal(capsys, *line, "24GB", "--context", "32k")
     assert "is not a number of tokens" in refusal(capsys, *line, "24GB", "--context", "long")
     assert "write it as in 400MB" in refusal(capsys, *line, "24", "--context", "200")
-    assert "fit_gpu and context go together" in refusal(capsys, *line, "24GB")
-    assert "fit_gpu and context go together" in refusal(
-        capsys, "quantize", tiny_qwen, "--size", "1MB", "--context", "200"
-    )
+    assert "fit_gpu needs context" in refusal(capsys, *line, "24GB")
 
 
 def test_a_path_shows_a_report_only_where_there_is_one(tmp_path: Path) -> None:
