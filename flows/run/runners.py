@@ -161,13 +161,14 @@ def start_own_server() -> SubprocessASGIServer | None:
 def _retry_while_it_runs(server: SubprocessASGIServer, settings: Settings) -> None:
     """Let requests fail at once when the server has ended: with a whole group of processes, or for want of memory."""
 
+    process = server.server_process
+    assert process is not None, "the server was started"
+
     def give_up() -> None:
-        server_process.wait()
+        process.wait()
         settings.client.max_retries = 0
 
-    server_process = server.server_process
-    if server_process is not None:
-        threading.Thread(target=give_up, name="end-of-own-server", daemon=True).start()
+    threading.Thread(target=give_up, name="end-of-own-server", daemon=True).start()
 
 
 def _package(kind: str) -> Any:
