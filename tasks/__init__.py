@@ -19,6 +19,8 @@ STAGES: dict[str, Stage] = {
         states.backward,
         states.sampled_gradient,
         states.sampled_backward,
+        states.beside_states,
+        states.beside_gradients,
         measure.measure_second_moments,
         measure.make_grids,
         *measure.MEASUREMENT_STAGES.values(),

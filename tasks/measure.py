@@ -51,7 +51,7 @@ def open_layer(job: Job) -> LayerReplay:
     layer = job.config["layer"]
 
     def reader(need: Need, file: str, read: Callable[..., Any]) -> Callable[[], Any]:
-        return lambda: read(job.input(need.value, file))
+        return lambda: read(job.input(need.value, job.file_of(need.value) or file))
 
     return LayerReplay(
         structure,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -47,12 +48,14 @@ def discover_structure(job: Job) -> None:
     """Discover layers, modules, kinds and parts of a model; refuse by name what cannot be quantized or measured."""
     sha256 = job.ref("model").sha256 if job.has("model") else job.config["weights_sha256"]
     embeddings = job.config.get("embeddings", False)
-    structure = discover(model_dir(job), weights_sha256=sha256, embeddings=embeddings)
+    patterns = job.config.get("modules", ())
+    find = partial(discover, model_dir(job), weights_sha256=sha256, embeddings=embeddings, beside=patterns)
+    structure = find()
     kept = dry_run(model_dir(job), structure)
-    if "modules" in job.config:
-        kept = tuple({*kept, *left_out(structure, job.config["modules"])})
+    if patterns:
+        kept = tuple({*kept, *left_out(structure, patterns)})
     if kept:
-        structure = discover(model_dir(job), weights_sha256=sha256, kept=kept, embeddings=embeddings)
+        structure = find(kept=kept)
     (job.output / "structure.json").write_text(json.dumps(structure.to_json()))
 
 

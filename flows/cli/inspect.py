@@ -37,7 +37,7 @@ def inspect_command(arguments: argparse.Namespace) -> int:
     )
     for note in structure.kept_notes:
         say(f"of these, in the blocks: {note}")
-    for part in structure.kept_parts:
+    for part in structure.kept_beside:
         say(f"of these, beside the language model: {part}")
     return 0
 

@@ -56,7 +56,9 @@ class MeasurementRequest(Section):
     runner: RunnerConfig = RunnerConfig()
     embeddings: bool = Field(False, description="Quantize the input embedding and the output head too")
     modules: tuple[str, ...] = Field(
-        (), description='Quantize only these: patterns over LAYER.KIND, as in ["*.mlp.*"]; default: all'
+        (),
+        description='Quantize only these: patterns over LAYER.KIND, as in ["*.mlp.*"], and of paths beside a language '
+        'model, as in ["*", "vision_tower.*"]; default: all of the language model',
     )
     store: str = Field("store", min_length=1, description="Where artifacts are kept: a directory or any fsspec URL")
 

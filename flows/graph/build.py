@@ -280,7 +280,7 @@ class _ModelGraph(ModelNodes):
         seen = (1 + max(0, evaluation.tokens - evaluation.window) // evaluation.stride) * evaluation.window
         keep = self.state_bytes(seen)
         shown: dict[str, Input | list[Input]] = {"tokens": tokens}
-        if len(self.model.structure.towers) > 1:
+        if len(self.model.structure.judged_towers) > 1:
             shown["prompts"] = self.prompts(1)
         if self.model.images and self.model.images.config.probe:
             shown["probe"] = self.probe_images(self.model.images)

@@ -21,7 +21,7 @@ from lmq_flows.graph.node import FileOf, Graph, Input, Node
 from lmq_storage import ArtifactRef
 from lmq_tasks import STAGES
 from lmq_tasks.stage import Site
-from lmq_tasks.states import GRADIENTS_FILE, MOMENTS_FILE
+from lmq_tasks.states import GRADIENTS_FILE, MOMENTS_FILE, beside_gradients_file, beside_states_file
 
 FLOAT32_BYTES = 4
 
@@ -299,11 +299,11 @@ class CapturedText:
 
     @cached_property
     def _states(self) -> list[list[Node]]:
-        """Of every tower the states that enter every block, then those that leave the last."""
+        """Of every tower to its end the states that enter every block, then those that leave the last."""
         calibration = self._calibration
         keep = self._nodes.state_bytes(calibration.sequences * calibration.sequence_length)
         towers = []
-        for tower in range(len(self._structure.towers)):
+        for tower in self._structure.judged_towers:
             config, what = ({"tower": tower}, f"tower {tower + 1}") if tower else ({}, "")
             given = {"tokens": self._prompts} if tower else {self._examples: self.tokens}
             states = [self._nodes.add("embed", what, config, given, expected_bytes=keep)]
@@ -314,14 +314,38 @@ class CapturedText:
         return towers
 
     @property
-    def entering(self) -> list[Node]:
+    def entering(self) -> list[Node | FileOf]:
         """States that enter every block."""
-        return [node for states in self._states for node in states[:-1]]
+        return [*(node for states in self._states for node in states[:-1]), *self._entering_beside]
 
     @property
     def leaving(self) -> list[Node]:
         """States that leave every block."""
         return [node for states in self._states for node in states[1:]]
+
+    @cached_property
+    def _entering_beside(self) -> list[FileOf]:
+        """States that enter every block beside a language model."""
+        if not (layers := self._structure.layers_beside):
+            return []
+        node = self._nodes.add("beside-states", "", {}, {"pairs": self.tokens})
+        return [FileOf(node, beside_states_file(layer)) for layer in layers]
+
+    @cached_property
+    def _drawn_beside(self) -> list[tuple[FileOf, FileOf]]:
+        """Of every block beside a language model gradients at its output, and the second moments of its modules."""
+        if not self._entering_beside:
+            return []
+        states = self._entering_beside[0].node
+        inputs: dict[str, Input] = {"pairs": self.tokens, "states": states, "gradient": self.entering_gradient}
+        gradients = self._nodes.add("beside-gradients", "", {}, inputs)
+        found = []
+        for layer, entering in zip(self._structure.layers_beside, self._entering_beside, strict=True):
+            gradient = FileOf(gradients, beside_gradients_file(layer))
+            inputs = {"hidden": entering, "gradient": gradient}
+            moments = self._nodes.add_layer("sampled-backward", layer, self._moments_of, inputs)
+            found.append((gradient, FileOf(moments, MOMENTS_FILE)))
+        return found
 
     @property
     def last(self) -> Node:
@@ -332,7 +356,7 @@ class CapturedText:
     def text_gradients(self) -> list[Node]:
         """Gradients at every block's output of the loss of the calibration text."""
         keep = self.last.expected_bytes
-        inputs = {"hidden": self.last, "tokens": self.tokens}
+        inputs: dict[str, Input] = {"hidden": self.last, "tokens": self.tokens}
         found = [self._nodes.add("loss-gradient", "", {}, inputs, expected_bytes=keep)]
         for layer in range(self._layers - 1, 0, -1):
             inputs = {"hidden": self.entering[layer], "gradient": found[-1]}
@@ -370,7 +394,8 @@ class CapturedText:
     @property
     def drawn_gradients(self) -> list[FileOf]:
         """Gradients at every block's output for labels that the model draws."""
-        return [FileOf(node, GRADIENTS_FILE) for nodes in self._drawn for node in nodes[1:]]
+        own = [FileOf(node, GRADIENTS_FILE) for nodes in self._drawn for node in nodes[1:]]
+        return own + [gradient for gradient, _ in self._drawn_beside]
 
     @property
     def entering_gradient(self) -> FileOf:
@@ -398,7 +423,8 @@ class CapturedText:
         Quantizers that look at the same ones share them.
         """
         if fisher_weighted:
-            return [FileOf(node, MOMENTS_FILE) for nodes in self._drawn for node in nodes[:-1]]
+            own = [FileOf(node, MOMENTS_FILE) for nodes in self._drawn for node in nodes[:-1]]
+            return own + [moments for _, moments in self._drawn_beside]
         return self._plain_moments
 
     @cached_property

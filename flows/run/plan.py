@@ -159,10 +159,8 @@ class _Ready:
         ]
         kept, left_out = [], []
         for model in self.models:
-            kept_parts = map(str, model.structure.kept_parts)
-            kept += [
-                f"{model.config.name} keeps {note} as it is" for note in (*model.structure.kept_notes, *kept_parts)
-            ]
+            notes = (*model.structure.kept_notes, *model.structure.kept_beside)
+            kept += [f"{model.config.name} keeps {note} as it is" for note in notes]
             left_out += config.left_out_of_menu(model.config, model.structure.quantized)
         return texts + _tasks_note(config) + kept + left_out
 

@@ -23,9 +23,10 @@ from lmq.images.pairs import PairDraw, first_pair, sample_pair
 from lmq.images.prepared import ImageDraw, check_images, check_probe
 from lmq.images.prompts import class_names
 from lmq.images.sources import identify_images
-from lmq.measurement.delta_loss import DELTA_LOSS
-from lmq.measurement.module_divergence import DIVERGENCE
-from lmq.measurement.token_fisher import FISHER
+from lmq.measurement.base import Need
+from lmq.measurement.layer_activity import LAYER_ACTIVITY
+from lmq.measurement.registry import MEASUREMENTS
+from lmq.model.beside import states_beside
 from lmq.model.losses import LOSSES
 from lmq.model.skeleton import read_model_config
 from lmq.model.source import LocatedModel, ModelSource, locate, nearest_sibling, needs_conversion, source_digest
@@ -185,13 +186,15 @@ def prepared_model(
 ) -> PreparedModel:
     """A model whose structure artifact is there, ready for the graph of the run.
 
-    Raises InputError when the configuration of the sensitivity measurement does not fit a module, or the target holds
-    nothing of the menu.
+    Raises InputError when the configuration of the sensitivity measurement does not fit a module, the target holds
+    nothing of the menu, or matrices beside a language model would be measured without an image.
     """
     store = open_store(node.site.store_url)
     structure = read_structure_of(store, structure_ref)
     assert node.site.model is not None
     _check_sensitivity_spec(config, structure)
+    if structure.layers_beside:
+        _check_beside(config, model.name, structure)
     site = Site(
         store_url=node.site.store_url,
         model=node.site.model,
@@ -313,7 +316,7 @@ def _check_pairs(config: MeasurementRequest, model: PreparedModel) -> None:
 def _check_what_pairs_measure(config: MeasurementRequest, model: PreparedModel) -> None:
     """Refuse a model that sees no images beside text, or sees them in a way that is not replayed, and what is measured
     on text alone."""
-    if not model.structure.kept_parts:
+    if not model.structure.parts_beside:
         raise InputError(
             f"{model.config.name} is no vision-language model, which images.text_column is for; leave it out, and give "
             "vision-language models a run of their own"
@@ -322,7 +325,27 @@ def _check_what_pairs_measure(config: MeasurementRequest, model: PreparedModel) 
         raise InputError("embeddings = true is measured on text; leave out one of it and images.text_column")
     _check_needs(config, f"{model.config.name} is measured on images with text (images.text_column), on which")
     directory = _model_dir(model)
-    StreamedModel.open(directory, model.structure).check_pair(sample_pair(directory))
+    streamed, pair = StreamedModel.open(directory, model.structure), sample_pair(directory)
+    streamed.check_pair(pair)
+    if model.structure.layers_beside:
+        with streamed.with_beside():
+            states_beside(streamed, pair)
+
+
+def _check_beside(config: MeasurementRequest, name: str, structure: ModelStructure) -> None:
+    """Refuse what is measured on text alone of matrices that images go through, and what is about decoder layers."""
+    first = f"modules names {structure.block_path(structure.layers_beside[0])} of {name}"
+    if config.needs_calibration and config.images.text_column is None:
+        raise InputError(
+            f"{first}, which images go through; measure it on images with text (set images.source and "
+            "images.text_column), leave it out of modules, or take strategies and a quantizer that need no calibration "
+            "(uniform or mxq; hqq or rtn)"
+        )
+    if LAYER_ACTIVITY.name in config.needs:
+        raise InputError(
+            f"{first}, where {LAYER_ACTIVITY.name} is about the layers of a language model; leave it out of modules, "
+            f"or take out strategies and measurements that need {LAYER_ACTIVITY.name}"
+        )
 
 
 def _check_towers(config: MeasurementRequest, model: PreparedModel) -> None:
@@ -332,7 +355,8 @@ def _check_towers(config: MeasurementRequest, model: PreparedModel) -> None:
 
 def _check_needs(config: MeasurementRequest, reason: str) -> None:
     """Refuse what runs a model from its inputs to its end."""
-    whole = {TRIALS, FISHER.name, DIVERGENCE.name, DELTA_LOSS.name} & set(config.needs)
+    of_whole = {Need.TEXT_GRADIENTS, Need.LAST_STATES, Need.TOKENS}
+    whole = {name for name in config.needs if name == TRIALS or MEASUREMENTS[name].needs & of_whole}
     if whole or getattr(config, "polish", None) is not None:
         raise InputError(
             f"{reason} {min(whole, default='polish')} is not measured; take out strategies and measurements that need "

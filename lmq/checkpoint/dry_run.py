@@ -38,6 +38,8 @@ _FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, A
 def dry_run(model_dir: Path, structure: ModelStructure) -> tuple[ModuleId, ...]:
     """Raise UnsupportedModel naming the property that the model lacks.
 
+    Blocks beside a language model are tried by `lmq.model.beside`, on an image, where they are measured.
+
     Returns the modules that their blocks never call, using the weight themselves (`dt_proj` of Mamba): nothing can be
     measured of them, so they are to be kept as they are.
     """
@@ -50,7 +52,7 @@ def dry_run(model_dir: Path, structure: ModelStructure) -> tuple[ModuleId, ...]:
             f"hidden states alone ({_around(error)})"
         ) from error
     calls: Counter[ModuleId] = Counter()
-    for layer in range(structure.layers):
+    for layer in range(structure.layers_beside.start):
         block = model.bare_block(layer)
         for info in structure.in_layer(layer):
             _count_calls(block.get_submodule(info.id.kind), info.id, calls)
@@ -65,7 +67,8 @@ def dry_run(model_dir: Path, structure: ModelStructure) -> tuple[ModuleId, ...]:
     if model.loss.per_token:
         _try_reading(model.bare_block(0), inputs[0], structure, called)
     _try_opening(build_skeleton(model_dir), structure)
-    return tuple(info.id for info in structure.modules if not calls[info.id])
+    tried = (info for info in structure.modules if info.id.layer not in structure.layers_beside)
+    return tuple(info.id for info in tried if not calls[info.id])
 
 
 def _count_calls(module: nn.Module, name: ModuleId, calls: Counter[ModuleId]) -> None:

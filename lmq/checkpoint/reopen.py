@@ -43,7 +43,7 @@ def sample_logits(
     `prepare` may change a block's weights; without the layers that are not `kept` (None: all).
     """
     found = []
-    for tower in range(len(model.structure.towers)):
+    for tower in model.structure.judged_towers:
         sample = model.sample_inputs(tower=tower)
         hidden = model.embed(sample, tower)
         inputs = model.block_inputs(hidden.shape[1])

@@ -54,8 +54,8 @@ def backward_with_moments(
     """
     sequences, sequence_length = hidden.shape[:2]
     device = block_inputs.device
-    by_draw = gradient.view(-1, *hidden.shape)
-    entering = torch.empty_like(by_draw, dtype=torch.float32)
+    by_draw = gradient.unflatten(0, (-1, sequences))
+    entering = gradient.new_empty(len(by_draw), *hidden.shape, dtype=torch.float32)
     found: dict[str, UpperTriangle] = {}
     seen = dict.fromkeys(kinds, 0)
     at_once = max(1, _TOKENS_AT_ONCE // sequence_length)

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
 
-from lmq.errors import DamagedFile, NotFiniteError
+from lmq.errors import DamagedFile, InputError, NotFiniteError
 from lmq.model.streaming import BlockInputs
 from lmq.numerics import require_finite
 from lmq.tables import TableSchema, read_table
@@ -96,6 +96,47 @@ def backward_block(
             )
     require_finite(entering_gradient, f"the loss gradient at the states that enter layer {layer}")
     return entering_gradient
+
+
+class StatesByLayer:
+    """States or gradients of several layers that come image by image, kept in files of a folder.
+
+    No more of them is in memory than is added at a time, or one layer's when it is asked for.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._shapes: dict[int, tuple[int, int]] = {}
+        self._draws = 1
+
+    def add(self, layer: int, states: Tensor) -> None:
+        """Add some images' [draws, images, patches, width].
+
+        Raises InputError for images that have not as many patches as those before.
+        """
+        self._draws, _, *shape = states.shape
+        expected = self._shapes.setdefault(layer, (shape[0], shape[1]))
+        if tuple(shape) != expected:
+            raise InputError(
+                f"an image enters layer {layer} as {list(shape)} (patches, width) where those before are "
+                f"{list(expected)}; images of several sizes are not measured: leave the tower out of modules"
+            )
+        for draw, of_draw in enumerate(states.detach().to("cpu", torch.float32)):
+            with self._file(layer, draw).open("ab") as file:
+                file.write(of_draw.contiguous().numpy().tobytes())
+
+    def of(self, layer: int) -> Tensor:
+        """All of a layer, float32 [draws · images, patches, width], images fastest."""
+        by_draw = [np.fromfile(self._file(layer, draw), np.float32) for draw in range(self._draws)]
+        return torch.from_numpy(np.concatenate(by_draw)).view(-1, *self._shapes[layer])
+
+    @property
+    def layers(self) -> list[int]:
+        """Layers that something was added of."""
+        return list(self._shapes)
+
+    def _file(self, layer: int, draw: int) -> Path:
+        return self._folder / f"{layer}.{draw}"
 
 
 def write_hidden_states(path: Path, hidden: Tensor) -> None:

@@ -50,13 +50,15 @@ def trace_block(
     """Replay one block forward and backward and keep every module's inputs and output gradients.
 
     `hidden` [sequences, sequence_length, hidden] enters the block, `gradient` [draws · sequences, sequence_length,
-    hidden] is ∂L/∂output of the block. Each sequence runs forward once for all draws. Traces are kept in `dtype` on
-    the block's device; modules that share an input share its tensor. A module that is not called for a sequence, as an
-    expert that no token is routed to, has no tokens of it. The block is left as it was.
+    hidden] is ∂L/∂output of the block; what leaves a projector differs from that in length and width. Each sequence
+    runs forward once for all draws. Traces are kept in `dtype` on the block's device; modules that share an input share
+    its tensor. A module that is not called for a sequence, as an expert that no token is routed to, has no tokens of
+    it. The block is left as it was.
 
-    Beside the traces by kind: the gradient at the states that enter, float32, in the shape of `gradient`.
+    Beside the traces by kind: the gradient at the states that enter, float32 [draws · sequences, sequence_length,
+    hidden].
     """
-    entering_gradient = torch.empty_like(gradient, dtype=torch.float32)
+    entering_gradient = gradient.new_empty(len(gradient), *hidden.shape[1:], dtype=torch.float32)
     draws = range(0, len(gradient), len(hidden))
     inputs: dict[str, list[Tensor]] = {kind: [] for kind in kinds}
     gradients: dict[str, list[list[Tensor]]] = {kind: [[] for _ in draws] for kind in kinds}

@@ -22,12 +22,12 @@ from lmq.errors import InputError, UnsupportedModel
 from lmq.model.auto_class import loss_of
 from lmq.model.experts import RoutedExperts, is_router
 from lmq.model.losses import Contrastive
+from lmq.model.parts_beside import is_part_of, kept_parts, largest_list, left_beside, places_beside, towers_beside
 from lmq.model.source import ModelSource, locate, source_digest
 from lmq.model.stored import StoredModel, read_stored_model
 from lmq.model.structure import (
     DTYPE_BYTES,
     EMBEDDINGS,
-    KeptPart,
     KeptTensor,
     ModelStructure,
     ModuleId,
@@ -49,10 +49,12 @@ def discover(
     weights_sha256: str | None = None,
     kept: Collection[ModuleId] = (),
     embeddings: bool = False,
+    beside: Sequence[str] = (),
 ) -> ModelStructure:
     """Discover the structure of a safetensors checkpoint from its configuration and headers.
 
-    With `embeddings` the input embedding and the output head are to be quantized too.
+    With `embeddings` the input embedding and the output head are to be quantized too. So are the matrices beside a
+    language model that a pattern of `beside` names, as `vision_tower.*`; what is no such pattern changes nothing.
 
     `weights_sha256` is the digest of the model, computed here when it is not given. Modules that are `kept` are not
     quantized, as if they were no nn.Linear. Raises UnsupportedModel naming what cannot be quantized (blocks most of
@@ -62,6 +64,9 @@ def discover(
     stored = read_stored_model(model_dir)
     model = stored.model
     towers = find_towers(model)
+    places = places_beside(stored, towers[0].layers_path)
+    towers += towers_beside(model, places, beside)
+    kept = {*kept, *left_beside(model, towers, beside)}
     blocks = list(_blocks(model, towers, kept))
     layers_path, hidden_size = towers[0].layers_path, towers[0].hidden_size
     kept_tensors = tuple(_kept(blocks, kept))
@@ -93,7 +98,7 @@ def discover(
         stored_bytes=source_bytes if is_mixed else None,
         embeddings=around,
         loss=loss_of(model.config).name,
-        kept_parts=tuple(_kept_parts(stored, layers_path)) if loss_of(model.config).per_token else (),
+        kept_parts=tuple(kept_parts(stored, places, replaced)),
         several_towers=tuple(towers) if len(towers) > 1 else (),
     )
 
@@ -134,23 +139,12 @@ def find_towers(model: PreTrainedModel) -> list[Tower]:
                 f"{type(model).__name__} has no {part}_model, {part}_config or {features}, which models of two towers "
                 "have (CLIP, SigLIP); lmq does not know its layout"
             )
-        layers_path = _largest_list(model, f"{part}_model")
+        layers_path = largest_list(model, f"{part}_model")
         if layers_path is None:
             raise UnsupportedModel(f"{part}_model of {type(model).__name__} has no list of blocks")
         blocks: Any = model.get_submodule(layers_path)
         towers.append(Tower(layers_path, len(blocks), own.hidden_size, features, input_name))
     return towers
-
-
-def _largest_list(model: PreTrainedModel, place: str) -> str | None:
-    """Path of the list of modules with the most parameters under `place`; None where there is none."""
-    paths = {id(module): path for path, module in model.named_modules()}
-    sizes = {
-        paths[id(module)]: sum(parameter.numel() for parameter in module.parameters())
-        for module in model.get_submodule(place).modules()
-        if isinstance(module, nn.ModuleList)
-    }
-    return max(sizes, key=lambda path: sizes[path]) if any(sizes.values()) else None
 
 
 def embed_scale(table: nn.Module) -> float:
@@ -204,33 +198,11 @@ def find_layers(model: PreTrainedModel) -> str:
     place = paths[id(model.get_input_embeddings())]
     while True:
         place = place.rpartition(".")[0]
-        found = _largest_list(model, place)
+        found = largest_list(model, place)
         if found is not None:
             return found
         if not place:
             raise UnsupportedModel(f"{type(model).__name__} has no list of decoder blocks, which lmq works through")
-
-
-def _kept_parts(stored: StoredModel, layers_path: str) -> Iterator[KeptPart]:
-    """What lies beside the language model of a model whose configuration has one for the text alone.
-
-    The language model is the innermost module that holds the blocks and the table of token embeddings; its head may lie
-    outside.
-    """
-    model = stored.model
-    if model.config.get_text_config() is model.config:
-        return
-    place = next(path for path, module in model.named_modules() if module is model.get_input_embeddings())
-    while place and not layers_path.startswith(f"{place}."):
-        place = place.rpartition(".")[0]
-    while place:
-        place, _, within = place.rpartition(".")
-        for name, module in model.get_submodule(place).named_children():
-            path = f"{place}.{name}".removeprefix(".")
-            tensors = [stored.headers[tensor] for tensor, owner in stored.owner.items() if owner.startswith(f"{path}.")]
-            if name != within and module is not model.get_output_embeddings() and tensors:
-                elements, total = sum(tensor.elements for tensor in tensors), sum(map(size_bytes, tensors))
-                yield KeptPart(path, elements, total)
 
 
 LinearModules = Mapping[str, nn.Linear]
@@ -260,9 +232,9 @@ def _blocks(model: PreTrainedModel, towers: Sequence[Tower], kept: Collection[Mo
     """The blocks of all towers, one after the other."""
     layer = 0
     for tower in towers:
-        for number, block in enumerate(model.get_submodule(tower.layers_path).children()):
-            linear = _linear_modules(block, layer, kept)
-            yield _Block(layer, f"{tower.layers_path}.{number}", block, linear, tower.hidden_size)
+        for path in map(tower.block_path, range(tower.layers)):
+            block = model.get_submodule(path)
+            yield _Block(layer, path, block, _linear_modules(block, layer, kept), tower.hidden_size)
             layer += 1
 
 
@@ -278,34 +250,28 @@ def _modules(blocks: Sequence[_Block]) -> Iterator[ModuleInfo]:
 def left_out(structure: ModelStructure, patterns: Sequence[str]) -> tuple[ModuleId, ...]:
     """The modules that no pattern over LAYER.KIND matches, such as `*.mlp.*`: what is to be kept as it is.
 
-    Raises InputError for a pattern that matches nothing, and for a layer that would have no module left.
+    What lies beside a language model is in a structure only where a pattern names it, for which `discover` is given the
+    patterns. Raises InputError for a pattern that matches nothing, and for a layer that would have no module left.
     """
-    names = {info.id: f"{info.id.layer}.{info.id.kind}" for info in structure.modules}
+    layers = range(structure.layers_beside.start)
+    names = {info.id: f"{info.id.layer}.{info.id.kind}" for info in structure.modules if info.id.layer in layers}
     for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names.values()):
-            if kept := [part for part in structure.kept_parts if _is_part_of(pattern, part.path)]:
-                raise InputError(
-                    f"modules: {pattern!r} names {', '.join(map(str, kept))}, which lmq keeps as it is; only matrices "
-                    f"of the language model's layers are quantized, as in {next(iter(names.values()))!r}"
-                )
+        of_part = any(is_part_of(pattern, part) for part in structure.parts_beside)
+        if not of_part and not any(fnmatchcase(name, pattern) for name in names.values()):
+            parts = "".join(f", and {part.path}.*" for part in structure.kept_parts)
             raise InputError(
                 f"modules: {pattern!r} matches nothing of {structure.architecture}, whose modules are "
                 f"{', '.join(structure.kinds[:8])}{', ...' if len(structure.kinds) > 8 else ''} of each layer, as in "
-                f"{next(iter(names.values()))!r}"
+                f"{next(iter(names.values()))!r}{parts}"
             )
     taken = {module for module, name in names.items() if any(fnmatchcase(name, pattern) for pattern in patterns)}
-    for layer in range(structure.layers):
+    for layer in layers:
         if not any(module.layer == layer for module in taken):
             raise InputError(
-                f"modules: {', '.join(patterns)} leave layer {layer} without a module; take one of each layer"
+                f"modules: {', '.join(patterns)} leave layer {layer} without a module; take one of each layer, or all "
+                "by a further pattern '*'"
             )
     return tuple(module for module in names if module not in taken)
-
-
-def _is_part_of(pattern: str, path: str) -> bool:
-    """Whether a pattern names a part of a model or what is in it: `vision_tower.*` of `model.vision_tower`."""
-    name = path.rpartition(".")[2]
-    return fnmatchcase(path, pattern) or pattern.strip("*.").startswith((path, name))
 
 
 def _kept(blocks: Sequence[_Block], kept: Collection[ModuleId]) -> Iterator[KeptTensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import threading
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -143,15 +144,13 @@ class StreamedModel:
         self.dtype = dtype
         self._model: PreTrainedModel = stored.model
         self._stored = stored
-        self._blocks = [
-            block for tower in structure.towers for block in self._model.get_submodule(tower.layers_path).children()
-        ]
+        self._blocks = [self._model.get_submodule(structure.block_path(layer)) for layer in range(structure.layers)]
         self._types = {name: tensor.dtype for name, tensor in self._model.state_dict().items()}
         self._extra_outputs: tuple[Any, ...] | None = None
         self._held_tables: dict[str, Tensor] = {}
         self._switch = StubSwitch()
-        for number, tower in enumerate(structure.towers):
-            parent, _, name = tower.layers_path.rpartition(".")
+        for number in structure.judged_towers:
+            parent, _, name = structure.towers[number].layers_path.rpartition(".")
             stubs = [BlockStub(self._blocks[layer], layer, self._switch) for layer in structure.layers_of(number)]
             setattr(self._model.get_submodule(parent), name, nn.ModuleList(stubs))
         self._load_around_blocks()
@@ -236,13 +235,17 @@ class StreamedModel:
 
     @torch.no_grad()
     def block_inputs(self, sequence_length: int) -> list[BlockInputs]:
-        """What each block is called with for sequences of this length, by layer.
+        """What each block is called with for sequences of this length, by layer; one beside a language model, which
+        images go through, with states alone (`lmq.model.beside` finds where that does not do).
 
         Raises UnsupportedModel when that depends on the tokens and so cannot be kept for all of them.
         """
-        towers = range(len(self.structure.towers))
         recordings = [
-            [inputs for tower in towers for inputs in self._record_inputs(sequence_length, tower, seed)]
+            [
+                inputs
+                for tower in self.structure.judged_towers
+                for inputs in self._record_inputs(sequence_length, tower, seed)
+            ]
             for seed in (0, 1)
         ]
         for layer, (first, second) in enumerate(zip(*recordings, strict=True)):
@@ -253,7 +256,14 @@ class StreamedModel:
                         f"block {layer} of {self.structure.architecture} takes an input ({name}) that depends on the "
                         "tokens besides the hidden states; such blocks cannot be replayed one by one"
                     )
-        return recordings[0]
+        return recordings[0] + [self.states_alone(layer) for layer in self.structure.layers_beside]
+
+    def states_alone(self, layer: int) -> BlockInputs:
+        """What a block beside the language model is called with: states alone, and None for whatever else it insists
+        on, as a mask."""
+        _, *others = inspect.signature(self._blocks[layer].forward).parameters.values()
+        needed = [each for each in others if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD]
+        return BlockInputs((None,) * len(needed), {}, self.device, self.dtype)
 
     @torch.no_grad()
     def embed(self, inputs: Tensor, tower: int = 0) -> Tensor:
@@ -286,11 +296,20 @@ class StreamedModel:
         the model itself embeds and merges. Pairs of a sequence follow one another, and its last is cut. What lies
         beside the language model is read for that, and released. Raises as `check_pair` does.
         """
-        self._load_tables()
-        beside = self._read(self._beside_names())
-        with self._in_place(beside):
-            joined = (torch.cat([self._merged(pair) for pair in pairs], dim=1) for pairs in sequences)
+        with self.with_beside():
+            joined = (torch.cat([self.merged(pair) for pair in pairs], dim=1) for pairs in sequences)
             return torch.cat([states[:, :sequence_length] for states in joined])
+
+    @contextmanager
+    def with_beside(self) -> Iterator[None]:
+        """Inside it, what lies beside the language model has its weights in memory, and so have the tables."""
+        self._load_tables()
+        with self._in_place(self._read(self._beside_names())):
+            yield
+
+    def block_in_place(self, layer: int) -> nn.Module:
+        """A block beside the language model as images go through it; its weights are there inside `with_beside`."""
+        return self._blocks[layer]
 
     @torch.no_grad()
     def check_pair(self, pair: Mapping[str, Tensor]) -> None:
@@ -302,7 +321,7 @@ class StreamedModel:
         """
         one, tensors = torch.ones((), device=self.device, dtype=self.dtype), self._model.state_dict()
         with self._in_place({name: one.expand(tensors[name].shape) for name in self._table_names()}):
-            states = self._merged(pair)[0]
+            states = self.merged(pair)[0]
         of_text = states[states.isfinite().all(dim=1)]  # of images comes NaN, as their weights are not read
         if not torch.equal(of_text, of_text[:1].expand_as(of_text)):
             raise self._not_for_pairs("its embeddings of equal tokens differ from place to place")
@@ -427,7 +446,7 @@ class StreamedModel:
 
     def _beside_names(self) -> list[str]:
         """Names of what lies beside the language model."""
-        beside = tuple(f"{part.path}." for part in self.structure.kept_parts)
+        beside = tuple(f"{path}." for path in self.structure.parts_beside)
         return [name for name in self._model.state_dict() if name.startswith(beside)]
 
     @contextmanager
@@ -537,10 +556,11 @@ class StreamedModel:
         self._run_until_stopped(record, tower, **self._dummy(1, sequence_length, seed, tower=tower))
         return recorded
 
-    def _merged(self, pair: Mapping[str, Tensor]) -> Tensor:
+    def merged(self, pair: Mapping[str, Tensor]) -> Tensor:
         """States that enter block 0 [1, tokens, hidden] for an image with text, merged by the model itself.
 
-        Raises UnsupportedModel where a block is called otherwise than for as many tokens of text.
+        What lies beside the language model is to be there (`with_beside`). Raises UnsupportedModel where a block is
+        called otherwise than for as many tokens of text.
         """
         expected = self.block_inputs(pair["input_ids"].shape[1])
         entered: list[Tensor] = []
@@ -554,7 +574,7 @@ class StreamedModel:
             entered.append(entering)
             if entering is not entered[0] and not torch.equal(entering, entered[0]):
                 raise self._not_for_pairs(f"it changes the states between its blocks, before block {layer}")
-            if layer == self.structure.layers - 1:
+            if layer == self.structure.layers_of(0)[-1]:
                 raise StopForward(entered[0])
             return self._as_output(entering)
 
@@ -583,7 +603,9 @@ class StreamedModel:
                 self._run(tower, inputs)
         except StopForward as stop:
             return stop.entering
-        what = f"{self.structure.architecture} does not call its {len(self._blocks)} blocks one by one"
+        what = (
+            f"{self.structure.architecture} does not call its {len(self.structure.layers_of(tower))} blocks one by one"
+        )
         for layer in self.structure.layers_of(tower):
             if layer not in called:
                 kind = type(self._blocks[layer]).__name__

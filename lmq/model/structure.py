@@ -72,9 +72,9 @@ class KeptTensor:
 
 @dataclass(frozen=True)
 class KeptPart:
-    """A part of a model beside its language model, which stays as it is: a tower for images, a projector.
+    """A part of a model beside its language model, a tower for images or a projector: what of it stays as it is.
 
-    `size_bytes` is what its tensors are stored in.
+    `size_bytes` is what these tensors are stored in.
     """
 
     path: str
@@ -90,7 +90,8 @@ class Tower:
     """A sequence of blocks, one of several that a model has: its list of blocks, how many they are, and their width.
 
     `features` is the model's method that embeds what the tower is given, `input_name` what it calls that; None where
-    the tower is the whole model.
+    the tower is the whole model. A tower beside a language model, which the image goes through, lies in a `part` of the
+    model, such as `model.vision_tower`; a part without a list of blocks, as a projector, is one block.
     """
 
     layers_path: str
@@ -98,14 +99,19 @@ class Tower:
     hidden_size: int
     features: str | None = None
     input_name: str | None = None
+    part: str | None = None
+
+    def block_path(self, number: int) -> str:
+        """Path of one of its blocks."""
+        return self.layers_path if self.part == self.layers_path else f"{self.layers_path}.{number}"
 
 
 @dataclass(frozen=True)
 class ModelStructure:
     """The structure of one model, discovered from the model itself.
 
-    A model of several `towers` (CLIP: images, then texts) numbers their layers one after the other; then `layers_path`
-    and `hidden_size` are those of the first.
+    A model of several `towers` (CLIP: images, then texts; a language model, then what is quantized beside it) numbers
+    their layers one after the other; then `layers_path` and `hidden_size` are those of the first.
     `layers_path` is the path of the list of decoder blocks, as `model.layers`: module (3, `mlp.up_proj`)
     is the submodule `model.layers.3.mlp.up_proj`. `modules` are those of the blocks; `embeddings` are the input
     embedding and the output head (tied: one) where they are to be quantized too. `other_bytes` counts every stored
@@ -114,7 +120,7 @@ class ModelStructure:
     has. `dtype` is the type that most modules are stored in; `stored_bytes` is what all of them take where some are
     stored in another one, else None. `loss` names what the model is judged by (`lmq.model.losses`); `vocabulary_size`
     are the outputs of its head, whatever they are. `kept_parts` are what a vision-language model has beside its
-    language model; their bytes are among the others.
+    language model and what of them is kept; their bytes are among the others.
     """
 
     architecture: str
@@ -185,10 +191,26 @@ class ModelStructure:
         """Number of the tower that a layer belongs to."""
         return next(number for number in range(len(self.towers)) if layer in self.layers_of(number))
 
+    @property
+    def judged_towers(self) -> range:
+        """Numbers of the towers that predictions are made of; what those beside a language model make enters it."""
+        return range(sum(tower.part is None for tower in self.towers))
+
+    @property
+    def parts_beside(self) -> tuple[str, ...]:
+        """Paths of all parts beside a language model, kept or quantized."""
+        quantized = [tower.part for tower in self.towers if tower.part is not None]
+        return tuple(dict.fromkeys([*(part.path for part in self.kept_parts), *quantized]))
+
+    @property
+    def layers_beside(self) -> range:
+        """Layers of all towers beside a language model, which come last."""
+        return range(sum(self.towers[number].layers for number in self.judged_towers), self.layers)
+
     def block_path(self, layer: int) -> str:
         """Dotted path of a block inside the model."""
         tower = self.tower_of(layer)
-        return f"{self.towers[tower].layers_path}.{layer - self.layers_of(tower).start}"
+        return self.towers[tower].block_path(layer - self.layers_of(tower).start)
 
     def in_layer(self, layer: int) -> tuple[ModuleInfo, ...]:
         """Modules of one layer, in model order; those of the layer `EMBEDDINGS` are the embeddings."""
@@ -212,6 +234,12 @@ class ModelStructure:
             layers.setdefault((name, tensor.shape), []).append(tensor.layer)
         return [f"{name} {list(shape)} of {layer_ranges(found)}" for (name, shape), found in layers.items()]
 
+    @property
+    def kept_beside(self) -> list[str]:
+        """What of the parts beside a language model is kept as it is; of a quantized one it is said to be the rest."""
+        quantized = {tower.part for tower in self.towers}
+        return [f"the rest of {part}" if part.path in quantized else str(part) for part in self.kept_parts]
+
     def to_json(self) -> dict[str, Any]:
         """JSON-ready form; what most models do without is there for those that need it."""
         data = asdict(self)
@@ -223,6 +251,9 @@ class ModelStructure:
             "several_towers": bool(self.several_towers),
             "kept_parts": bool(self.kept_parts),
         }
+        for tower in data["several_towers"]:
+            if tower["part"] is None:
+                del tower["part"]
         return {name: value for name, value in data.items() if needed.get(name, True)}
 
     @classmethod

@@ -42,7 +42,7 @@ def _model_part(model: ModelReport, data: ReportData, *, named: bool) -> str:
     folded = "".join(details(label, html) for label, html in zip(mixed[OPEN_MAPS:], maps[OPEN_MAPS:], strict=True))
     flat = ", ".join(f"{label} ({next(iter(allocations[label].values()))})" for label in same if allocations[label])
     note = f'<p class="note">The same configuration for every module, so no map: {escape(flat)}.</p>' if flat else ""
-    kept = (*model.structure.kept_notes, *map(str, model.structure.kept_parts))
+    kept = (*model.structure.kept_notes, *model.structure.kept_beside)
     note += "".join(f'<p class="note">Kept as it is: {escape(what)}.</p>' for what in kept)
     legend = _legend(scale, any(row["boosted"] for rows in model.allocations.values() for row in rows))
     chooser = difference_chooser(model.structure, allocations, scale)

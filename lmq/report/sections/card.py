@@ -66,7 +66,7 @@ def _use(model: ModelReport | None) -> list[str]:
     """How the checkpoint is opened, and written for other programs where these know such models."""
     if model is not None and model.structure.sees_images:
         return [_USE.format(LOSSES[model.structure.loss].auto_class, "processor", "AutoImageProcessor")]
-    if model is not None and model.structure.kept_parts:
+    if model is not None and model.structure.parts_beside:
         return [_USE.format("AutoModelForImageTextToText", "processor", "AutoProcessor"), _EXPORT]
     return [_USE.format("AutoModelForCausalLM", "tokenizer", "AutoTokenizer"), _EXPORT]
 
@@ -86,7 +86,7 @@ def _what(result: VariantResult, source: str | None, model: ModelReport | None) 
     notes = model.structure.kept_notes if model else []
     kept = f"; so are, in the blocks, {', '.join(notes)}" if notes else ""
     if model and model.structure.kept_parts:
-        kept += f"; so are, beside the language model, {', '.join(map(str, model.structure.kept_parts))}"
+        kept += f"; so are, beside the language model, {', '.join(model.structure.kept_beside)}"
     return (
         f"`{source or result.model}` with its weight matrices quantized by lmq: strategy "
         f"`{result.strategy}`, {format_number(result.bits_per_weight, 3)} bits per weight. "

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from lmq.errors import DamagedFile, NotFiniteError
+from lmq.errors import DamagedFile, InputError, NotFiniteError
 from lmq.measurement.replay import (
+    StatesByLayer,
     backward_block,
     forward_block,
     read_gradients,
@@ -136,3 +137,17 @@ def test_a_table_of_another_kind_and_a_truncated_one_are_refused(states: Tensor,
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(DamagedFile, match="not a readable Parquet table"):
         read_hidden_states(path)
+
+
+def test_states_that_come_image_by_image_are_kept_by_layer_and_draw(tmp_path: Path) -> None:
+    first, second = (torch.randn(2, images, 3, 4) for images in (1, 2))
+    states = StatesByLayer(tmp_path)
+    for layer, factor in ((5, 1.0), (7, 2.0)):
+        states.add(layer, first * factor)
+        states.add(layer, second * factor)
+    assert states.layers == [5, 7]
+    expected = torch.cat([first[0], second[0], first[1], second[1]])  # images fastest
+    assert torch.equal(states.of(5), expected)
+    assert torch.equal(states.of(7), 2 * expected)
+    with pytest.raises(InputError, match=r"enters layer 7 as \[4, 4\] .* before are \[3, 4\]; images of several sizes"):
+        states.add(7, torch.zeros(2, 1, 4, 4))

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from lmq.checkpoint.dry_run import dry_run
-from lmq.errors import InputError, UnsupportedModel
+from lmq.errors import UnsupportedModel
 from lmq.model.auto_class import auto_class_of
-from lmq.model.discovery import discover, left_out
+from lmq.model.discovery import discover
 from lmq.model.streaming import StreamedModel
 from lmq.model.structure import ModelStructure
 from lmq.model.unquantized import unquantized_parts
@@ -40,19 +40,6 @@ def test_the_blocks_are_those_of_the_text_and_the_rest_is_counted(family: str, t
     assert parts["beside"].size_bytes == sum(part.size_bytes for part in structure.kept_parts)
     assert sum(part.size_bytes for part in parts.values()) == structure.other_bytes
     assert ModelStructure.from_json(json.loads(json.dumps(structure.to_json()))) == structure
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_pattern_that_names_what_is_kept_says_so(family: str, tmp_path: Path) -> None:
-    save_vision_language_model(family, tmp_path)
-    structure = discover(tmp_path, weights_sha256="0")
-    for path in KEPT_PARTS[family]:
-        name = path.rpartition(".")[2]
-        for pattern in (path, f"{path}.*", f"*.{name}.*", f"{name}.encoder.*.mlp.*"):
-            with pytest.raises(InputError, match=rf"names .*{name} \([\d,]+ weights.*, which lmq keeps as it is"):
-                left_out(structure, [pattern])
-    with pytest.raises(InputError, match="matches nothing"):
-        left_out(structure, ["*.c_fc"])
 
 
 @torch.no_grad()
