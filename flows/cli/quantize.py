@@ -76,6 +76,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def quantize_command(arguments: argparse.Namespace) -> int:
     """Make one checkpoint, and say how good it is and how it is used."""
+    from lmq_flows.run.own_server import begin_own_server
+
+    begin_own_server()
     from lmq_flows.run.one_model import Goal, prepare_goal, reach_goal
 
     goal = Goal(

@@ -26,6 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_command(arguments: argparse.Namespace) -> int:
     """Run a configuration to the end and print its table."""
+    from lmq_flows.run.own_server import begin_own_server
+
+    begin_own_server()
     from lmq_flows.cli.report import print_table
     from lmq_flows.run.plan import check_run
     from lmq_flows.run.quantize import SOME_VARIANTS_FAILED, raise_failure, run

@@ -18,9 +18,10 @@ from lmq_flows.graph.build import failed_variants
 from lmq_flows.run.liveness import mark_cut_off, run_lease, signs_of_life
 from lmq_flows.run.model import SOME_VARIANTS_FAILED, ModelOutcome, heal_damage, quantize_model, variants_made
 from lmq_flows.run.overview import artifact_key, overview_of, summary
+from lmq_flows.run.own_server import start_own_server
 from lmq_flows.run.prepare import absolute_store_url, failure_of_all, resolve_device
 from lmq_flows.run.report import make_report, write_results
-from lmq_flows.run.runners import check_runner, start_own_server, started_runner
+from lmq_flows.run.runners import check_runner, started_runner
 from lmq_storage import StoreError
 from lmq_tasks.engine import GPU_LIMIT
 from lmq_tasks.stage import open_store

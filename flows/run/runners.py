@@ -5,29 +5,21 @@ from __future__ import annotations
 import importlib
 import ipaddress
 import logging
-import signal
 import tempfile
-import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager
+from typing import Any
 from urllib.parse import urlsplit
 
-from prefect.settings import PREFECT_API_URL, Settings, get_current_settings, temporary_settings
+from prefect.settings import get_current_settings
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from lmq.errors import InputError
 from lmq_flows.config.sections import RunnerConfig
 
-if TYPE_CHECKING:
-    from prefect.server.api.server import SubprocessASGIServer
-
 CONNECT_TIMEOUT_S = 30
 """How long to wait for a cluster to answer."""
-
-LEAST_SERVER_START_S = 120
-"""How long a Prefect server may take to start, at the least: Prefect's 20 s are too few on a busy machine."""
 
 _LEAST_OBJECT_STORE_BYTES = 80_000_000
 """What Ray takes for passed objects at the least; our tasks pass a few kilobytes of JSON."""
@@ -66,10 +58,9 @@ def started_runner(config: RunnerConfig) -> Iterator[Any]:
     if config.kind == "threads":
         yield ThreadPoolTaskRunner(max_workers=config.workers)
         return
-    with ExitStack() as stack:
-        stack.enter_context(_server_for_all_processes())
-        start = _dask if config.kind == "dask" else _ray
-        yield stack.enter_context(start(config))
+    start = _dask if config.kind == "dask" else _ray
+    with start(config) as runner:
+        yield runner
 
 
 @contextmanager
@@ -122,53 +113,6 @@ def _ray(config: RunnerConfig) -> Iterator[Any]:
         yield package.RayTaskRunner(address=config.address)  # finds the connection that is open
     finally:
         ray.shutdown()
-
-
-@contextmanager
-def _server_for_all_processes() -> Iterator[None]:
-    """Let workers report to the server of this process, where it has one of its own, instead of starting others."""
-    server = start_own_server()
-    if server is None:
-        yield
-        return
-    with temporary_settings({PREFECT_API_URL: server.api_url}) as settings:
-        _retry_while_it_runs(server, settings)
-        yield
-
-
-def start_own_server() -> SubprocessASGIServer | None:
-    """Start the server that Prefect has for a process that is set to none; it ends with the process.
-
-    It does not hear Ctrl-C, which a terminal sends to all its processes: a run that is stopped has to tell its server,
-    and would try to for minutes. None where Prefect is set to a server, or to start none.
-    """
-    settings = get_current_settings()
-    if settings.api.url or not settings.server.ephemeral.enabled:
-        return None
-    from prefect.server.api.server import SubprocessASGIServer  # seconds to import, which workers need not spend
-
-    server = SubprocessASGIServer()
-    set_s = settings.server.ephemeral.startup_timeout_seconds
-    heard = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})  # which a child inherits
-    try:
-        server.start(timeout=max(set_s, LEAST_SERVER_START_S))
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, heard)
-    _retry_while_it_runs(server, settings)
-    return server
-
-
-def _retry_while_it_runs(server: SubprocessASGIServer, settings: Settings) -> None:
-    """Let requests fail at once when the server has ended: with a whole group of processes, or for want of memory."""
-
-    process = server.server_process
-    assert process is not None, "the server was started"
-
-    def give_up() -> None:
-        process.wait()
-        settings.client.max_retries = 0
-
-    threading.Thread(target=give_up, name="end-of-own-server", daemon=True).start()
 
 
 def _package(kind: str) -> Any:

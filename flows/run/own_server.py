@@ -1,0 +1,120 @@
+"""The Prefect server that a process starts for itself where Prefect is set to none.
+
+Prefect would start one too, and import its whole server into this process for that, seconds before a run can begin.
+This one starts while the process imports what it needs, does not hear Ctrl-C, and ends with the process.
+"""
+
+from __future__ import annotations
+
+import atexit
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from os import environ
+from pathlib import Path
+
+import httpx
+import prefect
+from prefect.settings import Settings, get_current_settings
+
+from lmq.errors import LmqError
+
+LEAST_START_S = 120
+"""How long the server may take to start, at the least: Prefect's 20 s are too few on a busy machine."""
+
+_END_S = 5
+_ENVIRONMENT = {"PREFECT_SERVER_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
+"""As Prefect has it for a server of this kind."""
+
+
+@dataclass
+class _OwnServer:
+    process: subprocess.Popen[bytes]
+    url: str
+    answers: bool = False
+
+
+_started: _OwnServer | None = None
+
+
+def begin_own_server() -> None:
+    """Start the server, without waiting for it, and set Prefect to it; nothing where it is set to one, or to none."""
+    global _started
+    settings = get_current_settings()
+    if settings.api.url or not settings.server.ephemeral.enabled:
+        return
+    if _started is None or _started.process.poll() is not None:
+        _started = _start(settings)
+    settings.api.url = _started.url
+
+
+def _start(settings: Settings) -> _OwnServer:
+    port = _free_port()
+    command = ["uvicorn", "--factory", "prefect.server.api.server:create_app", "--lifespan", "on"]
+    where = ["--app-dir", str(Path(prefect.__file__).parents[1]), "--host", "127.0.0.1", "--port", str(port)]
+    heard = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})  # which a child inherits
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *command, *where, "--log-level", "error"],
+            env={**environ, **settings.to_environment_variables(exclude_unset=True), **_ENVIRONMENT},
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, heard)
+    atexit.register(_end, process)
+    threading.Thread(target=_retry_while_it_runs, args=(process, settings), name="own-server", daemon=True).start()
+    return _OwnServer(process, f"http://127.0.0.1:{port}/api")
+
+
+def start_own_server() -> None:
+    """Have the server answer, started now where it was not yet. Raises LmqError when it does not start."""
+    begin_own_server()
+    if _started is None or _started.answers:
+        return
+    may_take_s = max(get_current_settings().server.ephemeral.startup_timeout_seconds, LEAST_START_S)
+    deadline = time.monotonic() + may_take_s
+    with httpx.Client() as client:
+        while not _is_healthy(client, _started.url):
+            code = _started.process.poll()
+            if code is not None or time.monotonic() > deadline:
+                how = f"ended with code {code}" if code is not None else f"did not answer within {may_take_s:.0f} s"
+                raise LmqError(
+                    f"Prefect's server, started for this run, {how}; run `prefect server start` beside, and set "
+                    "PREFECT_API_URL to its address"
+                )
+            time.sleep(0.05)
+    _started.answers = True
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _is_healthy(client: httpx.Client, url: str) -> bool:
+    try:
+        return client.get(f"{url}/health").status_code == httpx.codes.OK
+    except httpx.TransportError:
+        return False
+
+
+def _retry_while_it_runs(process: subprocess.Popen[bytes], settings: Settings) -> None:
+    """Let requests fail at once when the server has ended: with a whole group of processes, or for want of memory.
+
+    A run that was stopped would try to tell it for minutes.
+    """
+    process.wait()
+    settings.client.max_retries = 0
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(timeout=_END_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
