@@ -89,6 +89,11 @@ def start_own_server() -> None:
     _started.answers = True
 
 
+def own_server_is_gone() -> bool:
+    """Whether a server was started and has ended."""
+    return _started is not None and _started.process.poll() is not None
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -18,7 +18,7 @@ from lmq_flows.graph.build import failed_variants
 from lmq_flows.run.liveness import mark_cut_off, run_lease, signs_of_life
 from lmq_flows.run.model import SOME_VARIANTS_FAILED, ModelOutcome, heal_damage, quantize_model, variants_made
 from lmq_flows.run.overview import artifact_key, overview_of, summary
-from lmq_flows.run.own_server import start_own_server
+from lmq_flows.run.own_server import own_server_is_gone, start_own_server
 from lmq_flows.run.prepare import absolute_store_url, failure_of_all, resolve_device
 from lmq_flows.run.report import make_report, write_results
 from lmq_flows.run.runners import check_runner, started_runner
@@ -28,9 +28,19 @@ from lmq_tasks.stage import open_store
 
 
 def run(config: RunConfig) -> State[Any]:
-    """Run a configuration as a Prefect flow, on the server that Prefect is set to (else one of its own)."""
+    """Run a configuration as a Prefect flow, on the server that Prefect is set to (else one of its own).
+
+    Raises LmqError where the own server ended before the run.
+    """
     start_own_server()
-    return quantize_models(config, return_state=True)
+    try:
+        return quantize_models(config, return_state=True)
+    except Exception as error:
+        if own_server_is_gone():
+            raise LmqError(
+                "Prefect's server, started for this run, was ended; finished work is kept, run again to go on"
+            ) from error
+        raise
 
 
 def raise_failure(state: State[Any]) -> NoReturn:

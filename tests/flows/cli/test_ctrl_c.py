@@ -53,3 +53,4 @@ def test_a_run_that_is_ended_with_its_server_does_not_wait_for_it(run: Run) -> N
     assert run.wait() == 1, run.output
     assert time.monotonic() - ended < 60, "requests to a server that is gone were tried again and again"
     assert "finished work is kept, run again to go on" in run.output
+    assert "Traceback" not in run.output
