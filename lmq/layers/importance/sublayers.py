@@ -22,11 +22,11 @@ _WAYS = {"attention": ("attn_in", "attn_out"), "mlp": ("mlp_gate", "mlp_down")}
 
 @dataclass(frozen=True)
 class SubLayer:
-    """Attention or MLP of one layer; `path` is the module inside the block whose output reaches the residual."""
+    """Attention or MLP of one layer; `paths` are the modules inside the block whose outputs reach the residual."""
 
     layer: int
     name: str
-    path: str
+    paths: tuple[str, ...]
 
 
 def find_sublayers(structure: ModelStructure) -> tuple[SubLayer, ...]:
@@ -35,7 +35,7 @@ def find_sublayers(structure: ModelStructure) -> tuple[SubLayer, ...]:
     Raises UnsupportedModel naming a block that lacks one of them.
     """
     return tuple(
-        SubLayer(layer, name, _output_path(structure, layer, name))
+        SubLayer(layer, name, _output_paths(structure, layer, name))
         for layer in range(structure.layers)
         for name in SUBLAYERS
     )
@@ -50,8 +50,8 @@ def layer_groups(layers: int) -> list[tuple[int, int]]:
 def without_sublayers(block: nn.Module, sublayers: Collection[SubLayer]) -> Iterator[None]:
     """Inside the context the outputs of the given sub-layers of a block are 0."""
     with ExitStack() as hooks:
-        for sublayer in sublayers:
-            hooks.callback(block.get_submodule(sublayer.path).register_forward_hook(_zero_output).remove)
+        for path in (path for sublayer in sublayers for path in sublayer.paths):
+            hooks.callback(block.get_submodule(path).register_forward_hook(_zero_output).remove)
         yield
 
 
@@ -67,7 +67,7 @@ def check_residual(block: nn.Module, inputs: BlockInputs, hidden: Tensor, sublay
     if not torch.equal(leaving, hidden.to(leaving)):
         raise UnsupportedModel(
             f"block {sublayers[0].layer} ({type(block).__name__}) does not return its input when the outputs of "
-            f"{' and '.join(sublayer.path for sublayer in sublayers)} are 0: its sub-layers do not simply add to a "
+            f"{' and '.join(path for sublayer in sublayers for path in sublayer.paths)} are 0: its sub-layers do not simply add to a "
             f"residual stream, so that none can be removed; {_WHOLE_LAYERS}"
         )
 
@@ -80,8 +80,11 @@ def check_removable(model: StreamedModel) -> None:
         check_residual(block, model.block_inputs(_TRIED_TOKENS)[0], hidden, sublayers)
 
 
-def _output_path(structure: ModelStructure, layer: int, name: str) -> str:
-    """The child of the block that holds all modules of the sub-layer and no other, else the module that leads out."""
+def _output_paths(structure: ModelStructure, layer: int, name: str) -> tuple[str, ...]:
+    """The children of the block that hold all modules of the sub-layer and no other, else the module that leads out.
+
+    Shared experts beside the routed ones may be a child of their own.
+    """
     way_in, way_out = _WAYS[name]
     modules = structure.in_layer(layer)
     own = [info.id.kind for info in modules if info.part in (way_in, way_out)]
@@ -92,9 +95,9 @@ def _output_path(structure: ModelStructure, layer: int, name: str) -> str:
         )
     children = {kind.partition(".")[0] for kind in own}
     others = {info.id.kind.partition(".")[0] for info in modules if info.id.kind not in own}
-    if len(children) == 1 and not children & others:
-        return children.pop()
-    return next(info.id.kind for info in modules if info.part == way_out)
+    if not children & others and children.isdisjoint(own):
+        return tuple(sorted(children))
+    return (next(info.id.kind for info in modules if info.part == way_out),)
 
 
 def _zero_output(_: nn.Module, __: Any, output: Any) -> Any:

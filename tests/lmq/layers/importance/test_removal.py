@@ -26,6 +26,7 @@ from lmq.layers.importance.shapley import permutation_shapley, required_coalitio
 from lmq.layers.importance.sublayers import find_sublayers, layer_groups
 from lmq.model.discovery import discover
 from lmq.model.streaming import StreamedModel
+from tests.mixtures import MIXTURES, mixture
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 96,
@@ -135,10 +136,21 @@ def test_parallel_residuals_and_mlps_without_a_module_of_their_own(
 ) -> None:
     path = save(make(), tmp_path / "model")
     value = game(path, token_ids)
-    assert [player.path for player in value.players] == [attention, mlp] * 2
+    assert [player.paths for player in value.players] == [(attention,), (mlp,)] * 2
     for removed, modules in (((0,), [f"0.{attention}"]), ((1, 2), [f"0.{mlp}", f"1.{attention}"])):
         expected = plain_loss(path, token_ids, [f"{layers}.{module}" for module in modules])
         assert -value(everyone_but(removed, 4)) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_the_experts_of_a_layer_are_one_sublayer(family: str, token_ids: Tensor, tmp_path: Path) -> None:
+    mixture(family).save_pretrained(tmp_path)
+    value = game(tmp_path, token_ids)
+    last = len(value.players) // 2 - 1
+    modules = {"granite-moe": ["block_sparse_moe"], "granite-moe-shared": ["block_sparse_moe", "shared_mlp"]}
+    removed = [f"model.layers.{last}.{module}" for module in modules.get(family, ["mlp"])]
+    expected = plain_loss(tmp_path, token_ids, removed)
+    assert -value(everyone_but([2 * last + 1], len(value.players))) == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_norm_behind_the_sum_is_no_residual_stream(token_ids: Tensor, tmp_path: Path) -> None:
