@@ -65,9 +65,10 @@ def check_residual(block: nn.Module, inputs: BlockInputs, hidden: Tensor, sublay
     with without_sublayers(block, sublayers):
         leaving = inputs.run(block, hidden)
     if not torch.equal(leaving, hidden.to(leaving)):
+        paths = " and ".join(path for sublayer in sublayers for path in sublayer.paths)
         raise UnsupportedModel(
             f"block {sublayers[0].layer} ({type(block).__name__}) does not return its input when the outputs of "
-            f"{' and '.join(path for sublayer in sublayers for path in sublayer.paths)} are 0: its sub-layers do not simply add to a "
+            f"{paths} are 0: its sub-layers do not simply add to a "
             f"residual stream, so that none can be removed; {_WHOLE_LAYERS}"
         )
 
