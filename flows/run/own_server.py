@@ -45,9 +45,13 @@ def begin_own_server() -> None:
     """Start the server, without waiting for it, and set Prefect to it; nothing where it is set to one, or to none."""
     global _started
     settings = get_current_settings()
-    if settings.api.url or not settings.server.ephemeral.enabled:
+    is_own = _started is not None and settings.api.url == _started.url
+    if (settings.api.url and not is_own) or not settings.server.ephemeral.enabled:
         return
-    if _started is None or _started.process.poll() is not None:
+    if own_server_is_gone():
+        settings.client.max_retries = Settings().client.max_retries
+        _started = None
+    if _started is None:
         _started = _start(settings)
     settings.api.url = _started.url
 
