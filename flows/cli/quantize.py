@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--context",
         metavar="TOKENS",
-        help="tokens that a program holds at once, as in 32k: for --fit-gpu, and for the memory that is told",
+        help="tokens that a program holds at once, as in 32k: for --fit-gpu, and for the memory said beforehand",
     )
     parser.add_argument(
         "-o",

@@ -73,7 +73,7 @@ class Goal:
     are those of the matrices in the blocks; `plan` is the file or run of `lmq_flows.run.given_plan.read_plan`;
     `fit_gpu` is the memory of a GPU, as in "24GB", that is to hold the checkpoint, as small as a `size`, the cache of
     `context` tokens, as in 32k, and the activations. Exactly one of them is given. Without `fit_gpu`, `context` only
-    says for how many tokens the memory is told; where it is None for `_CONTEXT`, or all that the model sees.
+    says for how many tokens the memory is said; where it is None for `_CONTEXT`, or all that the model sees.
     `output` None: a directory named after both, here. `target` is one of `lmq.allocation.targets`: what is planned is
     what it holds, and the output is an export for it; where it takes quantized embeddings, `bits` count them too.
     """

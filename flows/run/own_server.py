@@ -23,7 +23,7 @@ from prefect.settings import Settings, get_current_settings
 
 from lmq.errors import LmqError
 
-LEAST_START_S = 120
+_LEAST_START_S = 120
 """How long the server may take to start, at the least: Prefect's 20 s are too few on a busy machine."""
 
 _END_S = 5
@@ -74,11 +74,11 @@ def _start(settings: Settings) -> _OwnServer:
 
 
 def start_own_server() -> None:
-    """Have the server answer, started now where it was not yet. Raises LmqError when it does not start."""
+    """Start the server where that was not begun, and wait until it answers. Raises LmqError when it does not start."""
     begin_own_server()
     if _started is None or _started.answers:
         return
-    may_take_s = max(get_current_settings().server.ephemeral.startup_timeout_seconds, LEAST_START_S)
+    may_take_s = max(get_current_settings().server.ephemeral.startup_timeout_seconds, _LEAST_START_S)
     deadline = time.monotonic() + may_take_s
     with httpx.Client() as client:
         while not _is_healthy(client, _started.url):
