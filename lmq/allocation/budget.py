@@ -125,7 +125,11 @@ def module_sizes(modules: Sequence[ModuleInfo], menu: Sequence[QuantSpec], targe
     if not menu or len(set(menu)) != len(menu):
         names = ", ".join(spec.name for spec in menu) or "nothing"
         raise InputError(f"the menu holds {names}; it needs at least one configuration and none twice")
-    return np.array([[_size_bytes(module, spec, target) for spec in menu] for module in modules], dtype=np.int64)
+    of_shape = {}
+    for module in modules:
+        if (shape := (module.out_features, module.in_features)) not in of_shape:
+            of_shape[shape] = [_size_bytes(module, spec, target) for spec in menu]
+    return np.array([of_shape[module.out_features, module.in_features] for module in modules], dtype=np.int64)
 
 
 def feasible_range(structure: ModelStructure, menu: Sequence[QuantSpec]) -> tuple[int, int]:

@@ -165,11 +165,19 @@ class Program:
 
 def row_of_modules(modules: int, groups: Iterable[Sequence[int]]) -> np.ndarray:
     """Row of every module [modules]: one for all that groups tie together, directly or through another group."""
-    row_of = np.arange(modules)
+    tied_to = list(range(modules))
+
+    def first_of_row(module: int) -> int:
+        while tied_to[module] != module:
+            tied_to[module] = module = tied_to[tied_to[module]]
+        return module
+
     for group in groups:
-        tied = np.isin(row_of, row_of[list(group)])
-        row_of[tied] = row_of[tied].min(initial=modules)
-    return np.unique(row_of, return_inverse=True)[1]
+        firsts = {first_of_row(module) for module in group}
+        tied_to_all = min(firsts, default=0)
+        for first in firsts:
+            tied_to[first] = tied_to_all
+    return np.unique([first_of_row(module) for module in range(modules)], return_inverse=True)[1]
 
 
 def solve_column_sets(program: Program, capacity: int) -> tuple[np.ndarray, float]:

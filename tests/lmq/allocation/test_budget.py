@@ -18,6 +18,7 @@ from lmq.allocation.budget import (
     layout_sizes,
     module_sizes,
 )
+from lmq.allocation.targets import TARGETS
 from lmq.errors import InfeasibleBudget, InputError
 from lmq.formats.spec import ALLOWED_BITS, STOPS, QuantSpec
 from lmq.model.structure import ModelStructure, ModuleId, ModuleInfo
@@ -127,6 +128,19 @@ def test_a_configuration_that_does_not_fit_names_the_module(structure):
         feasible_range(odd, MENU)
     with pytest.raises(InputError, match=r"layer 3 mlp\.up_proj: b4g64"):
         Budget.parse("uniform b4g64").resolve(odd)
+
+
+@pytest.mark.parametrize("target", [None, "gptq", "llama.cpp"])
+def test_sizes_are_those_of_every_matrix_by_itself(target):
+    shapes = [(512, 256), (256, 512), (512, 256), (64, 512)]
+    modules = [ModuleInfo(ModuleId(row, "mlp.up_proj"), *shape, "mlp_gate") for row, shape in enumerate(shapes)]
+    menu = [QuantSpec.parse(name) for name in (("q4_k", "q8_0") if target == "llama.cpp" else ("b4g64", "b3g32"))]
+    engine = TARGETS[target] if target else None
+    expected = [
+        [engine.size_bytes(spec, *shape) if engine else spec.size_bytes(shape[0] * shape[1]) for spec in menu]
+        for shape in shapes
+    ]
+    assert module_sizes(modules, menu, engine).tolist() == expected
 
 
 def test_menus_that_say_nothing_are_refused(structure):

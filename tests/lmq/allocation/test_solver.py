@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.sparse.csgraph import connected_components
 
 from lmq.allocation import knapsack
 from lmq.allocation import solver as solver_module
-from lmq.allocation.program import Limit, ProgramConstraints
+from lmq.allocation.program import Limit, ProgramConstraints, row_of_modules
 from lmq.allocation.solver import ALLOCATION_SCHEMA, Allocation, Assignment, solve
 from lmq.errors import InfeasibleBudget, InputError
 from lmq.formats.spec import STOPS, QuantSpec
@@ -272,6 +273,19 @@ def test_groups_that_overlap_are_one():
         [[0.0, 1.0], [0.0, 1.0], [1.0, 0.0], [2.0, 0.0], [0.0, 1.0]], [[1, 1]] * 5, 5, constraints=constraints
     )
     assert solution.choice.tolist() == [1, 1, 1, 1, 0]
+
+
+@given(
+    st.integers(1, 12).flatmap(lambda n: st.tuples(st.just(n), st.lists(st.lists(st.integers(0, n - 1), max_size=4))))
+)
+def test_rows_are_the_connected_components_of_the_groups(drawn):
+    modules, groups = drawn
+    edges = np.zeros((modules, modules))
+    for group in groups:
+        edges[np.ix_(group, group)] = 1
+    labels = connected_components(edges, directed=False)[1]
+    first_seen = list(dict.fromkeys(labels.tolist()))
+    assert row_of_modules(modules, groups).tolist() == [first_seen.index(label) for label in labels.tolist()]
 
 
 @pytest.mark.parametrize(
