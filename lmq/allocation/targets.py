@@ -42,7 +42,8 @@ class Target:
     out_features_multiple: what the rows of every matrix must be a multiple of.
     most_configurations: how many different ones a checkpoint may have.
     zero_bits: bits whose zeros an export stores, packed like codes. column_bytes, matrix_bytes: what it stores of a
-    column and of a matrix beside codes, zeros and 16-bit scales; type_bytes: of a matrix beside the blocks of a type.
+    column and of a matrix beside codes, zeros and 16-bit scales; type_bytes: of a matrix beside the blocks of a type;
+    type_row_bytes: of each of its rows.
     package: what opens it from Python, and `bits_since`, the version that some bits need.
     """
 
@@ -64,6 +65,7 @@ class Target:
     column_bytes: int = 0
     matrix_bytes: int = 0
     type_bytes: Mapping[str, int] = field(default_factory=dict)
+    type_row_bytes: Mapping[str, int] = field(default_factory=dict)
     package: str | None = None
     bits_since: Mapping[int, str] = field(default_factory=dict)
 
@@ -90,7 +92,8 @@ class Target:
         """Bytes of a matrix in the target's file. Raises InputError for a configuration that does not fit it."""
         parameters = out_features * in_features
         if spec.gguf is not None:
-            return spec.size_bytes(parameters, in_features) + self.type_bytes.get(spec.name, 0)
+            beside = self.type_bytes.get(spec.name, 0) + out_features * self.type_row_bytes.get(spec.name, 0)
+            return spec.size_bytes(parameters, in_features) + beside
         zeros_bits = spec.bits if spec.bits in self.zero_bits else 0
         groups_bytes = spec.groups(parameters) * (_SCALE_BITS + zeros_bits) // 8
         return parameters * spec.bits // 8 + groups_bytes + self.column_bytes * in_features + self.matrix_bytes
@@ -137,13 +140,14 @@ TARGETS: Mapping[str, Target] = {
             "tested: compressed-tensors 0.20",
             bits=(4, 8),
             group_sizes=(32, 64, 128),
-            types=("mxfp4", "nvfp4"),
+            types=("mxfp4", "nvfp4", "fp8"),
             alike=("qkv", "gate-up"),
             integer_zeros=True,
             out_features_multiple=8,  # zeros of 4 bits are packed 8 to an int32 along the rows
             zero_bits=(4,),
             matrix_bytes=16,  # its shape, two int64
             type_bytes={"nvfp4": 4},  # the float32 of the matrix
+            type_row_bytes={"fp8": 1},  # 16 bits for a scale that has 8 in a checkpoint of lmq
         ),
         Target(
             name="llama.cpp",
@@ -270,7 +274,7 @@ def taken_instead(menu: Sequence[QuantSpec], modules: Sequence[ModuleInfo]) -> l
             if spec.gguf is None or module.in_features % spec.gguf.row_multiple:
                 continue
             taken = spec.gguf.of_rows(module.in_features)
-            if taken is not spec.gguf:
+            if taken.name != spec.name:
                 in_layer = module.id.layer != EMBEDDINGS
                 path = f"layers.{module.id.layer}.{module.id.kind}" if in_layer else module.id.kind
                 paths[spec.name, taken.name, module.in_features].append(path)

@@ -69,8 +69,8 @@ def _check_module(path: str, fields: Any) -> None:
     options = {name: value for name, value in fields.items() if name != "shape"}
     if not {"bits", "group_size"} <= options.keys() <= {field.name for field in dataclass_fields(QuantSpec)}:
         raise DamagedFile(f"the quantization_config of {path} needs bits and group_size, and not {sorted(options)}")
-    if not all(_is_positive(value) for value in options.values()):
-        raise DamagedFile(f"the quantization_config of {path} needs whole positive numbers: {fields!r}")
+    if not all(type(value) is int for value in options.values()):
+        raise DamagedFile(f"the quantization_config of {path} needs whole numbers: {fields!r}")
     try:
         QuantSpec(**options).size_bytes(shape[0] * shape[1], shape[1])
     except InputError as error:

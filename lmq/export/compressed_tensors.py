@@ -1,4 +1,4 @@
-"""Checkpoints of compressed-tensors, which vLLM and SGLang serve: weights of 4 and 8 bits, integers or 4-bit floats.
+"""Checkpoints of compressed-tensors, which vLLM and SGLang serve: weights of 4 and 8 bits, integers or floats.
 
 Format `pack-quantized`: a matrix `[out_features, in_features]` of b bits in groups of g becomes
 
@@ -10,8 +10,8 @@ Format `pack-quantized`: a matrix `[out_features, in_features]` of b bits in gro
 Marlin, the kernel behind both engines, takes 4-bit codes with whole zeros in 0..15, and 8-bit codes without zeros of
 their own: their zero is 128.
 
-Formats `mxfp4-pack-quantized` and `nvfp4-pack-quantized` are those of `lmq.formats.float4`. Their codes and scales are
-the checkpoint's own.
+Formats `mxfp4-pack-quantized` and `nvfp4-pack-quantized` are those of `lmq.formats.float4`, `naive-quantized` is that
+of `lmq.formats.float8`. Their codes and scales are the checkpoint's own.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from lmq.export.integer_codes import (
 from lmq.export.report import ExportReport, ModuleStep, relative_error
 from lmq.export.source import QuantizedCheckpoint
 from lmq.formats.float4 import float4_tensors, largest_scale
+from lmq.formats.float8 import float8_tensors
 from lmq.formats.integer_words import IntegerMatrix, pack_words
 from lmq.formats.spec import QuantSpec
 from lmq.quantizers.integer_zeros import SYMMETRIC_BITS
@@ -47,9 +48,11 @@ from lmq.quantizers.integer_zeros import SYMMETRIC_BITS
 TARGET = TARGETS["vllm"]
 MIXED = "mixed-precision"
 
-_FLOAT_SCALES = {
-    "mxfp4": {"strategy": "group", "scale_dtype": "torch.uint8"},
-    "nvfp4": {"strategy": "tensor_group", "scale_dtype": "torch.float8_e4m3fn"},
+_FLOAT_FORMATS = {"mxfp4": "mxfp4-pack-quantized", "nvfp4": "nvfp4-pack-quantized", "fp8": "naive-quantized"}
+_FLOAT_SCALES: Mapping[str, Mapping[str, Any]] = {
+    "mxfp4": {"strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"},
+    "nvfp4": {"strategy": "tensor_group", "group_size": 16, "scale_dtype": "torch.float8_e4m3fn"},
+    "fp8": {"strategy": "channel", "group_size": None},
 }
 _MARLIN_TILE = (64, 128)
 """What out_features and in_features are multiples of in every version of the kernel."""
@@ -105,14 +108,16 @@ def quantization_config(checkpoint: QuantizedCheckpoint) -> dict[str, Any]:
 
 
 def _format(spec: QuantSpec) -> str:
-    return "pack-quantized" if spec.gguf is None else f"{spec.name}-pack-quantized"
+    return "pack-quantized" if spec.gguf is None else _FLOAT_FORMATS[spec.name]
 
 
 def _weights_config(spec: QuantSpec) -> dict[str, Any]:
-    of_type = {"type": "int", "symmetric": spec.bits == SYMMETRIC_BITS, "strategy": "group"}
     if spec.gguf is not None:
         of_type = {"type": "float", "symmetric": True, **_FLOAT_SCALES[spec.name]}
-    return {"num_bits": spec.bits, "group_size": spec.group_size, "dynamic": False, **of_type}
+    else:
+        symmetric = spec.bits == SYMMETRIC_BITS
+        of_type = {"type": "int", "symmetric": symmetric, "strategy": "group", "group_size": spec.group_size}
+    return {"num_bits": spec.bits, "dynamic": False, **of_type}
 
 
 def _joined(checkpoint: QuantizedCheckpoint) -> dict[str, list[str]]:
@@ -127,10 +132,13 @@ def _tensors_of(
     if checkpoint.specs[path].gguf is None:
         return integer_tensors(checkpoint, path, layout=_integers, scale_dtype=_scale_dtype(checkpoint))
     matrix = checkpoint.blocks(path)
+    target = f"{matrix.kind.name.upper()}A16"
+    if matrix.kind.name == "fp8":
+        return float8_tensors(matrix), ModuleStep(target=target, relative_error=0.0)
     largest = max(largest_scale(checkpoint.blocks(member)) for member in joined.get(path, [path]))
     tensors, written = float4_tensors(matrix, largest)
     error = relative_error(written, matrix.dequantize())
-    return tensors, ModuleStep(target=f"{matrix.kind.name.upper()}A16", relative_error=error)
+    return tensors, ModuleStep(target=target, relative_error=error)
 
 
 def _integers(matrix: IntegerMatrix) -> dict[str, Tensor]:

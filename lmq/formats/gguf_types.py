@@ -17,10 +17,12 @@ with float16 d and e per block and, in blocks of 256, a small integer s and m pe
 | q4_k, q5_k | 4.5, 5.5 | 32 | 0..15, 0..31 | 0..63 | 0..63 |
 | q6_k | 6.5625 | 16 | −32..31 | −128..127 | |
 | mxfp4, nvfp4 | 4.25, 4.5 | 32, 16 | E2M1: 0, ½, 1, 1½, 2, 3, 4, 6 and their negatives | | |
+| fp8 | 8 | a row | the 253 finite values of E4M3, up to 448 | | |
 
 d of mxfp4 is a power of two, the byte E8M0. That of nvfp4 has 3 bits behind its leading one (E5M3: 5 bits of exponent).
 NVFP4 is E4M3 times a float32 of the matrix. With a power of two for the latter, E5M3 holds the product, and a block
-stands for itself; `lmq.formats.float4` takes both apart again. GGUF files hold nvfp4 in another layout.
+stands for itself; `lmq.formats.float4` takes both apart again. GGUF files hold nvfp4 in another layout. fp8 is not in
+them at all: a row is one block, whose d has 3 bits behind its leading one too.
 
 Layouts, and the types of rows that are no multiple of 256, are those of llama.cpp (ggml-common.h and
 `tensor_type_fallback` in llama-quant.cpp, as of llama-cpp-python 0.3.36). The tests read them with the gguf package.
@@ -43,9 +45,7 @@ BLOCKS_TENSOR = "blocks"
 
 _UNEQUAL_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 _E2M1_SIZES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_E2M1_LEVELS = (*(-size for size in _E2M1_SIZES[:0:-1]), *_E2M1_SIZES)
-_E2M1_CODES = (15, 14, 13, 12, 11, 10, 9, 0, 1, 2, 3, 4, 5, 6, 7)
-"""What stands for each level in E2M1: the number of its size, plus 8 for a negative one. 8 is read as 0."""
+_E4M3_SIZES = tuple((number % 8 + 8 * (number >= 8)) * 2.0 ** (max(number // 8, 1) - 10) for number in range(127))
 _CPU_BLOCK_ELEMENTS = 1 << 20
 _LARGEST_FLOAT16, _SMALLEST_FLOAT16 = 65504.0, 2.0**-24
 
@@ -82,15 +82,18 @@ class ByteFloat(NamedTuple):
 E8M0 = ByteFloat(mantissa=0, least=0)
 E5M3 = ByteFloat(mantissa=3, least=127 - 24, span=2.0**13)
 """Up to 224 as written, so that weights reach 1,344. E4M3 times a power of two holds the span wherever it lies."""
+E5M3_OF_ROWS = ByteFloat(mantissa=3, least=127 - 21)
+"""From 2^-21 on, so that float16 and bfloat16 hold every value as it is."""
 
 
 @dataclass(frozen=True)
 class GgufType:
-    """One type. `number` is that of GGUF files; `order` says which parts a block is made of, one after the other.
+    """One type. `number` is that of GGUF files, or above 999; `order` says which parts a block is made of, in turn.
 
     `scales` and `minima` are the smallest and largest of the integers that a group stores, None where it stores none.
     `low` are the lowest bits of codes, `high` those above; `stored_codes` what is stored for each code, if not itself.
     `narrow` is the type of rows that are no multiple of 256. `unit` is what d is stored as, float16 unless given.
+    `group_size` and `block_size` are 0 where both are the row, whatever its length, until `of_rows` tells it.
     """
 
     name: str
@@ -119,6 +122,11 @@ class GgufType:
         return len(self.levels) == self.levels[-1] - self.levels[0] + 1
 
     @property
+    def is_twos_complement(self) -> bool:
+        """Whether what is stored is the level itself, a byte with a sign."""
+        return self.is_even and self.low.width == 8
+
+    @property
     def groups_per_block(self) -> int:
         """Groups of a block."""
         return self.block_size // self.group_size
@@ -130,19 +138,21 @@ class GgufType:
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits per weight."""
-        return 8 * self.block_bytes / self.block_size
+        """Stored bits per weight; without the scale where a block is a row."""
+        return 8 * self.block_bytes / self.block_size if self.block_size else float(self.bits)
 
     @property
     def row_multiple(self) -> int:
         """What the weights of a row are a multiple of, in this type or the one that stands in for it."""
-        return min(self.block_size, SMALL_BLOCK)
+        return min(self.block_size, SMALL_BLOCK) or 1
 
     def of_rows(self, in_features: int) -> GgufType:
         """The type that rows of `in_features` weights take: this one, or that of llama.cpp for rows it does not fit.
 
-        Raises InputError for rows that are no multiple of `row_multiple`.
+        Its blocks have a size. Raises InputError for rows that are no multiple of `row_multiple`.
         """
+        if not self.block_size:
+            return replace(self, group_size=in_features, block_size=in_features)
         if in_features % self.row_multiple:
             raise InputError(
                 f"{self.name} does not fit rows of {in_features:,} weights: it takes rows that are a multiple of "
@@ -183,9 +193,12 @@ def _small(name: str, number: int, bits: int, levels: Sequence[int], order: str)
     return GgufType(name, number, bits, 32, SMALL_BLOCK, tuple(levels), tuple(order.split()), low, high)
 
 
-def _e2m1(name: str, number: int, size: int, unit: ByteFloat) -> GgufType:
-    low = _Field(4, size // 2)
-    return GgufType(name, number, 4, size, size, _E2M1_LEVELS, ("d", "low"), low, unit=unit, stored_codes=_E2M1_CODES)
+def _floats(name: str, number: int, size: int, sizes: Sequence[float], low: _Field, unit: ByteFloat) -> GgufType:
+    """A type whose codes are the numbers of `sizes`, their highest bit set for the negative ones. -0 is read as 0."""
+    negative = range(len(sizes) - 1, 0, -1)
+    levels = (*(-sizes[code] for code in negative), *sizes)
+    codes = (*(code | 1 << low.width - 1 for code in negative), *range(len(sizes)))
+    return GgufType(name, number, low.width, size, size, levels, ("d", "low"), low, unit=unit, stored_codes=codes)
 
 
 GGUF_TYPES: Mapping[str, GgufType] = {
@@ -275,12 +288,13 @@ GGUF_TYPES: Mapping[str, GgufType] = {
             scales=(-128, 127),
             narrow="q8_0",
         ),
-        _e2m1("mxfp4", 39, 32, E8M0),
-        _e2m1("nvfp4", 40, 16, E5M3),
+        _floats("mxfp4", 39, 32, _E2M1_SIZES, _Field(4, 16), E8M0),
+        _floats("nvfp4", 40, 16, _E2M1_SIZES, _Field(4, 8), E5M3),
+        _floats("fp8", 1000, 0, _E4M3_SIZES, _Field(8, 1), E5M3_OF_ROWS),
     )
 }
 
-LLAMA_CPP_TYPES = tuple(name for name in GGUF_TYPES if name != "nvfp4")
+LLAMA_CPP_TYPES = tuple(name for name in GGUF_TYPES if name not in ("nvfp4", "fp8"))
 """Names of those whose bytes are written to GGUF files as they are."""
 
 
@@ -403,8 +417,8 @@ def pack_blocks(grid: GgufGrid, codes: Tensor) -> Tensor:
         elif part == "scales":
             parts.append(_pack_scales(kind.name, grid.scales, grid.minima))
         elif part == "low":
-            # of 8 bits the level itself is stored, in two's complement
-            parts.append(flat ^ 128 if kind.low.width == 8 else _join(flat & 2**kind.low.width - 1, kind.low))
+            low = _join(flat & 2**kind.low.width - 1, kind.low)
+            parts.append(low ^ 128 if kind.is_twos_complement else low)
         else:
             assert kind.high is not None
             parts.append(_join(flat >> kind.low.width, kind.high))
@@ -426,11 +440,11 @@ def unpack_blocks(stored: Tensor, kind: GgufType, shape: tuple[int, int]) -> tup
         minimum_unit = _float16_values(parts["e"])
         minima = torch.ones_like(grid.scales) if kind.minima is None else grid.minima
         grid = replace(grid, minimum_unit=-minimum_unit if kind.minima is None else minimum_unit, minima=minima)
-    codes = parts["low"] ^ 128 if kind.low.width == 8 else _split(parts["low"], kind.low)
+    codes = _split(parts["low"] ^ 128 if kind.is_twos_complement else parts["low"], kind.low)
     if kind.high is not None:
         codes |= _split(parts["high"], kind.high) << kind.low.width
     if kind.stored_codes is not None:
-        code_of = codes.new_full((16,), kind.levels.index(0))
+        code_of = codes.new_full((1 << kind.bits,), kind.levels.index(0))
         code_of[list(kind.stored_codes)] = torch.arange(len(kind.levels), dtype=torch.uint8, device=codes.device)
         codes = code_of[codes.int()]
     return grid, codes.view(shape)

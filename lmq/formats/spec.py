@@ -5,7 +5,7 @@ group of weights, and a 16-bit range (low, high) for every group of scales. The 
 are that formula with the last partial groups rounded up, plus `MATRIX_HEADER_BYTES`.
 
 The types that llama.cpp computes with are configurations too, by their names: `q4_k` (`lmq.formats.gguf_types`). So
-are `mxfp4` and `nvfp4`, which vLLM serves as well.
+are `mxfp4`, `nvfp4` and `fp8`, which vLLM serves.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ _GGUF_BY_NUMBER = {kind.number: kind for kind in GGUF_TYPES.values()}
 
 @dataclass(frozen=True, order=True)
 class QuantSpec:
-    """One quantization configuration of a weight matrix, written `b3g64`, or the name of a type of GGUF, as in `q4_k`.
+    """One quantization configuration of a weight matrix, written `b3g64`, or the name of a type, as in `q4_k`.
 
     `bits` per weight code, `group_size` weights share one scale and zero, which are stored with
-    `meta_bits` bits each; `meta_group_size` scales share one 16-bit range. A type of GGUF has `GGUF_META_BITS`, and its
-    number for the last.
+    `meta_bits` bits each; `meta_group_size` scales share one 16-bit range. A type has `GGUF_META_BITS`, and its number
+    for the last. The group size of `fp8` is 0: a row of any length.
     """
 
     bits: int
@@ -46,15 +46,15 @@ class QuantSpec:
     def __post_init__(self) -> None:
         if self.bits not in ALLOWED_BITS:
             raise InputError(f"bits = {self.bits} is not a weight width; allowed: {ALLOWED_BITS}")
-        if self.group_size not in ALLOWED_GROUP_SIZES:
-            raise InputError(f"group_size = {self.group_size} is not allowed; allowed: {ALLOWED_GROUP_SIZES}")
         if self.meta_bits == GGUF_META_BITS:
             kind = _GGUF_BY_NUMBER.get(self.meta_group_size)
             if kind is None or (kind.bits, kind.group_size) != (self.bits, self.group_size):
                 raise InputError(
-                    f"no type of GGUF has the number {self.meta_group_size}, {self.bits} bits and groups of "
+                    f"no type has the number {self.meta_group_size}, {self.bits} bits and groups of "
                     f"{self.group_size}; there are {', '.join(f'{k.name} ({k.number})' for k in GGUF_TYPES.values())}"
                 )
+        elif self.group_size not in ALLOWED_GROUP_SIZES:
+            raise InputError(f"group_size = {self.group_size} is not allowed; allowed: {ALLOWED_GROUP_SIZES}")
         elif self.meta_bits != 8:
             raise InputError(f"meta_bits = {self.meta_bits} is not allowed; scales and zeros take 8 bits")
         if self.meta_group_size < 1:
@@ -69,7 +69,7 @@ class QuantSpec:
         match = re.fullmatch(r"b(\d+)g(\d+)", text.strip())
         if match is None:
             raise InputError(
-                f"{text!r} is not a configuration; write bits and group size as in 'b4g64', or a type of GGUF: "
+                f"{text!r} is not a configuration; write bits and group size as in 'b4g64', or a type: "
                 f"{', '.join(GGUF_TYPES)}"
             )
         return cls(bits=int(match[1]), group_size=int(match[2]))

@@ -58,7 +58,8 @@ def unfair_configurations(found: CoarseGrid | None, menu: Iterable[QuantSpec], *
     """
     if found is None or axis != 1:
         return []
-    return [spec for spec in menu if found.group_size % spec.group_size == 0 and spec.bits >= found.bits]
+    in_groups = [spec for spec in menu if spec.group_size]
+    return [spec for spec in in_groups if found.group_size % spec.group_size == 0 and spec.bits >= found.bits]
 
 
 def coarse_grid_warnings(

@@ -144,7 +144,7 @@ def load_grids(path: Path) -> dict[ModuleId, dict[QuantSpec, EncodedMatrix]]:
                 by_spec = grids.setdefault(ModuleId(**entry["module"]), {})
                 if "type" in entry:
                     blocks = file.get_tensor(f"{entry['key']}.{BLOCKS_TENSOR}")
-                    by_spec[spec] = GgufMatrix(GGUF_TYPES[entry["type"]], shape, blocks)
+                    by_spec[spec] = GgufMatrix(GGUF_TYPES[entry["type"]].of_rows(shape[1]), shape, blocks)
                     continue
                 tensors = {name: file.get_tensor(f"{entry['key']}.{name}") for name in GRID_TENSORS}
                 grid = Grid.from_tensors(tensors, spec, shape, entry["axis"])

@@ -35,10 +35,10 @@ MOST_BITS = 4
 def default_specs(menu: tuple[QuantSpec, ...]) -> tuple[QuantSpec, ...]:
     """One configuration per bit width up to 4, of the group size nearest to 64; of an 8-bit menu, the smallest."""
     nearest: dict[int, QuantSpec] = {}
-    for spec in sorted(menu, key=lambda spec: (abs(np.log2(spec.group_size / TYPICAL_GROUP_SIZE)), spec)):
+    few_bits = (spec for spec in menu if spec.bits <= MOST_BITS)
+    for spec in sorted(few_bits, key=lambda spec: (abs(np.log2(spec.group_size / TYPICAL_GROUP_SIZE)), spec)):
         nearest.setdefault(spec.bits, spec)
-    few_bits = tuple(spec for bits, spec in sorted(nearest.items()) if bits <= MOST_BITS)
-    return few_bits or (min(menu, key=lambda spec: spec.bits_per_weight),)
+    return tuple(spec for _, spec in sorted(nearest.items())) or (min(menu, key=lambda spec: spec.bits_per_weight),)
 
 
 def standard_error(divergences: Tensor) -> float | None:

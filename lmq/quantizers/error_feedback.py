@@ -289,10 +289,11 @@ class Lattice:
     def at(self, columns: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero of the weights in `columns` int64 [columns]: float32 [columns, out_features] each."""
         out_features, in_features = self.shape
-        shift = self.group_size.bit_length() - 1  # group sizes are powers of two: shifting is faster than dividing
         if self.axis == 1 and in_features % self.group_size == 0:
             scale, zero = self._by_column
-            return scale[columns >> shift], zero[columns >> shift]
+            groups = columns // self.group_size
+            return scale[groups], zero[groups]
+        shift = self.group_size.bit_length() - 1  # such sizes are powers of two: shifting is faster than dividing
         flat = torch.arange(out_features, device=columns.device) * in_features + columns[:, None]
         groups = flat >> shift if self.axis == 1 else flat % len(self.scale)
         return self.scale[groups], self.zero[groups]

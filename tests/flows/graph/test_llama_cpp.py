@@ -154,7 +154,7 @@ def test_what_does_not_suit_the_types_is_refused(
 
 def test_a_plan_can_be_uniform_in_a_type() -> None:
     assert QuantSpec.parse("q4_k").name == "q4_k"
-    with pytest.raises(InputError, match="or a type of GGUF: q4_0, q4_1"):
+    with pytest.raises(InputError, match="or a type: q4_0, q4_1"):
         QuantSpec.parse("q4_x")
 
 

@@ -72,6 +72,8 @@ def test_what_does_not_fit_is_said(spec: str, shape: tuple[int, int], reason: st
         ("vllm", "mxfp4", (64, 48), "rows of 48 weights, not a multiple of 32"),
         ("vllm", "nvfp4", (64, 48), None),
         ("vllm", "nvfp4", (64, 40), "rows of 40 weights, not a multiple of 16"),
+        ("vllm", "fp8", (60, 41), None),
+        ("llama.cpp", "fp8", (64, 256), "a type that is not written for llama.cpp"),
         ("auto-round", "b5g64", (64, 64), None),
         ("awq", "b8g64", (64, 64), "8-bit codes, where awq takes 4 bits"),
     ],
@@ -95,11 +97,13 @@ def test_what_is_left_out_of_a_menu_is_said_with_the_modules() -> None:
 
 
 def test_a_menu_of_which_nothing_is_left_is_refused_with_what_may_be_on_it() -> None:
-    held = "b4g64, b4g32, b8g64, b8g32, mxfp4, nvfp4"
+    held = "b4g64, b4g32, b8g64, b8g32, mxfp4, nvfp4, fp8"
     with pytest.raises(InputError, match=rf"none of the menu \(b3g64, b4g128\).*: {held}$"):
         restrict_menu(_specs("b3g64", "b4g128"), VLLM, _modules((64, 576)))
-    with pytest.raises(InputError, match=r"holds no configuration .*: layer 0 m1 has rows of 40 weights, not a multip"):
+    with pytest.raises(InputError, match=r"put one of these on the menu: fp8$"):
         restrict_menu(STOPS, VLLM, _modules((64, 64), (64, 40)))
+    with pytest.raises(InputError, match=r"holds no configuration .*: layer 0 m1 has groups of 32 that straddle rows"):
+        restrict_menu(STOPS, TARGETS["gptq"], _modules((64, 64), (64, 40)))
 
 
 def test_a_package_that_is_too_old_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,12 @@ from typing import Any
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
-from compressed_tensors.quantization import QuantizationConfig, preset_name_to_scheme
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationConfig,
+    QuantizationScheme,
+    preset_name_to_scheme,
+)
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, PreTrainedModel
 
 import lmq
@@ -130,7 +135,7 @@ def test_a_mixed_export_gives_the_logits_of_its_weights(tiny_model: Path, tmp_pa
 
 
 def test_floats_are_exported_as_they_are_and_open_as_the_checkpoint(tiny_qwen: Path, tmp_path: Path) -> None:
-    checkpoint = write_types(tiny_qwen, tmp_path / "lmq", "mxfp4", "nvfp4", "b4g32")
+    checkpoint = write_types(tiny_qwen, tmp_path / "lmq", "mxfp4", "nvfp4", "b4g32", "fp8")
     assert problems(checkpoint) == []
     report = export(checkpoint, tmp_path / "out")
     tensors = _tensors(report.path)
@@ -138,7 +143,7 @@ def test_floats_are_exported_as_they_are_and_open_as_the_checkpoint(tiny_qwen: P
         step = report.steps[path]
         if spec.gguf is not None:
             assert (step.target, step.relative_error) == (f"{spec.name.upper()}A16", 0.0)
-        own = [tensor for name, tensor in tensors.items() if name.startswith(f"{path}.weight_")]
+        own = [tensor for name, tensor in tensors.items() if name.startswith(f"{path}.weight")]
         assert sum(tensor.nbytes for tensor in own) == TARGETS["vllm"].size_bytes(spec, *checkpoint.shapes[path])
     opened = open_dense(report.path)
     for path, spec in checkpoint.specs.items():
@@ -185,6 +190,22 @@ def test_the_configuration_of_floats_is_the_packages_own(name: str, tiny_llama: 
     ).to_dict()
     assert ours == {key: theirs[key] for key in ours}
     assert not any(theirs[key] for key in theirs.keys() - ours.keys())
+
+
+def test_floats_of_8_bits_are_described_and_opened_as_the_packages_own(tiny_llama: Path, tmp_path: Path) -> None:
+    checkpoint = write_types(tiny_llama, tmp_path / "lmq", "fp8")
+    report = export(checkpoint, tmp_path / "out")
+    ours = quantization_config(checkpoint)
+    args = QuantizationArgs(num_bits=8, type="float", strategy="channel", symmetric=True, dynamic=False)
+    scheme = QuantizationScheme(targets=list(checkpoint.specs), weights=args, format="naive-quantized")
+    theirs = QuantizationConfig(
+        config_groups={"fp8": scheme}, ignore=ours["ignore"], format=scheme.format, quantization_status="compressed"
+    ).to_dict()
+    assert ours == {key: theirs[key] for key in ours}
+    opened = AutoModelForCausalLM.from_pretrained(report.path, dtype=torch.float32)
+    own = lmq.load(checkpoint.path, dtype=torch.float32, dense=True)
+    assert torch.equal(_logits(opened), _logits(own))
+    assert torch.equal(_logits(lmq.load(report.path, dtype=torch.float32)), _logits(own))
 
 
 @pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")

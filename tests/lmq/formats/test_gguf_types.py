@@ -15,8 +15,8 @@ ROWS, COLUMNS = 7, 512
 
 
 def random_blocks(name: str, seed: int = 0) -> torch.Tensor:
-    """Random bytes whose float16 values are finite: d and e are drawn apart. No E2M1 code is that of -0."""
-    kind = GGUF_TYPES[name]
+    """Random bytes whose float16 values are finite: d and e are drawn apart. No code is that of -0 or NaN."""
+    kind = GGUF_TYPES[name].of_rows(COLUMNS)
     generator = torch.Generator().manual_seed(seed)
     blocks = torch.randint(0, 256, (ROWS * COLUMNS // kind.block_size, kind.block_bytes), generator=generator)
     blocks = blocks.to(torch.uint8)
@@ -28,6 +28,9 @@ def random_blocks(name: str, seed: int = 0) -> torch.Tensor:
         elif part in ("d", "e"):
             drawn = torch.randn(len(blocks), 1, generator=generator).half()
             blocks[:, place : place + size] = drawn.view(torch.uint8)
+        elif kind.stored_codes is not None and kind.bits == 8:
+            codes = blocks[:, place : place + size]
+            codes[torch.isin(codes, torch.tensor([0x7F, 0x80, 0xFF], dtype=torch.uint8))] = 0
         elif kind.stored_codes is not None:
             codes = blocks[:, place : place + size]
             codes[codes & 15 == 8] -= 8
@@ -60,14 +63,14 @@ def test_nvfp4_is_that_of_gguf_with_the_scale_of_the_matrix_in_those_of_its_grou
     np.testing.assert_array_equal(found.numpy(), expected * 2.0**-9)
 
 
-@pytest.mark.parametrize("name", ["mxfp4", "nvfp4"])
+@pytest.mark.parametrize("name", ["mxfp4", "nvfp4", "fp8"])
 def test_units_of_one_byte_are_the_nearest(name: str) -> None:
     unit = GGUF_TYPES[name].unit
     assert unit is not None
     assert torch.equal(unit.byte(unit.value(torch.arange(1, 255))), torch.arange(1, 255, dtype=torch.int32))
     every = unit.value(torch.arange(1, 255)).double().numpy()
     assert (every[1:] > every[:-1]).all()
-    values = torch.rand(1000, generator=torch.Generator().manual_seed(6)) * torch.logspace(-7, 2, 1000)
+    values = torch.rand(1000, generator=torch.Generator().manual_seed(6)) * torch.logspace(-7, 4, 1000)
     nearest = every[np.abs(values.double().numpy()[:, None] - every).argmin(1)]
     np.testing.assert_array_equal(unit.value(unit.byte(values)).double().numpy(), nearest)
     assert unit.byte(torch.zeros(1)) == 1
@@ -83,11 +86,11 @@ def test_decodes_as_the_gguf_package(name: str) -> None:
 
 @pytest.mark.parametrize("name", GGUF_TYPES)
 def test_packs_to_the_same_bytes(name: str) -> None:
-    stored = random_blocks(name, seed=1)
-    grid, codes = unpack_blocks(stored, GGUF_TYPES[name], (ROWS, COLUMNS))
+    stored, kind = random_blocks(name, seed=1), GGUF_TYPES[name].of_rows(COLUMNS)
+    grid, codes = unpack_blocks(stored, kind, (ROWS, COLUMNS))
     torch.testing.assert_close(pack_blocks(grid, codes), stored, rtol=0, atol=0)
     scale, zero = grid.decode()
-    assert scale.shape == zero.shape == (ROWS * COLUMNS // GGUF_TYPES[name].group_size,)
+    assert scale.shape == zero.shape == (ROWS * COLUMNS // kind.group_size,)
 
 
 @pytest.mark.parametrize("name", ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "mxfp4"])
@@ -110,7 +113,7 @@ def test_rows_that_are_no_multiple_of_256_take_the_type_of_llama_cpp() -> None:
         "q5_k": "q5_1",
         "q6_k": "q8_0",
     }
-    assert all(kind.of_rows(768) is kind for kind in GGUF_TYPES.values())
+    assert all(kind.of_rows(768) is kind for kind in GGUF_TYPES.values() if kind.block_size)
     assert GGUF_TYPES["q4_k"].size_bytes(2, 576) == GGUF_TYPES["q5_0"].size_bytes(2, 576) == 2 * 18 * 22
 
 

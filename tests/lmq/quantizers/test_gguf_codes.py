@@ -71,7 +71,7 @@ def test_grids_lose_no_more_than_those_of_the_gguf_package(name: str, weight: Te
 @pytest.mark.parametrize("name", GGUF_TYPES)
 def test_grids_lose_no_more_than_a_search_over_units(name: str, weight: Tensor, moments: Tensor) -> None:
     """Every group's min-max grid, its block's unit the largest scale by the largest integer, nearest integers."""
-    kind, importance = GGUF_TYPES[name], moments.diagonal()
+    kind, importance = GGUF_TYPES[name].of_rows(COLUMNS), moments.diagonal()
     ours = weighted_error(nearest_matrix(weight, importance, kind), weight, importance)
     groups = weight.view(-1, kind.groups_per_block, kind.group_size).numpy()
     levels = np.array(kind.levels, np.float32)
@@ -94,7 +94,7 @@ def test_grids_lose_no_more_than_a_search_over_units(name: str, weight: Tensor, 
 
 @pytest.mark.parametrize("name", GGUF_TYPES)
 def test_error_feedback_is_that_of_a_loop(name: str, weight: Tensor, moments: Tensor) -> None:
-    kind = GGUF_TYPES[name]
+    kind = GGUF_TYPES[name].of_rows(COLUMNS)
     grid = fit_type(weight, moments.diagonal(), kind)
     feedback = feedback_of(moments, damping=0.01)
     lattice = Lattice(*grid.decode(), grid.shape, kind.group_size)
@@ -122,8 +122,8 @@ def test_error_feedback_is_that_of_a_loop(name: str, weight: Tensor, moments: Te
 
 @pytest.mark.parametrize("name", GGUF_TYPES)
 def test_feedback_and_descent_lower_the_cost_and_stay_storable(name: str, weight: Tensor, moments: Tensor) -> None:
-    kind = GGUF_TYPES[name]
-    grid, steps = fit_type(weight, moments.diagonal(), kind), steps_of(GGUF_TYPES[name], weight.device)
+    kind = GGUF_TYPES[name].of_rows(COLUMNS)
+    grid, steps = fit_type(weight, moments.diagonal(), kind), steps_of(kind, weight.device)
     lattice = Lattice(*grid.decode(), grid.shape, kind.group_size)
     codes = codes_with_feedback(weight[None], [lattice], steps, [feedback_of(moments, damping=0.01)])
     first = GgufMatrix.of(grid, codes[0])
@@ -145,18 +145,18 @@ def test_feedback_and_descent_lower_the_cost_and_stay_storable(name: str, weight
 @pytest.mark.parametrize("name", GGUF_TYPES)
 @pytest.mark.parametrize("value", [0.0, 0.3, -0.3, 1e-9])
 def test_constant_and_tiny_weights_are_kept(name: str, value: float) -> None:
-    weight = torch.full((2, 256), value)
-    found = nearest_matrix(weight, torch.ones(256), GGUF_TYPES[name]).dequantize()
+    weight, kind = torch.full((2, 256), value), GGUF_TYPES[name].of_rows(256)
+    found = nearest_matrix(weight, torch.ones(256), kind).dequantize()
     assert found.isfinite().all()
     # float16 units end at 6e-8; a block of one value needs one step of its grid, E2M1 steps of a half of units
-    mantissa = 8 if GGUF_TYPES[name].unit is None else GGUF_TYPES[name].unit.mantissa
+    mantissa = 8 if kind.unit is None else kind.unit.mantissa
     assert float((found - weight).abs().max()) <= max(2.0 ** -(mantissa + 1) / 2 * abs(value), 2e-7)
 
 
 @pytest.mark.parametrize("name", ["q4_1", "q4_k", "q2_k"])
 def test_weights_of_one_sign_are_held_though_minima_are_not_negative(name: str) -> None:
     weight = torch.rand(2, 256, generator=torch.Generator().manual_seed(3)) + 0.5
-    kind = GGUF_TYPES[name]
+    kind = GGUF_TYPES[name].of_rows(COLUMNS)
     found = nearest_matrix(weight, torch.ones(256), kind).dequantize()
     assert float((found - weight).abs().max()) < 1.5 / (len(kind.levels) - 1)
 
@@ -171,7 +171,7 @@ def test_quantizers_give_each_row_the_type_it_can_have(name: str) -> None:
         assert list(found) == list(dict.fromkeys(menu))
         matrix = found[spec_of(name)]
         assert isinstance(matrix, GgufMatrix)
-        assert matrix.kind is GGUF_TYPES[name].of_rows(96)
+        assert matrix.kind == GGUF_TYPES[name].of_rows(96)
         assert matrix.size_bytes == spec_of(name).size_bytes(4 * 96, 96)
         if name in LLAMA_CPP_TYPES:
             expected = gguf.quants.dequantize(matrix.blocks.numpy(), GGMLQuantizationType[matrix.kind.name.upper()])
