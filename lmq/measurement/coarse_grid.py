@@ -21,6 +21,8 @@ MOST_BITS = 8
 
 _FIRST_GROUPS = 8
 _SAMPLED_GROUPS = 1024
+_ELEMENTS_AT_ONCE = 2**17
+"""Weights times numbers of steps that are looked at together: 1 MB of float64."""
 _LARGEST_TOLERANCE = 0.25
 """Distance from the grid, in steps, beyond which being near it would be chance."""
 
@@ -99,16 +101,20 @@ def _levels(groups: Tensor) -> int | None:
     offsets = (values - low[:, None]) / torch.where(spread > 0, spread, 1)[:, None]
     unplaced = spread > 0
     levels = 1
-    for steps in range(1, 2**MOST_BITS):
-        if not unplaced.any():
-            break
-        tolerance = rounding[unplaced] * steps / spread[unplaced]
-        scaled = offsets[unplaced] * steps
-        distance = (scaled - scaled.round()).abs().amax(1)
+    tried = 0
+    while unplaced.any() and tried < 2**MOST_BITS - 1:
+        at_once = max(1, _ELEMENTS_AT_ONCE // (int(unplaced.sum()) * groups.shape[1]))
+        steps = torch.arange(tried + 1, min(tried + at_once + 1, 2**MOST_BITS)).to(values)
+        tried += len(steps)
+        tolerance = (rounding[unplaced] * steps[:, None]) / spread[unplaced]  # [steps, groups]
+        scaled = offsets[unplaced] * steps[:, None, None]
+        distance = (scaled - scaled.round()).abs().amax(2)
         placed = (distance <= tolerance) & (tolerance <= _LARGEST_TOLERANCE)
-        if placed.any():
-            levels = steps + 1
-            unplaced[unplaced.nonzero().flatten()[placed]] = False
+        has_place = placed.any(0)
+        if has_place.any():
+            fewest_steps = steps[placed[:, has_place].int().argmax(0)]  # argmax: the first of those that place it
+            levels = max(levels, int(fewest_steps.max()) + 1)
+            unplaced[unplaced.nonzero().flatten()[has_place]] = False
     return None if unplaced.any() else levels
 
 

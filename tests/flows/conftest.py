@@ -1,7 +1,8 @@
-"""A Prefect server for the whole session, and runs of tiny models on it."""
+"""A Prefect server for all tests, and runs of tiny models on it."""
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Iterator
@@ -13,7 +14,10 @@ from unittest import mock
 import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId, FlowRunFilterParentFlowRunId
-from prefect.testing.utilities import prefect_test_harness
+from prefect.context import _temporary_global_settings_context, get_settings_context
+from prefect.events.worker import EventsWorker
+from prefect.logging.handlers import APILogWorker
+from prefect.settings import PREFECT_API_URL, PREFECT_SERVER_DATABASE_CONNECTION_URL, temporary_settings
 
 from lmq_flows.config.run import RunConfig, parse_run_config
 from lmq_flows.graph.direct import Outcome
@@ -21,13 +25,25 @@ from lmq_flows.graph.node import Graph, Node
 from lmq_flows.graph.walk import execute
 from lmq_flows.run.plan import plan_run
 from lmq_tasks import STAGES
+from tests.flows.prefect_server import SharedServer, database_url, shared_server
 
 
 @pytest.fixture(scope="session")
-def server() -> Iterator[None]:
-    """A real Prefect server with a database of its own."""
-    with prefect_test_harness(server_startup_timeout=120):
-        yield
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SharedServer]:
+    """A real Prefect server with a database of its own; all workers of pytest share it.
+
+    This process is set to it as by `prefect_test_harness`, which would start one for every worker.
+    """
+    place = tmp_path_factory.getbasetemp()
+    with shared_server((place.parent if "PYTEST_XDIST_WORKER" in os.environ else place) / "prefect") as server:
+        database = {PREFECT_SERVER_DATABASE_CONNECTION_URL: database_url(server.database)}
+        with (
+            temporary_settings({PREFECT_API_URL: server.url, **database}),
+            _temporary_global_settings_context(get_settings_context()),
+        ):
+            yield server
+            APILogWorker.instance().drain()
+            EventsWorker.drain_all()
 
 
 def tiny_config(model: Path, place: Path, **changes: Any) -> RunConfig:

@@ -29,6 +29,7 @@ from lmq_flows.run.prepare import identify_models, identify_texts, preparation_g
 from lmq_storage import ArtifactStore
 from lmq_storage.verify import verify
 from tests.flows.conftest import tiny_config
+from tests.flows.prefect_server import SharedServer
 from tests.flows.processes import Runner, forking_runner
 
 Refuse = Callable[..., str]
@@ -226,8 +227,10 @@ def test_a_short_text_stops_its_stage_and_leaves_nothing_of_it(tiny_llama: Path,
 
 
 @pytest.fixture(scope="module")
-def prefect_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("prefect")
+def prefect_home(server: SharedServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("prefect")
+    shutil.copy(server.new_database, home / "prefect.db")
+    return home
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -11,15 +12,18 @@ from pathlib import Path
 
 import pytest
 
+from tests.flows.prefect_server import SharedServer
 from tests.flows.processes import Run, Runner, forking_runner, save_small_llama, wait_until
 
 
 @pytest.fixture(scope="module")
-def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
+def runner(server: SharedServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
     """Starts commands that have no Prefect server but one of their own."""
+    home = tmp_path_factory.mktemp("prefect")
+    shutil.copy(server.new_database, home / "prefect.db")
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("PREFECT_API_URL", raising=False)
-        with forking_runner(PREFECT_HOME=str(tmp_path_factory.mktemp("prefect"))) as runner:
+        with forking_runner(PREFECT_HOME=str(home)) as runner:
             yield runner
 
 

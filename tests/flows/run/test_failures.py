@@ -10,7 +10,7 @@ import yaml
 from huggingface_hub.errors import OfflineModeIsEnabled
 from prefect import flow
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterParentFlowRunId
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName, FlowRunFilterParentFlowRunId
 
 import lmq_flows.run.find
 import lmq_flows.run.prepare
@@ -79,10 +79,8 @@ def test_a_sweep_finishes_four_of_six_and_reports_two(server, sweep, tmp_path, c
     assert "- **lost uniform b4g64**: there is no model directory" in told
     assert (sweep.run_dir / "checkpoints" / "tiny-llama-uniform-uniform-b4g64").as_uri() in told
     with get_client(sync_client=True) as client:
-        run = max(
-            (item for item in client.read_flow_runs() if item.name == "sweep six: 6 models × 1 strategy × 1 budget"),
-            key=lambda item: item.start_time,
-        )
+        name = FlowRunFilterName(any_=["sweep six: 6 models × 1 strategy × 1 budget"])
+        run = max(client.read_flow_runs(flow_run_filter=FlowRunFilter(name=name)), key=lambda item: item.start_time)
         parent = FlowRunFilterParentFlowRunId(any_=[run.id])
         of_models = client.read_flow_runs(flow_run_filter=FlowRunFilter(parent_flow_run_id=parent))
         tasks = client.read_task_runs(flow_run_filter=FlowRunFilter(parent_flow_run_id=parent))

@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
-from prefect.settings import PREFECT_API_URL, PREFECT_HOME, Settings, get_current_settings, temporary_settings
+from prefect.settings import (
+    PREFECT_API_URL,
+    PREFECT_HOME,
+    PREFECT_SERVER_DATABASE_CONNECTION_URL,
+    Settings,
+    get_current_settings,
+    temporary_settings,
+)
 
 from lmq.errors import LmqError
 from lmq_flows.run import own_server
+from tests.flows.prefect_server import SharedServer
 from tests.flows.processes import wait_until
 
 
 @pytest.fixture
-def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Settings]:
+def settings(server: SharedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Settings]:
     """Prefect set to no server, in a home of its own."""
+    shutil.copy(server.new_database, tmp_path / "prefect.db")
+    database = {PREFECT_SERVER_DATABASE_CONNECTION_URL: None}
     monkeypatch.setattr(own_server, "_started", None)
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
     monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
-    with temporary_settings({PREFECT_HOME: tmp_path, PREFECT_API_URL: None}) as settings:
+    with temporary_settings({PREFECT_HOME: tmp_path, PREFECT_API_URL: None, **database}) as settings:
         yield settings
         if own_server._started is not None:
             own_server._end(own_server._started.process)

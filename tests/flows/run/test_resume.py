@@ -25,10 +25,13 @@ from tests.flows.processes import (
 
 pytestmark = pytest.mark.slow
 
+FEW = {"calibration__sequences": 8, "calibration__sequence_length": 64}
+"""So that a layer takes tens of milliseconds to measure, as one to quantize does."""
+
 
 @pytest.fixture(scope="module")
 def model(tiny_llama, tmp_path_factory) -> Path:
-    return save_small_llama(tiny_llama, tmp_path_factory.mktemp("small-llama"))
+    return save_small_llama(tiny_llama, tmp_path_factory.mktemp("small-llama"), width=128)
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +43,13 @@ def runner(server, tmp_path_factory):
 @pytest.fixture(scope="module")
 def undisturbed(runner, model, tmp_path_factory) -> dict[str, str]:
     place = tmp_path_factory.mktemp("undisturbed")
-    runner.run(write_config(model, place, "resume")).finish()
+    runner.run(write_config(model, place, "resume", **FEW)).finish()
     return content(place / "runs" / "resume")
 
 
 @pytest.mark.parametrize(("stage", "enough"), [("sampled-backward", 2), ("quantize", 4)])
 def test_killed_run_goes_on_where_it_was(runner, model, undisturbed, tmp_path, stage, enough):
-    config, store = write_config(model, tmp_path, "resume"), tmp_path / "store"
+    config, store = write_config(model, tmp_path, "resume", **FEW), tmp_path / "store"
     run = runner.run(config)
     made = store / "manifests" / stage
     wait_until(lambda: run.is_over or len(list(made.glob("*.json"))) >= enough, "the kill", lambda: run.output)
@@ -71,7 +74,7 @@ def test_two_identical_runs_at_once_on_one_store_while_garbage_is_collected(runn
     runs = []
     for place in places:
         place.mkdir()
-        runs.append(runner.run(write_config(model, place, "resume", store=str(tmp_path / "store"))))
+        runs.append(runner.run(write_config(model, place, "resume", store=str(tmp_path / "store"), **FEW)))
 
     def both_hold_a_lease() -> bool:
         return len(list((tmp_path / "store" / "leases").glob("*.json"))) == 2

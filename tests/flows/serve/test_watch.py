@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
 
 from lmq_flows.run.liveness import ALIVE_AT, PROCESS, _is_cut_off
 from lmq_flows.serve.deployed import UNCHANGED, watch
@@ -32,7 +33,9 @@ def test_a_watched_model_runs_when_it_changes(server, tiny_llama, tmp_path):
     (model / "config.json").write_text((model / "config.json").read_text() + "\n")
     assert watch(**options, return_state=True).name == "Completed"
     with get_client(sync_client=True) as client:
-        names = [run.name for run in client.read_flow_runs() if "watched" in str(run.parameters.get("preset"))]
+        name = FlowRunFilterName(any_=["quantize tiny uniform uniform b4g64"])
+        found = client.read_flow_runs(flow_run_filter=FlowRunFilter(name=name))
+        names = [run.name for run in found if "watched" in str(run.parameters.get("preset"))]
     assert names.count("quantize tiny uniform uniform b4g64") == 2
 
 

@@ -5,7 +5,13 @@ import torch
 from gguf import GGMLQuantizationType as GgmlType
 
 from lmq.formats.spec import STOPS, QuantSpec
-from lmq.measurement.coarse_grid import CoarseGrid, coarse_grid_warnings, find_coarse_grid, unfair_configurations
+from lmq.measurement.coarse_grid import (
+    CoarseGrid,
+    _levels,
+    coarse_grid_warnings,
+    find_coarse_grid,
+    unfair_configurations,
+)
 from lmq.measurement.grids import fit_grids
 from lmq.model.structure import ModuleId
 from lmq.quantizers import quantizer
@@ -98,6 +104,33 @@ def test_a_grid_along_out_features_or_with_changed_weights_is_not_one() -> None:
     quantized = gguf_weight(GgmlType.Q4_1)
     assert find_coarse_grid(quantized.t()) is None
     assert find_coarse_grid(quantized + 1e-4 * random_weight(seed=9)) is None
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_fewest_levels_are_those_of_trying_one_number_after_another(seed: int) -> None:
+    """Groups on grids of different numbers of levels, so that some are placed long before others."""
+    generator = torch.Generator().manual_seed(seed)
+    most = torch.randint(1, 200, (600, 1), generator=generator)
+    codes = (torch.rand(600, 32, generator=generator) * (most + 1)).floor()
+    codes[:, 0], codes[:, 1] = 0, most[:, 0]
+    values = codes * torch.rand(600, 1, generator=generator) - 1
+    fewest = [_fewest_steps(group) for group in values]
+    assert None not in fewest
+    assert _levels(values) == max(fewest) + 1
+    moved = values[seed * 50]
+    moved[7] += 0.3 / most[seed * 50, 0] * (moved[1] - moved[0])
+    found = _fewest_steps(moved)
+    assert _levels(values) == (None if found is None else max(*fewest, found) + 1)
+
+
+def _fewest_steps(group: torch.Tensor) -> int | None:
+    group, eps = group.double(), torch.finfo(torch.float32).eps
+    low, spread = group.min(), group.max() - group.min()
+    for steps in range(1, 256):
+        places = (group - low) / spread * steps
+        if (places - places.round()).abs().max() <= 2 * eps * group.abs().max() * steps / spread:
+            return steps
+    return None
 
 
 def test_groups_that_would_straddle_rows_are_not_looked_for() -> None:
