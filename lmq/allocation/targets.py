@@ -115,10 +115,10 @@ class Target:
 
 _GPTQ = Target(
     name="gptq",
-    description="GPTQModel, vLLM and SGLang by GPTQ's layout, with bits and groups by module",
+    description="GPTQModel and SGLang by GPTQ's layout, with bits and groups by module",
     export="gptq",
-    usage="vllm serve {path}",
-    opened_by="GPTQModel (tested: 7.7), and vLLM and SGLang, which were not run",
+    usage="gptqmodel.GPTQModel.load({path!r})",
+    opened_by="GPTQModel (tested: 7.7), and SGLang, which was not run; vLLM did until its pull request 38288",
     bits=(2, 3, 4, 8),
     group_sizes=(32, 64, 128),
     alike=("qkv", "gate-up"),
@@ -136,8 +136,8 @@ TARGETS: Mapping[str, Target] = {
             description="vLLM and SGLang through compressed-tensors: the weight-only kernels of Marlin",
             export="compressed-tensors",
             usage="vllm serve {path}",
-            opened_by="vLLM 0.9 or newer (zeros of 4 bits: its pull request 14211) and SGLang, which were not run; "
-            "tested: compressed-tensors 0.20",
+            opened_by="vLLM 0.9 or newer (zeros of 4 bits: its pull request 14211; 0.33 read one, without a GPU) and "
+            "SGLang, which was not run; tested: compressed-tensors 0.20",
             bits=(4, 8),
             group_sizes=(32, 64, 128),
             types=("mxfp4", "nvfp4", "fp8"),
@@ -163,7 +163,10 @@ TARGETS: Mapping[str, Target] = {
         replace(
             _GPTQ,
             name="gptq-symmetric",
-            description="what takes symmetric GPTQ alone, as vLLM's Marlin does at 4 and 8 bits, and ExLlama",
+            description="what takes symmetric GPTQ alone, as vLLM does at 4 and 8 bits, and ExLlama",
+            usage="vllm serve {path}",
+            opened_by="GPTQModel (tested: 7.7), vLLM where all bits are 4 or 8 (0.33 read one, without a GPU), and "
+            "SGLang, which was not run",
             integer_zeros="middle",
         ),
         Target(
@@ -187,7 +190,8 @@ TARGETS: Mapping[str, Target] = {
             description="vLLM, SGLang and transformers by AWQ's layout: 4 bits, one group size for all",
             export="awq",
             usage="vllm serve {path}",
-            opened_by="transformers with GPTQModel (tested: 5.23 with 7.7), and vLLM and SGLang, which were not run",
+            opened_by="transformers with GPTQModel (tested: 5.23 with 7.7), vLLM (0.33 read one, without a GPU), and "
+            "SGLang, which was not run",
             bits=(4,),
             group_sizes=(32, 64, 128),
             integer_zeros=True,

@@ -58,7 +58,7 @@ FORMATS: Mapping[str, ExportFormat] = {
         summary="packed integers and 4-bit floats for vLLM", module="lmq.export.compressed_tensors"
     ),
     "gptq": ExportFormat(
-        summary="packed integers of GPTQ, bits by module, for GPTQModel and vLLM", module="lmq.export.gptq"
+        summary="packed integers of GPTQ, bits by module, for GPTQModel and SGLang", module="lmq.export.gptq"
     ),
     "auto-round": ExportFormat(
         summary="packed integers of AutoRound, bits by module, for transformers", module="lmq.export.auto_round"

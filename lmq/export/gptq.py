@@ -1,4 +1,4 @@
-"""Checkpoints of GPTQ: what GPTQModel, vLLM, SGLang and transformers (through GPTQModel) open.
+"""Checkpoints of GPTQ: what GPTQModel, SGLang and transformers (through GPTQModel) open, and vLLM in part.
 
 Tensors are those of GPTQ's layout in `lmq.formats.integer_words`, scales float16, columns in their order (no
 `desc_act`). Where the zero of every group is the middle of the codes, the checkpoint is symmetric and stores zeros less
@@ -8,6 +8,8 @@ programs, and a zero of 0 has no place there.
 The configuration that most weights have is that of the checkpoint; modules of others are named in `dynamic` by patterns
 that start with `+:`, and matrices in the blocks that are not quantized by such that start with `-:`. vLLM looks up the
 matrices that it fuses by names of its own, so the patterns have these too. transformers does not read `dynamic`.
+
+vLLM took all of this until its pull request 38288 (June 2026), and since then symmetric codes of 4 and 8 bits alone.
 """
 
 from __future__ import annotations
@@ -45,6 +47,9 @@ CONFIG_FILE = "quantize_config.json"
 
 FUSED_NAMES = {"qkv": "qkv_proj", "gate-up": "gate_up_proj"}
 """What vLLM calls the matrix that it holds kinds of `ALIKE_PRESETS` in."""
+
+VLLM_BITS = (4, 8)
+"""Of the symmetric codes that vLLM takes."""
 
 _IN_BLOCK = re.compile(r"(.+?\.)(\d+)(\..+)")
 
@@ -167,8 +172,14 @@ def _notes(checkpoint: QuantizedCheckpoint, config: dict[str, Any]) -> tuple[str
     notes = moved_zeros_note(checkpoint, planning_advice(TARGET))
     if "dynamic" in config:
         notes.append(
-            "modules differ in bits or groups, which GPTQModel, vLLM and SGLang read and transformers does not; for "
+            "modules differ in bits or groups, which GPTQModel and SGLang read and transformers does not; for "
             "transformers export with --format auto-round"
+        )
+    if not config["sym"] or any(spec.bits not in VLLM_BITS for spec in checkpoint.specs.values()):
+        notes.append(
+            "vLLM does not open this since its pull request 38288 (June 2026): it takes GPTQ of 4 and 8 bits with the "
+            "zero of every group in the middle; for it run again with target: vllm, or gptq-symmetric and a menu of 4 "
+            "and 8 bits"
         )
     notes += [
         f"{names} differ in {len(parents)} blocks, so vLLM and SGLang, which hold them in one matrix, cannot open it; "

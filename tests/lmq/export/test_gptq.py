@@ -117,6 +117,17 @@ def test_rules_name_what_differs_from_most(tiny_qwen: Path, tmp_path: Path) -> N
     )
 
 
+@pytest.mark.parametrize(
+    ("spec", "integer_zeros", "opens"), [("b4g64", "middle", True), ("b3g64", "middle", False), ("b4g64", True, False)]
+)
+def test_what_vllm_does_not_open_is_said(
+    spec: str, integer_zeros: bool | str, opens: bool, tiny_llama: Path, tmp_path: Path
+) -> None:
+    """As vLLM itself does in test_vllm."""
+    report = export(by_layer(tiny_llama, tmp_path / "lmq", spec, integer_zeros=integer_zeros), tmp_path / "out")
+    assert any("vLLM does not open this" in note for note in report.notes) is not opens
+
+
 def test_kinds_that_vllm_fuses_and_that_differ_are_said(tiny_llama: Path, tmp_path: Path) -> None:
     choice = {ModuleId(layer, "self_attn.q_proj"): "b8g64" for layer in (0, 3)}
     report = export(by_layer(tiny_llama, tmp_path / "lmq", "b4g64", choice=choice), tmp_path / "out")
