@@ -146,6 +146,7 @@ def test_unfair_configurations_contain_the_grid() -> None:
     assert unfair_configurations(CoarseGrid(8, 32), STOPS) == [QuantSpec(8, 32)]
     assert unfair_configurations(CoarseGrid(4, 32), STOPS, axis=0) == []
     assert unfair_configurations(None, STOPS) == []
+    assert unfair_configurations(CoarseGrid(4, 32), [QuantSpec.parse("fp8")]) == []
 
 
 def test_warnings_count_the_matrices_and_name_what_is_unfair_to_them() -> None:

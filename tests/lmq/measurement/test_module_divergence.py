@@ -19,6 +19,8 @@ def test_one_configuration_per_bit_width_is_measured() -> None:
     assert default_specs(STOPS) == specs("b2g64", "b3g64", "b4g64")
     assert default_specs(specs("b3g128", "b3g32", "b8g64")) in (specs("b3g32"), specs("b3g128"))
     assert default_specs(specs("b8g32", "b8g128")) == specs("b8g128")
+    assert default_specs(specs("mxfp4", "fp8")) == specs("mxfp4")
+    assert default_specs(specs("fp8", "b8g128")) == specs("fp8")
 
 
 def test_what_was_not_measured_follows_the_cheap_curve() -> None:
