@@ -1,7 +1,8 @@
 """The Prefect server that a process starts for itself where Prefect is set to none.
 
 Prefect would start one too, and import its whole server into this process for that, seconds before a run can begin.
-This one starts while the process imports what it needs, does not hear Ctrl-C, and ends with the process.
+This one starts while the process imports what it needs, does not hear Ctrl-C, and ends with the process, also with one
+that is killed.
 """
 
 from __future__ import annotations
@@ -15,10 +16,8 @@ import threading
 import time
 from dataclasses import dataclass
 from os import environ
-from pathlib import Path
 
 import httpx
-import prefect
 from prefect.settings import Settings, get_current_settings
 
 from lmq.errors import LmqError
@@ -29,6 +28,18 @@ _LEAST_START_S = 120
 _END_S = 5
 _ENVIRONMENT = {"PREFECT_SERVER_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
 """As Prefect has it for a server of this kind."""
+_SERVE = """
+import os, signal, sys, threading
+import uvicorn
+
+def end_with_the_parent():
+    os.read(0, 1)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+threading.Thread(target=end_with_the_parent, daemon=True).start()
+create_app = "prefect.server.api.server:create_app"
+uvicorn.run(create_app, factory=True, lifespan="on", host="127.0.0.1", port=int(sys.argv[1]), log_level="error")
+"""
 
 
 @dataclass
@@ -58,13 +69,12 @@ def begin_own_server() -> None:
 
 def _start(settings: Settings) -> _OwnServer:
     port = _free_port()
-    command = ["uvicorn", "--factory", "prefect.server.api.server:create_app", "--lifespan", "on"]
-    where = ["--app-dir", str(Path(prefect.__file__).parents[1]), "--host", "127.0.0.1", "--port", str(port)]
     heard = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})  # which a child inherits
     try:
         process = subprocess.Popen(
-            [sys.executable, "-m", *command, *where, "--log-level", "error"],
+            [sys.executable, "-P", "-c", _SERVE, str(port)],
             env={**environ, **settings.to_environment_variables(exclude_unset=True), **_ENVIRONMENT},
+            stdin=subprocess.PIPE,  # nothing is written: the server reads its end when this process ends
         )
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, heard)
@@ -122,6 +132,8 @@ def _retry_while_it_runs(process: subprocess.Popen[bytes], settings: Settings) -
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     process.terminate()
+    if process.stdin is not None:
+        process.stdin.close()
     try:
         process.wait(timeout=_END_S)
     except subprocess.TimeoutExpired:

@@ -46,14 +46,17 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SharedServer]:
             EventsWorker.drain_all()
 
 
+MENU = ["b2g64", "b3g64", "b4g128", "b4g64", "b4g32", "b8g64"]
+
+
 def tiny_config(model: Path, place: Path, **changes: Any) -> RunConfig:
-    """A run that takes seconds: few short sequences, every strategy that measures something."""
+    """A run that takes seconds: few short sequences, half of the standard menu, every strategy that measures."""
     data: dict[str, Any] = {
         "name": "tiny",
         "models": [{"name": "tiny", "source": str(model)}],
         "strategies": ["uniform", "sensi-boost", "kurt-boost", "mxq", "loss-aware"],
         "budgets": ["uniform b4g64"],
-        "measure": {"quantizer": "hqq"},
+        "measure": {"quantizer": "hqq", "menu": MENU},
         "calibration": {"sequences": 3, "sequence_length": 32},
         "evaluation": {"tokens": 256, "window": 64, "stride": 32},
         "store": str(place / "store"),
@@ -122,7 +125,7 @@ def recorded_tasks(flow_run_id: Any) -> list[Any]:
         if len(tasks) == len(seen) and all(task.state is not None and task.state.is_final() for task in tasks):
             return tasks
         seen = tasks
-        time.sleep(1.0)
+        time.sleep(0.5)
     raise TimeoutError(f"the server did not settle the tasks of flow run {flow_run_id}")
 
 

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -107,6 +107,26 @@ class Run:
         code = self.wait()
         assert code == 0, self.output
         return self.output
+
+    def end_with_its_server(self) -> None:
+        """Kill it where it still runs, and wait for the end of the server that it started: nobody tells that to end.
+
+        Forked processes end without what Python does at the end, as processes that are killed.
+        """
+        with suppress(FileNotFoundError):  # it was waited for
+            if not self.is_over:
+                self.kill()
+        wait_until(lambda: not self._group(), f"the end of the server of process {self.pid}", look_every_s=0.05)
+
+    def _group(self) -> list[str]:
+        """What still runs of the group of processes that it leads."""
+        running = []
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(OSError):
+                state, _, group = stat.read_text().rpartition(")")[2].split()[:3]
+                if group == str(self.pid) and state != "Z" and stat.parent.name != str(self.pid):
+                    running.append(stat.parent.name)
+        return running
 
     def kill(self) -> bool:
         """kill -9; returns whether it was still running."""

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -250,8 +248,7 @@ def lmq_run(runner: Runner, config: RunConfig, place: Path) -> tuple[int, str]:
     try:
         return run.wait(), run.output
     finally:
-        with suppress(ProcessLookupError):
-            os.killpg(run.pid, signal.SIGTERM)  # a forked process leaves its server behind
+        run.end_with_its_server()
 
 
 def written_at(prefect_home: Path) -> dict[Path, int]:

@@ -7,7 +7,6 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -37,8 +36,7 @@ def run(runner: Runner, tiny_llama: Path, tmp_path: Path, tmp_path_factory: pyte
         wait_until(lambda: run.is_over or any(made.glob("*.json")), "work that is done", lambda: run.output)
         yield run
     finally:
-        with suppress(ProcessLookupError):
-            os.killpg(run.pid, signal.SIGTERM)  # a forked process leaves its server behind
+        run.end_with_its_server()
 
 
 @pytest.mark.slow

@@ -135,7 +135,10 @@ def test_a_model_that_llama_cpp_computes_otherwise_is_refused_before_work(tiny_g
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"strategies": ["mxq"]}, "'mxq' has quantizer 'hqq', which finds no codes of q2_k; those that do: weighted"),
+        (
+            {"strategies": ["mxq"], "measure": {"quantizer": "hqq"}},
+            "'mxq' has quantizer 'hqq', which finds no codes of q2_k; those that do: weighted",
+        ),
         (
             {"polish": {"steps": 2}, "measure": {"quantizer": "gptq"}},
             "polish tunes scales and zeros of lmq's own grids, not those of q2_k",
