@@ -3,8 +3,9 @@
 Run `python -m benchmarks.quantizers MODEL … --calibration TEXT --evaluation TEXT --work DIR`. Embedding, head and norms
 stay. First every configuration of `--uniform` for all block matrices, so that nothing but the codes differs; then
 `--menu` is given out within each of `--budgets` (bits per weight) by `loss-aware` on the codes of each quantizer;
-with `--polish 60` each of these plans is polished in 60 steps. Second moments and costs are those of a run: states and
-gradients of the unquantized model, with labels that it draws itself. Models are judged in float32.
+with `--polish 60` each of these plans is polished in 60 steps. With `--equalize` all of that is done on a copy of the
+model with rescaled channels, and compared with the model as it was. Second moments and costs are those of a run: states
+and gradients of the unquantized model, with labels that it draws itself. Models are judged in float32.
 
 Grids and costs are kept in `--work`, one folder per model and quantizer, and are not made again.
 """
@@ -16,6 +17,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from benchmarks.judge import Judge, bits_per_weight, print_header, print_row, re
 from benchmarks.llama_cpp_codes import LlamaCpp
 from lmq.allocation.error_table import ErrorTable
 from lmq.allocation.strategies import Measurements, strategy
+from lmq.checkpoint.equalized import write_equalized
 from lmq.checkpoint.polish import Polish, PolishSchedule
 from lmq.formats.spec import QuantSpec
 from lmq.measurement.base import cost_row
@@ -76,6 +79,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--quantizers", default=",".join(names), help=f"default {','.join(names)}; llama.cpp too")
     parser.add_argument("--budgets", default="", help="bits per weight of plans, as in 3.254,4.254")
     parser.add_argument("--polish", type=int, default=0, help="steps of polish after that (default 0)")
+    parser.add_argument("--equalize", action="store_true", help="rescale channels first, on the calibration text")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--bos", action="store_true", help="begin every sequence and window with the model's BOS")
     return parser.parse_args()
@@ -90,6 +94,12 @@ def _table(directory: Path, options: argparse.Namespace) -> None:
     tokens, further = read[: options.sequences], read[options.sequences :]
     judge = Judge.of(model, read_tokens(tokenizer, options.evaluation, options.windows, WINDOW, bos))
     print_row(directory.name, "full precision", "", 16, judge.scores(None))
+    if options.equalize:
+        copy = options.work / f"{directory.name}-equalized"
+        if not copy.exists():
+            write_equalized(directory, model.structure, tokens, copy, device=options.device)
+        directory, model = copy, StreamedModel.open(copy, model.structure, device=options.device)
+        judge = replace(judge, model=model)  # against the states of the model as it was
     uniform = [QuantSpec.parse(name) for name in options.uniform.split(",")]
     menu = [QuantSpec.parse(name) for name in (options.menu or options.uniform).split(",")]
     folders = {name: options.work / directory.name / name for name in options.quantizers.split(",")}

@@ -7,6 +7,7 @@ STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
         sources.convert_model,
+        sources.equalize_model,
         sources.discover_structure,
         sources.draw_calibration,
         sources.draw_evaluation,

@@ -6,10 +6,12 @@ import json
 import shutil
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
 from lmq.checkpoint.dry_run import dry_run
+from lmq.checkpoint.equalized import write_equalized
 from lmq.images.pairs import SCHEMA as PAIRS_SCHEMA
 from lmq.images.pairs import PairDraw, pack_pairs, write_pairs
 from lmq.images.prepared import SCHEMA as IMAGES_SCHEMA
@@ -34,13 +36,41 @@ from lmq_tasks.stage import Job, stage
 @stage("convert", version=1, schema="model/1")
 def convert_model(job: Job) -> None:
     """Convert a GGUF file to a directory of safetensors with its tokenizer."""
-    assert job.site.model is not None, "this stage was given no model"
     target = job.output / "model"
+    _convert(job, target)
+    _move_up(target)
+
+
+@stage("equalize", version=1, schema="model/1")
+def equalize_model(job: Job) -> None:
+    """A copy of the model with channels rescaled between its matrices, measured on the calibration text.
+
+    A GGUF file is converted for that, and the conversion not kept.
+    """
+    target = job.output / "model"
+    with TemporaryDirectory(dir=job.output.parent) as folder:
+        source = model_dir(job)
+        if "dtype" in job.config:
+            source = Path(folder) / "converted"
+            _convert(job, source)
+        tokenizer = load_tokenizer(source)
+        sizes = {name: job.config[name] for name in ("sequence_length", "sequences", "seed")}
+        tokens = pack_tokens(documents(_source(job), tokenizer), tokenizer, **sizes)
+        write_equalized(source, discover(source), tokens, target, device=job.device, advance=job.advance)
+    _move_up(target)
+
+
+def _convert(job: Job, target: Path) -> None:
+    assert job.site.model is not None, "this stage was given no model"
     dtype = None if job.config["dtype"] == "exact" else getattr(torch, job.config["dtype"])
     convert_gguf(Path(job.site.model.place), target, dtype)
-    for path in target.iterdir():
-        shutil.move(path, job.output / path.name)
-    target.rmdir()
+
+
+def _move_up(directory: Path) -> None:
+    """Have the files of a folder in the one above it."""
+    for path in directory.iterdir():
+        shutil.move(path, directory.parent / path.name)
+    directory.rmdir()
 
 
 @stage("discover", version=6, schema="structure/1")

@@ -31,7 +31,7 @@ def plan_command(arguments: argparse.Namespace) -> int:
     print_notes(plan.notes)
     _print_plan(plan.nodes, by_layer=arguments.layers)
     for name in plan.to_convert:
-        say(f"{name} is converted first; once that is done, `lmq plan` shows the rest")
+        say(f"{name} is converted or equalized first; once that is done, `lmq plan` shows the rest")
     for problem in plan.problems:
         say(f"would fail: {problem}", style="yellow")
     return 0

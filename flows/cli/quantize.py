@@ -107,12 +107,11 @@ def quantize_command(arguments: argparse.Namespace) -> int:
 def _may_start(prepared: PreparedGoal, *, yes: bool) -> bool:
     """Say what the run will take, and ask where that is much and somebody is there to answer."""
     from lmq_flows.cli.inspect import summary
-    from lmq_flows.run.expectation import expect
+    from lmq_flows.run.expectation import expect, planned_nodes
     from lmq_flows.run.one_model import GPU_SET_ASIDE, GPU_SET_ASIDE_BYTES
-    from lmq_flows.run.plan import plan_run
 
     config = prepared.config
-    expected = expect(config, prepared.structure, plan_run(config).nodes)
+    expected = expect(config, prepared.structure, planned_nodes(config))
     minutes = expected.seconds / 60
     notes = config.left_out_of_menu(config.models[0], prepared.structure.quantized)
     say(f"{prepared.goal.name}: {summary(prepared.structure)}")

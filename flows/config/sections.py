@@ -71,6 +71,9 @@ class ModelConfig(Section):
     dtype: Literal["exact", "float16", "bfloat16"] = Field(
         default="exact", description="What a GGUF file is converted to; exact: the smallest type that holds every value"
     )
+    equalize: bool = Field(
+        default=False, description="Rescale channels between matrices first: the same function, easier to quantize"
+    )
     menu: Menu | None = Field(None, description="Menu of this model; default: measure.menu")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -22,6 +22,7 @@ from lmq_flows.config.run import RunConfig
 from lmq_flows.graph.build import POLISH_STEPS_PER_NODE
 from lmq_flows.graph.explain import PlannedNode
 from lmq_flows.graph.node import Node
+from lmq_flows.run.plan import plan_run
 
 _FLOAT32_BYTES = 4
 _PROCESS_BYTES = 900_000_000
@@ -43,6 +44,9 @@ _BLOCK_RATES = {
     "quantize": (20.0, 0.0),
 }
 """Nanoseconds per weight of a block, picoseconds per weight and calibration token: with 12 configurations, 4 draws."""
+
+_EQUALIZE_RATES = (100.0, 45.0)
+"""Of all blocks; from how many operations it takes beside those of `forward`, not measured."""
 
 _EMBEDDING_RATES = {"embedding-grids": 630.0, "embedding-fisher": 600.0, "embedding-weights": 80.0}
 """Nanoseconds per weight of embedding and head, with 12 configurations: timed once on SmolLM2-135M on a busy machine,
@@ -91,6 +95,19 @@ def expect(config: RunConfig, structure: ModelStructure, planned: Iterable[Plann
     )
 
 
+def planned_nodes(config: RunConfig) -> list[PlannedNode]:
+    """The nodes of the run of one model, also while the directory it works on is still to be made.
+
+    Of a model that is equalized first, they are then as many as the source's own, none of them cached.
+    """
+    plan = plan_run(config)
+    if not plan.to_convert:
+        return plan.nodes
+    sources = tuple(model.model_copy(update={"equalize": False}) for model in config.models)
+    later = plan_run(config.model_copy(update={"models": sources})).nodes
+    return plan.nodes + [replace(item, cached=False) for item in later]
+
+
 def _reference_seconds(node: Node, config: RunConfig, structure: ModelStructure) -> float:
     """Seconds of one node on one thread of the machine that the rates are from."""
     stage = node.stage.name
@@ -104,6 +121,9 @@ def _reference_seconds(node: Node, config: RunConfig, structure: ModelStructure)
             per_weight *= _CALIBRATED
         block = _block_weights(structure) / structure.layers
         return block * (1e-9 * per_weight * configurations + 1e-12 * per_token * tokens * draws)
+    if stage == "equalize":
+        per_weight, per_token = _EQUALIZE_RATES
+        return _block_weights(structure) * (1e-9 * per_weight + 1e-12 * per_token * tokens)
     if stage in _EMBEDDING_RATES:
         weights = sum(module.parameters for module in structure.embeddings)
         return 1e-9 * _EMBEDDING_RATES[stage] * weights * len(config.measure.menu) / 12

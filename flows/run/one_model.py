@@ -37,7 +37,8 @@ _log = logging.getLogger(__name__)
 @dataclass(frozen=True, kw_only=True)
 class Effort:
     """How much is measured for one checkpoint: on how many calibration sequences of 512 tokens, with how many draws of
-    labels each, in how many steps the result is polished, and on how many tokens it is judged.
+    labels each, in how many steps the result is polished, and on how many tokens it is judged; `equalize` as a model's
+    own setting.
     """
 
     strategy: str
@@ -45,12 +46,19 @@ class Effort:
     label_draws: int
     polish_steps: int
     evaluation_tokens: int
+    equalize: bool
 
 
 EFFORTS = {
-    "quick": Effort(strategy="loss-aware", sequences=16, label_draws=1, polish_steps=0, evaluation_tokens=2048),
-    "normal": Effort(strategy="loss-aware", sequences=32, label_draws=2, polish_steps=0, evaluation_tokens=8192),
-    "best": Effort(strategy="auto", sequences=32, label_draws=4, polish_steps=60, evaluation_tokens=16384),
+    "quick": Effort(
+        strategy="loss-aware", sequences=16, label_draws=1, polish_steps=0, evaluation_tokens=2048, equalize=False
+    ),
+    "normal": Effort(
+        strategy="loss-aware", sequences=32, label_draws=2, polish_steps=0, evaluation_tokens=8192, equalize=True
+    ),
+    "best": Effort(
+        strategy="auto", sequences=32, label_draws=4, polish_steps=60, evaluation_tokens=16384, equalize=True
+    ),
 }
 
 _SEQUENCE_LENGTH = 512
@@ -247,7 +255,7 @@ def prepare_goal(goal: Goal) -> PreparedGoal:
     config = parse_run_config(
         {
             "name": f"{goal.title}-{goal.effort}",
-            "models": [{"name": goal.name, "source": goal.model, "dtype": dtype}],
+            "models": [{"name": goal.name, "source": goal.model, "dtype": dtype, "equalize": effort.equalize}],
             "strategies": [UNIFORM, strategy],
             "budgets": [budget],
             "embeddings": bool(inspected.structure.embeddings),

@@ -37,6 +37,9 @@ from lmq_tasks.stage import open_store
 _SEE_TEXTS = ("calibration", "embed", "evaluation-tokens", "reference", "images", "reference-images", "pairs")
 """Stages that draw tokens, and those that first show them to the model: what went through them needs no check."""
 
+_MAKE_MODELS = ("convert", "equalize")
+"""Stages that make the directory of a model, without which there is nothing to plan."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class InspectedModel:
@@ -168,7 +171,7 @@ class _Ready:
         identified = identify_model(config, model)
         graph, nodes = preparation_graph(config, [identified])
         planned = plan_graph(graph)
-        if any(item.node.stage.name == "convert" and not item.cached for item in planned):
+        if any(item.node.stage.name in _MAKE_MODELS and not item.cached for item in planned):
             self.to_convert.append(model.name)
         else:
             node = nodes[model.name]

@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -145,9 +145,10 @@ def identify_model(config: MeasurementRequest, model: ModelConfig) -> Identified
 
 
 def preparation_graph(config: MeasurementRequest, models: list[IdentifiedModel]) -> tuple[Graph, dict[str, Node]]:
-    """The graph that converts and inspects models, and the node of each model's structure by name."""
+    """The graph that converts, equalizes and inspects models, and the node of each model's structure by name."""
     graph = Graph()
     store_url = absolute_store_url(config.store)
+    store = open_store(store_url)
     threads = config.runner.threads_per_worker
     structures = {}
     for model in models:
@@ -155,11 +156,10 @@ def preparation_graph(config: MeasurementRequest, models: list[IdentifiedModel])
         site = Site(store_url=store_url, model=_source_location(model), threads_per_worker=threads)
         inputs: dict[str, Input | list[Input]] = {}
         discover_config: dict[str, Any] = {"weights_sha256": model.sha256}
-        if needs_conversion(model.located):
-            convert_config = {"source_sha256": model.sha256, "dtype": model.config.dtype}
-            convert = graph.add(STAGES["convert"], name, "", site, config=convert_config, here=True)
-            inputs, discover_config = {"model": convert}, {}
-            site = Site(store_url=store_url, model=_converted_location(open_store(store_url), convert))
+        if made := _made_first(graph, config, model, site):
+            inputs, discover_config = {"model": made}, {}
+            key = stage_key(store, made.stage, made.config, {})
+            site = replace(site, model=ModelLocation(kind="artifact", place=f"{made.stage.name}/{key}"))
         if config.embeddings:
             discover_config["embeddings"] = True
         if config.modules:
@@ -176,9 +176,25 @@ def _source_location(model: IdentifiedModel) -> ModelLocation:
     return ModelLocation(kind="directory", place=str(model.located.path.absolute()))
 
 
-def _converted_location(store: ArtifactStore, convert: Node) -> ModelLocation:
-    key = stage_key(store, convert.stage, convert.config, {})
-    return ModelLocation(kind="artifact", place=f"{convert.stage.name}/{key}")
+def _made_first(graph: Graph, config: MeasurementRequest, model: IdentifiedModel, site: Site) -> Node | None:
+    """The node that makes the model directory that a run works on, where it is not the source's own."""
+    is_file = needs_conversion(model.located)
+    conversion = {"dtype": model.config.dtype} if is_file else {}
+    if not model.config.equalize:
+        if not is_file:
+            return None
+        convert = {"source_sha256": model.sha256, **conversion}
+        return graph.add(STAGES["convert"], model.config.name, "", site, config=convert, here=True)
+    text = identify_texts(config)[config.calibration.source]
+    drawn = config.calibration.model_dump(include={"column", "part", "seed", "sequences", "sequence_length"})
+    return graph.add(
+        STAGES["equalize"],
+        model.config.name,
+        "",
+        replace(site, text=text.location, device=resolve_device(config.runner.device)),
+        config={"source_sha256": model.sha256, **conversion, "text": text.identity, **drawn},
+        here=True,
+    )
 
 
 def prepared_model(
