@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from lmq.allocation.budget import module_sizes
+from lmq.allocation.targets import Target
 from lmq.measurement.divergence import divergence
 from lmq.measurement.grids import Allocation
 from lmq.measurement.quantized_model import GridsOfLayer, QuantizedPoint
@@ -63,10 +65,10 @@ def read_tokens(tokenizer: AutoTokenizer, path: Path, rows: int, length: int, bo
     return torch.cat([torch.full((rows, 1), bos), ids[: rows * (length - 1)].view(rows, -1)], dim=1)
 
 
-def bits_per_weight(model: StreamedModel, allocation: Allocation) -> float:
-    """Stored bits per weight of the block matrices under an allocation."""
+def bits_per_weight(model: StreamedModel, allocation: Allocation, target: Target | None = None) -> float:
+    """Stored bits per weight of the block matrices under an allocation, in a target's file or in a checkpoint."""
     modules = model.structure.modules
-    size_bytes = sum(allocation[module.id].size_bytes(module.parameters, module.in_features) for module in modules)
+    size_bytes = sum(int(module_sizes([module], [allocation[module.id]], target)[0, 0]) for module in modules)
     return 8 * size_bytes / sum(module.parameters for module in modules)
 
 

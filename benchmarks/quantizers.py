@@ -4,8 +4,9 @@ Run `python -m benchmarks.quantizers MODEL … --calibration TEXT --evaluation T
 stay. First every configuration of `--uniform` for all block matrices, so that nothing but the codes differs; then
 `--menu` is given out within each of `--budgets` (bits per weight) by `loss-aware` on the codes of each quantizer;
 with `--polish 60` each of these plans is polished in 60 steps. With `--equalize` all of that is done on a copy of the
-model with rescaled channels, and compared with the model as it was. Second moments and costs are those of a run: states
-and gradients of the unquantized model, with labels that it draws itself. Models are judged in float32.
+model with rescaled channels, and compared with the model as it was; with `--for ENGINE` zeros, menu, plans and bits are
+those of a target's file. Second moments and costs are those of a run: states and gradients of the unquantized model,
+with labels that it draws itself. Models are judged in float32.
 
 Grids and costs are kept in `--work`, one folder per model and quantizer, and are not made again.
 """
@@ -29,7 +30,9 @@ from transformers import AutoTokenizer
 from benchmarks.judge import Judge, bits_per_weight, print_header, print_row, read_tokens
 from benchmarks.llama_cpp_codes import LlamaCpp
 from lmq.allocation.error_table import ErrorTable
+from lmq.allocation.frontier import within_target
 from lmq.allocation.strategies import Measurements, strategy
+from lmq.allocation.targets import TARGETS, Target, target_named
 from lmq.checkpoint.equalized import write_equalized
 from lmq.checkpoint.polish import Polish, PolishSchedule
 from lmq.formats.spec import QuantSpec
@@ -79,6 +82,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--quantizers", default=",".join(names), help=f"default {','.join(names)}; llama.cpp too")
     parser.add_argument("--budgets", default="", help="bits per weight of plans, as in 3.254,4.254")
     parser.add_argument("--polish", type=int, default=0, help="steps of polish after that (default 0)")
+    parser.add_argument("--for", dest="target", type=target_named, help=f"of {', '.join(TARGETS)}")
     parser.add_argument("--equalize", action="store_true", help="rescale channels first, on the calibration text")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--bos", action="store_true", help="begin every sequence and window with the model's BOS")
@@ -102,23 +106,27 @@ def _table(directory: Path, options: argparse.Namespace) -> None:
         judge = replace(judge, model=model)  # against the states of the model as it was
     uniform = [QuantSpec.parse(name) for name in options.uniform.split(",")]
     menu = [QuantSpec.parse(name) for name in (options.menu or options.uniform).split(",")]
+    target: Target | None = options.target
+    if target is not None and not options.menu:
+        menu = list(target.usual_menu(model.structure.modules))
     folders = {name: options.work / directory.name / name for name in options.quantizers.split(",")}
     missing = {name: folder for name, folder in folders.items() if not (folder / COSTS_FILE).exists()}
     if missing:
-        measure(directory, model, tokens, options.draws, sorted({*uniform, *menu}), missing)
+        measure(directory, model, tokens, options.draws, sorted({*uniform, *menu}), missing, target)
     for name, folder in folders.items():
         grids = grids_in(folder)
         for spec in uniform:
             same = {module.id: spec for module in model.structure.modules}
-            print_row(directory.name, name, spec.name, bits_per_weight(model, same), judge.scores(grids, same))
-        for bits in map(float, filter(None, options.budgets.split(","))):
-            given = plan_within(model, folder, menu, bits)
-            what = f"given out within {bits:g}"
-            print_row(directory.name, name, what, bits_per_weight(model, given), judge.scores(grids, given))
+            bits = bits_per_weight(model, same, target)
+            print_row(directory.name, name, spec.name, bits, judge.scores(grids, same))
+        for budget in map(float, filter(None, options.budgets.split(","))):
+            given = plan_within(model, folder, menu, budget, target)
+            what, bits = f"given out within {budget:g}", bits_per_weight(model, given, target)
+            print_row(directory.name, name, what, bits, judge.scores(grids, given))
             if options.polish:
                 polished = f"{what}, polished {options.polish} steps"
                 with _polished(model, grids, given, further, options.polish) as tuned:
-                    print_row(directory.name, name, polished, bits_per_weight(model, given), judge.scores(tuned, given))
+                    print_row(directory.name, name, polished, bits, judge.scores(tuned, given))
 
 
 def measure(
@@ -128,6 +136,7 @@ def measure(
     draws: int,
     menu: Sequence[QuantSpec],
     folders: Mapping[str, Path],
+    target: Target | None = None,
 ) -> None:
     """Keep grids of every layer and quantizer, and the rows of their costs, in a folder per quantizer.
 
@@ -155,15 +164,17 @@ def measure(
         weights = {module.id: by_kind[module.id.kind].to(model.device) for module in model.structure.in_layer(layer)}
         fisher = {module: fisher_moments_of(traces[module.kind]) for module in weights}
         for name, folder in folders.items():
-            grids = _quantize(weights, menu, _quantizer(name), traces, fisher)
+            grids = _quantize(weights, menu, _quantizer(name, target), traces, fisher)
             save_grids(folder / f"{layer}.safetensors", grids)
             rows[name] += _costs(model, weights, grids, traces, fisher)
     for name, folder in folders.items():
         (folder / COSTS_FILE).write_text(json.dumps(rows[name]))
 
 
-def _quantizer(name: str) -> Quantizer:
-    return LlamaCpp() if name == LlamaCpp.name else quantizer(name)
+def _quantizer(name: str, target: Target | None) -> Quantizer:
+    if name == LlamaCpp.name:
+        return LlamaCpp()
+    return quantizer(name, integer_zeros=target.integer_zeros) if target is not None else quantizer(name)
 
 
 def _quantize(
@@ -210,11 +221,15 @@ def grids_in(folder: Path) -> GridsOfLayer:
     return lru_cache(maxsize=1)(lambda layer: load_grids(folder / f"{layer}.safetensors"))
 
 
-def plan_within(model: StreamedModel, folder: Path, menu: Sequence[QuantSpec], bits: float) -> Allocation:
-    """What `loss-aware` gives every module within so many bits per weight."""
+def plan_within(
+    model: StreamedModel, folder: Path, menu: Sequence[QuantSpec], bits: float, target: Target | None = None
+) -> Allocation:
+    """What `loss-aware` gives every module within so many bits per weight, of a target's file where there is one."""
     rows = [row for row in json.loads((folder / COSTS_FILE).read_text()) if _spec(row) in menu]
     costs = {"sequence_fisher": ErrorTable.from_rows(rows, "fisher")}
     measurements = Measurements(modules=model.structure.modules, menu=tuple(menu), costs=costs)
+    if target is not None:
+        measurements = within_target(measurements, target)
     weights = sum(module.parameters for module in model.structure.modules)
     return strategy("loss-aware").allocate(measurements, int(bits * weights / 8)).specs
 

@@ -1,6 +1,6 @@
 """Divergence of what other programs make of a model, against ours, at the bytes that each of them stores.
 
-    python -m benchmarks.peers MODEL --calibration TEXT --evaluation TEXT --work DIR [--figure FILE.svg]
+    python -m benchmarks.peers MODEL --calibration TEXT --evaluation TEXT --work DIR [--for ENGINE] [--figure FILE.svg]
 
 One text for calibration, one judge, one text for evaluation; every block matrix is quantized, embedding, head and norms
 stay. What a program's checkpoint stands for is judged in float32, so that programs and not kernels are compared. Each
@@ -8,7 +8,7 @@ runs in a virtual environment that is made in `--work`: its own packages, and un
 that can't be installed or fails is named, with the end of its log. What is done is kept and not done again.
 
 Ours are plans of `loss-aware` with the codes of `fisher-gptq`, from the grids and costs that `benchmarks.quantizers`
-keeps in the same folder.
+keeps in the same folder; with `--for ENGINE` those that its files hold, and bits are those of its files.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from transformers import AutoTokenizer
 from benchmarks.judge import Judge, Scores, bits_per_weight, print_header, print_row, read_tokens
 from benchmarks.peers.job import Job, read
 from benchmarks.quantizers import COSTS_FILE, SEQUENCE_LENGTH, WINDOW, grids_in, measure, plan_within
+from lmq.allocation.targets import TARGETS, Target, target_named
 from lmq.formats.spec import QuantSpec
 from lmq.model.discovery import discover
 from lmq.model.streaming import StreamedModel
@@ -40,6 +41,7 @@ from lmq.model.structure import ModuleId
 
 OURS = "fisher-gptq"
 _LOG_LINES = 3
+_MENU = "b2g128,b2g64,b2g32,b3g128,b3g64,b3g32,b4g128,b4g64,b4g32,b5g64,b6g64,b8g64"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +140,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--sequences", type=int, default=32, help="calibration sequences of 512 tokens (default 32)")
     parser.add_argument("--windows", type=int, default=8, help="evaluation windows of 1,024 tokens (default 8)")
     parser.add_argument("--only", default="", help=f"programs, of {', '.join(peer.name for peer in PEERS)}")
-    parser.add_argument("--menu", default="b2g128,b2g64,b2g32,b3g128,b3g64,b3g32,b4g128,b4g64,b4g32,b5g64,b6g64,b8g64")
+    parser.add_argument("--for", dest="target", type=target_named, help=f"of {', '.join(TARGETS)}")
+    parser.add_argument("--menu", default="", help="configurations of our plans (default: 12 of 2 to 8 bits)")
     parser.add_argument("--budgets", default="2.6,3.254,3.437,4.254,4.437,5.277", help="bits per weight of our plans")
     parser.add_argument("--figure", type=Path, help="where to draw divergence against bits")
     return parser.parse_args()
@@ -229,14 +232,16 @@ def _ours(
     model: StreamedModel, directory: Path, tokens: Tensor, judge: Judge, options: argparse.Namespace
 ) -> list[tuple[float, Scores]]:
     """Bits per weight and scores of our plans."""
-    menu = [QuantSpec.parse(name) for name in options.menu.split(",")]
-    folder = options.work / directory.name / OURS
+    target: Target | None = options.target
+    names = options.menu or ("" if target is not None else _MENU)
+    menu = [QuantSpec.parse(name) for name in names.split(",")] if names else target.usual_menu(model.structure.modules)
+    folder = options.work / directory.name / (OURS if target is None else f"{OURS}-for-{target.name}")
     if not (folder / COSTS_FILE).exists():
-        measure(directory, model, tokens, 2, sorted(menu), {OURS: folder})
+        measure(directory, model, tokens, 2, sorted(menu), {OURS: folder}, target)
     rows = []
     for bits in map(float, options.budgets.split(",")):
-        given = plan_within(model, folder, menu, bits)
-        rows.append((bits_per_weight(model, given), judge.scores(grids_in(folder), given)))
+        given = plan_within(model, folder, menu, bits, target)
+        rows.append((bits_per_weight(model, given, target), judge.scores(grids_in(folder), given)))
     return rows
 
 
