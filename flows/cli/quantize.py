@@ -68,7 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="ENGINE",
         help="plan over what an engine holds and write what it opens: llama.cpp (a .gguf file, with embedding and head "
         "quantized, which --bits counts too), vllm (compressed-tensors: 4 and 8 bits), gptq (GPTQModel, SGLang: 2, 3, "
-        "4 and 8 bits), gptq-symmetric, auto-round (transformers: 2 to 8 bits) or awq (4 bits for all)",
+        "4 and 8 bits), gptq-symmetric (vLLM too: 4 and 8 bits), auto-round (transformers: 2 to 8 bits) or awq (4 bits "
+        "for all)",
     )
     add_store(parser)
     parser.set_defaults(command=quantize_command)

@@ -165,6 +165,7 @@ TARGETS: Mapping[str, Target] = {
             name="gptq-symmetric",
             description="what takes symmetric GPTQ alone, as vLLM does at 4 and 8 bits, and ExLlama",
             usage="vllm serve {path}",
+            menu=tuple(spec.name for spec in STOPS if spec.bits in (4, 8)),  # 2 and 3 bits, where a menu names them
             opened_by="GPTQModel (tested: 7.7), vLLM where all bits are 4 or 8 (0.33 read one, without a GPU), and "
             "SGLang, which was not run",
             integer_zeros="middle",

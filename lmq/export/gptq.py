@@ -178,8 +178,7 @@ def _notes(checkpoint: QuantizedCheckpoint, config: dict[str, Any]) -> tuple[str
     if not config["sym"] or any(spec.bits not in VLLM_BITS for spec in checkpoint.specs.values()):
         notes.append(
             "vLLM does not open this since its pull request 38288 (June 2026): it takes GPTQ of 4 and 8 bits with the "
-            "zero of every group in the middle; for it run again with target: vllm, or gptq-symmetric and a menu of 4 "
-            "and 8 bits"
+            "zero of every group in the middle; for it run again with target: vllm or gptq-symmetric"
         )
     notes += [
         f"{names} differ in {len(parents)} blocks, so vLLM and SGLang, which hold them in one matrix, cannot open it; "

@@ -45,6 +45,12 @@ def test_the_menu_keeps_its_order_and_what_every_module_can_have() -> None:
     assert restrict_menu(STOPS, VLLM, _modules((64, 256), (256, 576))) == _specs("b4g64", "b4g32", "b8g64", "b8g32")
 
 
+def test_what_vllm_does_not_open_of_symmetric_gptq_is_taken_where_it_is_named() -> None:
+    target = TARGETS["gptq-symmetric"]
+    assert {spec.bits for spec in target.usual_menu(_modules((64, 256)))} == {4, 8}
+    assert restrict_menu(_specs("b2g64"), target, _modules((64, 256))) == _specs("b2g64")
+
+
 @pytest.mark.parametrize(
     ("spec", "shape", "reason"),
     [
