@@ -87,6 +87,7 @@ def quantize(
     context: str | None = None,
     output: str | PathLike[str] | None = None,
     effort: str = "normal",
+    equalize: bool = False,
     target: str | None = None,
     store: str = "store",
 ) -> Path:
@@ -97,7 +98,8 @@ def quantize(
     `model` is a hub id, a directory, a .gguf file or package:NAME/FILE; `size` that of the whole checkpoint, as in
     "400MB", with embedding and head quantized, or `bits` per weight of the matrices in its blocks, or the `plan` of a
     run (its directory, name or allocation-*.csv) of a model of the same structure, or `fit_gpu` the memory of a GPU, as
-    in "24GB", that is to hold it beside the cache of `context` tokens, as in "32k"; `effort` quick, normal or best.
+    in "24GB", that is to hold it beside the cache of `context` tokens, as in "32k"; `effort` quick, normal or best;
+    `equalize` rescales channels between matrices first, which computes the same (`lmq.checkpoint.equalized`).
     With a `target` (llama.cpp, vllm, gptq, gptq-symmetric, auto-round, awq) plans are over what it holds, and the path
     is an export for it. `output` is named after model and size where it is not given. What is measured is kept in
     `store`, and the report in `runs/`. Raises InputError for what cannot be made, such as a size below the smallest,
@@ -115,6 +117,7 @@ def quantize(
         context=context,
         output=where,
         effort=effort,
+        equalize=equalize,
         target=target,
         store=store,
     )

@@ -60,6 +60,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "and 16,384, plans are tried on the model itself and the best is polished (default: %(default)s)",
     )
     parser.add_argument(
+        "--equalize",
+        action="store_true",
+        help="rescale channels between matrices first: the same function, easier to quantize where a model's channels "
+        "are scaled unevenly, and harder for some others",
+    )
+    parser.add_argument(
         "--yes", action="store_true", help=f"do not ask before what takes more than {_ASK_ABOVE_MINUTES} minutes"
     )
     parser.add_argument(
@@ -91,6 +97,7 @@ def quantize_command(arguments: argparse.Namespace) -> int:
         context=arguments.context,
         output=arguments.output,
         effort=arguments.effort,
+        equalize=arguments.equalize,
         target=arguments.target,
         store=arguments.store,
     )

@@ -37,8 +37,7 @@ _log = logging.getLogger(__name__)
 @dataclass(frozen=True, kw_only=True)
 class Effort:
     """How much is measured for one checkpoint: on how many calibration sequences of 512 tokens, with how many draws of
-    labels each, in how many steps the result is polished, and on how many tokens it is judged; `equalize` as a model's
-    own setting.
+    labels each, in how many steps the result is polished, and on how many tokens it is judged.
     """
 
     strategy: str
@@ -46,19 +45,12 @@ class Effort:
     label_draws: int
     polish_steps: int
     evaluation_tokens: int
-    equalize: bool
 
 
 EFFORTS = {
-    "quick": Effort(
-        strategy="loss-aware", sequences=16, label_draws=1, polish_steps=0, evaluation_tokens=2048, equalize=False
-    ),
-    "normal": Effort(
-        strategy="loss-aware", sequences=32, label_draws=2, polish_steps=0, evaluation_tokens=8192, equalize=True
-    ),
-    "best": Effort(
-        strategy="auto", sequences=32, label_draws=4, polish_steps=60, evaluation_tokens=16384, equalize=True
-    ),
+    "quick": Effort(strategy="loss-aware", sequences=16, label_draws=1, polish_steps=0, evaluation_tokens=2048),
+    "normal": Effort(strategy="loss-aware", sequences=32, label_draws=2, polish_steps=0, evaluation_tokens=8192),
+    "best": Effort(strategy="auto", sequences=32, label_draws=4, polish_steps=60, evaluation_tokens=16384),
 }
 
 _SEQUENCE_LENGTH = 512
@@ -82,8 +74,9 @@ class Goal:
     `fit_gpu` is the memory of a GPU, as in "24GB", that is to hold the checkpoint, as small as a `size`, the cache of
     `context` tokens, as in 32k, and the activations. Exactly one of them is given. Without `fit_gpu`, `context` only
     says for how many tokens the memory is said; where it is None for `_CONTEXT`, or all that the model sees.
-    `output` None: a directory named after both, here. `target` is one of `lmq.allocation.targets`: what is planned is
-    what it holds, and the output is an export for it; where it takes quantized embeddings, `bits` count them too.
+    `output` None: a directory named after both, here. `equalize` is that of the run's model. `target` is one of
+    `lmq.allocation.targets`: what is planned is what it holds, and the output is an export for it; where it takes
+    quantized embeddings, `bits` count them too.
     """
 
     model: str
@@ -94,6 +87,7 @@ class Goal:
     context: str | None = None
     output: Path | None = None
     effort: str = "normal"
+    equalize: bool = False
     target: str | None = None
     store: str = "store"
     runs_dir: str = "runs"
@@ -254,8 +248,8 @@ def prepare_goal(goal: Goal) -> PreparedGoal:
     strategy = effort.strategy if plan is None else STRATEGY
     config = parse_run_config(
         {
-            "name": f"{goal.title}-{goal.effort}",
-            "models": [{"name": goal.name, "source": goal.model, "dtype": dtype, "equalize": effort.equalize}],
+            "name": f"{goal.title}-{goal.effort}{'-equalized' if goal.equalize else ''}",
+            "models": [{"name": goal.name, "source": goal.model, "dtype": dtype, "equalize": goal.equalize}],
             "strategies": [UNIFORM, strategy],
             "budgets": [budget],
             "embeddings": bool(inspected.structure.embeddings),

@@ -52,11 +52,11 @@ def smallest_bytes(model: Path, capsys: pytest.CaptureFixture[str]) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["tiny_llama", "tiny_qwen"])
-def test_one_line_makes_a_checkpoint_within_the_size_that_opens(server, request, name, tmp_path, capsys):
+@pytest.mark.parametrize(("name", "more"), [("tiny_llama", []), ("tiny_qwen", ["--equalize"])])
+def test_one_line_makes_a_checkpoint_within_the_size_that_opens(server, request, name, more, tmp_path, capsys):
     model = request.getfixturevalue(name)
     size = smallest_bytes(model, capsys) + 12_000
-    line = ["quantize", str(model), "--size", f"{size}B", "--effort", "quick"]
+    line = ["quantize", str(model), "--size", f"{size}B", "--effort", "quick", *more]
     assert main([*line, "-o", "small"]) == 0
     printed = capsys.readouterr().out
     files = [path for path in (tmp_path / "small").rglob("*") if path.is_file()]
