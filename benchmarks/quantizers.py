@@ -109,7 +109,8 @@ def _table(directory: Path, options: argparse.Namespace) -> None:
     target: Target | None = options.target
     if target is not None and not options.menu:
         menu = list(target.usual_menu(model.structure.modules))
-    folders = {name: options.work / directory.name / name for name in options.quantizers.split(",")}
+    what_for = "" if target is None else f"-for-{target.name}"
+    folders = {name: options.work / directory.name / f"{name}{what_for}" for name in options.quantizers.split(",")}
     missing = {name: folder for name, folder in folders.items() if not (folder / COSTS_FILE).exists()}
     if missing:
         measure(directory, model, tokens, options.draws, sorted({*uniform, *menu}), missing, target)
@@ -125,7 +126,8 @@ def _table(directory: Path, options: argparse.Namespace) -> None:
             print_row(directory.name, name, what, bits, judge.scores(grids, given))
             if options.polish:
                 polished = f"{what}, polished {options.polish} steps"
-                with _polished(model, grids, given, further, options.polish) as tuned:
+                whole = target is not None and bool(target.integer_zeros)
+                with _polished(model, grids, given, further, options.polish, integer_zeros=whole) as tuned:
                     print_row(directory.name, name, polished, bits, judge.scores(tuned, given))
 
 
@@ -240,11 +242,18 @@ def _spec(row: Mapping[str, Any]) -> QuantSpec:
 
 @contextmanager
 def _polished(
-    model: StreamedModel, grids: GridsOfLayer, allocation: Allocation, tokens: Tensor, steps: int
+    model: StreamedModel,
+    grids: GridsOfLayer,
+    allocation: Allocation,
+    tokens: Tensor,
+    steps: int,
+    *,
+    integer_zeros: bool,
 ) -> Iterator[GridsOfLayer]:
     """The grids of an allocation after so many steps of polish on `tokens`, as stored."""
     with tempfile.TemporaryDirectory() as folder:
-        polish = Polish(model, allocation, Path(folder), PolishSchedule(steps=steps))
+        schedule = PolishSchedule(steps=steps, integer_zeros=integer_zeros)
+        polish = Polish(model, allocation, Path(folder), schedule)
         polish.start(grids)
         reference = QuantizedPoint(model, lambda _: {}, matmul_dtype=torch.float32).last_states(tokens)
         for _ in polish.run(0, steps, tokens, reference):
