@@ -233,8 +233,10 @@ def _ours(
 ) -> list[tuple[float, Scores]]:
     """Bits per weight and scores of our plans."""
     target: Target | None = options.target
-    names = options.menu or ("" if target is not None else _MENU)
-    menu = [QuantSpec.parse(name) for name in names.split(",")] if names else target.usual_menu(model.structure.modules)
+    if target is not None and not options.menu:
+        menu = list(target.usual_menu(model.structure.modules))
+    else:
+        menu = [QuantSpec.parse(name) for name in (options.menu or _MENU).split(",")]
     folder = options.work / directory.name / (OURS if target is None else f"{OURS}-for-{target.name}")
     if not (folder / COSTS_FILE).exists():
         measure(directory, model, tokens, 2, sorted(menu), {OURS: folder}, target)

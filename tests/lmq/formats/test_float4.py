@@ -14,6 +14,7 @@ from lmq.formats.gguf_types import GGUF_TYPES
 from lmq.formats.spec import QuantSpec
 from lmq.quantizers import quantizer
 from lmq.quantizers.gguf_fit import nearest_matrix
+from tests.lmq.random_matrices import correlated_moments, rows_of_different_spread
 
 compressors = pytest.importorskip("compressed_tensors.compressors", reason="pip install 'lmq[vllm]'")
 quantization = pytest.importorskip("compressed_tensors.quantization")
@@ -46,17 +47,12 @@ def own_rounding(weight: Tensor, name: str) -> Tensor:
 
 @pytest.fixture(scope="module")
 def weight() -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return 0.05 * torch.randn(ROWS, COLUMNS, generator=generator) * (torch.rand(ROWS, 1, generator=generator) + 0.2)
+    return rows_of_different_spread(ROWS, COLUMNS)
 
 
 @pytest.fixture(scope="module")
 def moments() -> Tensor:
-    """Second moments of correlated inputs of different size."""
-    generator = torch.Generator().manual_seed(1)
-    mixed = torch.randn(900, 64, generator=generator) @ torch.randn(64, COLUMNS, generator=generator)
-    inputs = (mixed / 8 + torch.randn(900, COLUMNS, generator=generator)) * torch.rand(COLUMNS, generator=generator)
-    return inputs.t() @ inputs / 900
+    return correlated_moments(COLUMNS)
 
 
 @pytest.mark.parametrize("name", NAMES)

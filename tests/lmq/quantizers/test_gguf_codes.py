@@ -16,6 +16,7 @@ from lmq.quantizers import quantizer
 from lmq.quantizers.coordinate_descent import descend_gguf
 from lmq.quantizers.error_feedback import Lattice, codes_with_feedback, damped_moments, feedback_of
 from lmq.quantizers.gguf_fit import fit_type, nearest_matrix, steps_of
+from tests.lmq.random_matrices import correlated_moments
 
 ROWS, COLUMNS = 24, 512
 
@@ -30,11 +31,7 @@ def weight() -> Tensor:
 
 @pytest.fixture(scope="module")
 def moments() -> Tensor:
-    """Second moments of correlated inputs of different size."""
-    generator = torch.Generator().manual_seed(1)
-    mixed = torch.randn(900, 64, generator=generator) @ torch.randn(64, COLUMNS, generator=generator)
-    inputs = (mixed / 8 + torch.randn(900, COLUMNS, generator=generator)) * torch.rand(COLUMNS, generator=generator)
-    return inputs.t() @ inputs / 900
+    return correlated_moments(COLUMNS)
 
 
 def spec_of(name: str) -> QuantSpec:
