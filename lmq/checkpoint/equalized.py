@@ -31,7 +31,7 @@ from lmq.model.directory import complete_directory, copy_companions, write_shard
 from lmq.model.stored import StoredModel, read_stored_model
 from lmq.model.streaming import BlockInputs, StreamedModel
 from lmq.model.structure import ModelStructure
-from lmq.model.tensors import StoredTensor, headers_of
+from lmq.model.tensors import FLOAT_TYPES, StoredTensor, headers_of
 
 _log = logging.getLogger(__name__)
 
@@ -42,7 +42,6 @@ _DAMPING = 0.2
 _COLUMNS_AT_ONCE = 4096
 """Second moments of more inputs are taken in blocks on the diagonal."""
 _ROUNDS = 30
-_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _TOLERANCES = {"F32": 1e-4, "F16": 4e-3, "BF16": 3e-2}
 """Of what a block adds to its states, relative, for types that the rescaled weights are rounded to."""
 _SHARD_BYTES = 5 * 10**9
@@ -153,13 +152,13 @@ def _equalized(
     for channels, of_inputs in zip(shared, moments, strict=True):
         factors = _factors(block, channels, torch.cat([_cost_of_errors(each) for each in of_inputs]))
         if channels.offset is not None:
-            stored_as = _TYPES[direct[f"{channels.source}.weight"].dtype]
+            stored_as = FLOAT_TYPES[direct[f"{channels.source}.weight"].dtype]
             factors = _exact_for_norm(block, channels, factors, stored_as)
         channels.rescale(block, factors)
     changed = {}
     for name in names:
         value = block.get_parameter(name)
-        rounded = value.to(_TYPES[direct[name].dtype])
+        rounded = value.to(FLOAT_TYPES[direct[name].dtype])
         value.copy_(rounded)
         changed[name] = rounded.cpu().contiguous()
     difference = relative_difference(inputs.run(block, hidden) - hidden, before)

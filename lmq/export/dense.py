@@ -19,10 +19,10 @@ from torch import Tensor
 from lmq.checkpoint.write import DEFAULT_MAX_SHARD_BYTES
 from lmq.export.dtypes import cast, dtype_name, parse_dtype, with_dtype
 from lmq.export.report import ExportReport, ModuleStep, directory_bytes, relative_error
-from lmq.export.source import FLOAT_TYPES, QuantizedCheckpoint
+from lmq.export.source import QuantizedCheckpoint
 from lmq.model.directory import complete_directory, copy_companions, write_json
 from lmq.model.structure import expert_number
-from lmq.model.tensors import INDEX_FILE, StoredTensor, read_tensors, size_bytes
+from lmq.model.tensors import FLOAT_TYPES, INDEX_FILE, StoredTensor, read_tensors, size_bytes
 
 _STORED_NAMES = {dtype: name for name, dtype in FLOAT_TYPES.items()}
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lmq.errors import InputError, unknown_name
-from lmq.export.source import FLOAT_TYPES
+from lmq.model.tensors import FLOAT_TYPES
 
 DTYPE_NAMES = ("float16", "bfloat16", "float32")
 

@@ -21,10 +21,7 @@ from lmq.formats.packing import unpack
 from lmq.formats.spec import QuantSpec
 from lmq.model.stored import StoredModel
 from lmq.model.structure import expert_number
-from lmq.model.tensors import StoredTensor, read_headers, read_tensors
-
-FLOAT_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""Types of a model's tensors, by the name that safetensors gives them."""
+from lmq.model.tensors import FLOAT_TYPES, StoredTensor, read_headers, read_tensors
 
 
 class QuantizedCheckpoint:

@@ -17,6 +17,8 @@ from lmq.errors import InputError
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+FLOAT_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Types of a model's tensors, by the name that safetensors gives them."""
 
 
 @dataclass(frozen=True)
