@@ -87,7 +87,7 @@ def quantize(
     context: str | None = None,
     output: str | PathLike[str] | None = None,
     effort: str = "normal",
-    equalize: bool = False,
+    equalize: bool | None = None,
     target: str | None = None,
     store: str = "store",
 ) -> Path:
@@ -99,11 +99,11 @@ def quantize(
     "400MB", with embedding and head quantized, or `bits` per weight of the matrices in its blocks, or the `plan` of a
     run (its directory, name or allocation-*.csv) of a model of the same structure, or `fit_gpu` the memory of a GPU, as
     in "24GB", that is to hold it beside the cache of `context` tokens, as in "32k"; `effort` quick, normal or best;
-    `equalize` rescales channels between matrices first, which computes the same (`lmq.checkpoint.equalized`).
-    With a `target` (llama.cpp, vllm, gptq, gptq-symmetric, auto-round, awq) plans are over what it holds, and the path
-    is an export for it. `output` is named after model and size where it is not given. What is measured is kept in
-    `store`, and the report in `runs/`. Raises InputError for what cannot be made, such as a size below the smallest,
-    which it names.
+    `equalize` rescales channels between matrices first, which computes the same (`lmq.checkpoint.equalized`); None:
+    with the effort best. With a `target` (llama.cpp, vllm, gptq, gptq-symmetric, auto-round, awq) plans are over what
+    it holds, and the path is an export for it. `output` is named after model and size where it is not given. What is
+    measured is kept in `store`, and the report in `runs/`. Raises InputError for what cannot be made, such as a size
+    below the smallest, which it names.
     """
     one_model = import_module("lmq_flows.run.one_model")  # flows are built on this library, which knows nothing of them
     where = None if output is None else Path(output)

@@ -41,7 +41,7 @@ def convert_model(job: Job) -> None:
     _move_up(target)
 
 
-@stage("equalize", version=1, schema="model/1")
+@stage("equalize", version=2, schema="model/1")
 def equalize_model(job: Job) -> None:
     """A copy of the model with channels rescaled between its matrices, measured on the calibration text.
 

@@ -74,6 +74,12 @@ PEERS = (
         configurations=_groups(3, 4),
     ),
     Peer(
+        name="GPTQModel",
+        module="gptqmodel",
+        packages=("gptqmodel==7.7.0",),
+        configurations={f"{bits} bits, symmetric groups of 64": {"bits": bits, "group_size": 64} for bits in (3, 4)},
+    ),
+    Peer(
         name="Model Optimizer AWQ",
         module="modelopt",
         packages=("nvidia-modelopt==0.47.0",),

@@ -32,7 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=FORMATS,
         help="; ".join(f"{name}: {format_.summary}" for name, format_ in FORMATS.items()),
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="PATH", help="directory or .gguf file to write")
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="PATH", help="directory or .gguf file to write"
+    )
     parser.add_argument(
         "--dtype",
         choices=("float16", "bfloat16", "float32"),

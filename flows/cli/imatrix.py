@@ -11,7 +11,7 @@ from lmq_flows.cli.terminal import run_directory, say
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `lmq imatrix`."""
     parser.add_argument("run", type=Path, metavar="RUN", help="directory of a run (runs/demo), or its name")
-    parser.add_argument("--output", "-o", type=Path, required=True, metavar="FILE", help="file to write, as in im.gguf")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="file to write, as in im.gguf")
     parser.add_argument("--model", metavar="NAME", help="one of the run's models, where it has several")
     parser.set_defaults(command=imatrix_command)
 

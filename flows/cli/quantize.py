@@ -57,13 +57,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=_EFFORTS,
         default="normal",
         help="quick: measured on 16 sequences of 512 tokens and judged on 2,048 tokens; normal: 32 and 8,192; best: 32 "
-        "and 16,384, plans are tried on the model itself and the best is polished (default: %(default)s)",
+        "and 16,384, channels are rescaled, plans tried on the model itself and the best is polished (default: "
+        "%(default)s)",
     )
     parser.add_argument(
         "--equalize",
-        action="store_true",
-        help="rescale channels between matrices first: the same function, easier to quantize where a model's channels "
-        "are scaled unevenly, and harder for some others",
+        action=argparse.BooleanOptionalAction,
+        help="rescale channels between matrices first, where they are scaled unevenly: the same function, easier to "
+        "quantize (default: with --effort best)",
     )
     parser.add_argument(
         "--yes", action="store_true", help=f"do not ask before what takes more than {_ASK_ABOVE_MINUTES} minutes"

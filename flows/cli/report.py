@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     form.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     form.add_argument("--latex", action="store_true", help="print the table as a LaTeX tabular (booktabs)")
     parser.add_argument(
+        "-o",
         "--output",
         type=Path,
         default=Path("comparison.html"),

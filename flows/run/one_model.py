@@ -37,20 +37,24 @@ _log = logging.getLogger(__name__)
 @dataclass(frozen=True, kw_only=True)
 class Effort:
     """How much is measured for one checkpoint: on how many calibration sequences of 512 tokens, with how many draws of
-    labels each, in how many steps the result is polished, and on how many tokens it is judged.
+    labels each, whether channels are rescaled first, in how many steps the result is polished, and on how many tokens
+    it is judged.
     """
 
     strategy: str
     sequences: int
     label_draws: int
-    polish_steps: int
+    equalize: bool = False
+    polish_steps: int = 0
     evaluation_tokens: int
 
 
 EFFORTS = {
-    "quick": Effort(strategy="loss-aware", sequences=16, label_draws=1, polish_steps=0, evaluation_tokens=2048),
-    "normal": Effort(strategy="loss-aware", sequences=32, label_draws=2, polish_steps=0, evaluation_tokens=8192),
-    "best": Effort(strategy="auto", sequences=32, label_draws=4, polish_steps=60, evaluation_tokens=16384),
+    "quick": Effort(strategy="loss-aware", sequences=16, label_draws=1, evaluation_tokens=2048),
+    "normal": Effort(strategy="loss-aware", sequences=32, label_draws=2, evaluation_tokens=8192),
+    "best": Effort(
+        strategy="auto", sequences=32, label_draws=4, equalize=True, polish_steps=60, evaluation_tokens=16384
+    ),
 }
 
 _SEQUENCE_LENGTH = 512
@@ -62,6 +66,8 @@ _TENSORS_PER_MODULE = 5
 _CONTEXT = 4096
 GPU_SET_ASIDE = "set aside for CUDA and fragments (an assumption, not measured)"
 GPU_SET_ASIDE_BYTES = 1_000_000_000
+_EQUALIZED = {None: "", True: "-equalized", False: "-not-equalized"}
+"""What a run is named after that says whether channels are rescaled."""
 _FRAME_STYLE = "width: 100%; height: 80vh; border: 0"
 
 
@@ -74,9 +80,9 @@ class Goal:
     `fit_gpu` is the memory of a GPU, as in "24GB", that is to hold the checkpoint, as small as a `size`, the cache of
     `context` tokens, as in 32k, and the activations. Exactly one of them is given. Without `fit_gpu`, `context` only
     says for how many tokens the memory is said; where it is None for `_CONTEXT`, or all that the model sees.
-    `output` None: a directory named after both, here. `equalize` is that of the run's model. `target` is one of
-    `lmq.allocation.targets`: what is planned is what it holds, and the output is an export for it; where it takes
-    quantized embeddings, `bits` count them too.
+    `output` None: a directory named after both, here. `equalize` is that of the run's model; None: as the effort has
+    it. `target` is one of `lmq.allocation.targets`: what is planned is what it holds, and the output is an export for
+    it; where it takes quantized embeddings, `bits` count them too.
     """
 
     model: str
@@ -87,7 +93,7 @@ class Goal:
     context: str | None = None
     output: Path | None = None
     effort: str = "normal"
-    equalize: bool = False
+    equalize: bool | None = None
     target: str | None = None
     store: str = "store"
     runs_dir: str = "runs"
@@ -246,10 +252,11 @@ def prepare_goal(goal: Goal) -> PreparedGoal:
         uniform, _ = sizes.uniform_around(plan_bytes)
         menu = {*plan.specs.values(), *([] if uniform is None else [uniform])}
     strategy = effort.strategy if plan is None else STRATEGY
+    equalize = (effort.equalize and plan is None) if goal.equalize is None else goal.equalize
     config = parse_run_config(
         {
-            "name": f"{goal.title}-{goal.effort}{'-equalized' if goal.equalize else ''}",
-            "models": [{"name": goal.name, "source": goal.model, "dtype": dtype, "equalize": goal.equalize}],
+            "name": f"{goal.title}-{goal.effort}{_EQUALIZED[goal.equalize]}",
+            "models": [{"name": goal.name, "source": goal.model, "dtype": dtype, "equalize": equalize}],
             "strategies": [UNIFORM, strategy],
             "budgets": [budget],
             "embeddings": bool(inspected.structure.embeddings),

@@ -6,7 +6,8 @@ s_j and the weights that take it multiplied: its rounding errors then count s_j�
 costs once error feedback has done its part (1 over the diagonal of the inverse of the inputs' damped second moments),
 and c_j² = Σ_o w_oj². What a group of columns costs goes with Σ c_j² s_j² · Σ d_j / s_j², which is least where s_j⁴ is
 proportional to d_j / c_j²; matrices that share their inputs are added up. (AWQ, Lin et al. 2023, arXiv 2306.00978,
-searches a power of the inputs' magnitudes in the place of that.)
+searches a power of the inputs' magnitudes in the place of that.) Channels stay as they are where that sum would fall by
+little: such gains do not carry over to the whole model, whose channels a trained one has balanced (decision 19).
 
 Every tensor keeps its type. A norm's new weight is rounded to it first and s follows from what it became, so that norms
 are exact; matrices are rounded once more, far below the steps of 8 bits.
@@ -54,13 +55,15 @@ def write_equalized(
     tokens: Tensor,
     target: Path,
     *,
+    least_fall: float = 1 / 7,
     device: torch.device | str = "cpu",
     advance: Callable[[float], None] = lambda _: None,
 ) -> int:
     """Write the model of `model_dir` with its channels rescaled as the model directory `target`; how many are groups.
 
-    `tokens` int64 [sequences, sequence_length] are what inputs are measured on, block by block. The directory appears
-    when it is complete, and opens as the model's own class. `advance` is told how far this is, from 0 to 1.
+    `tokens` int64 [sequences, sequence_length] are what inputs are measured on, block by block. Channels are rescaled
+    where what their groups cost falls by the share `least_fall`. The directory appears when it is complete, and opens
+    as the model's own class. `advance` is told how far this is, from 0 to 1.
 
     Raises:
         UnsupportedModel: the model sees images.
@@ -76,7 +79,7 @@ def write_equalized(
     model = StreamedModel.open(model_dir, structure, device=device)
     inputs, tried = model.block_inputs(tokens.shape[1]), model.block_inputs(TRIED_TOKENS)
     hidden = model.embed(tokens)
-    groups = 0
+    groups = possible = 0
     with complete_directory(target) as directory, tempfile.TemporaryDirectory(dir=directory.parent) as changed_dir:
         files = []
         for layer in range(structure.layers):
@@ -86,14 +89,17 @@ def write_equalized(
                 direct = _stored_alone(stored, prefix, block)
                 shared = shared_channels(block, tried[layer], structure.hidden_size, kinds, direct)
                 hidden, moments = _moments(block, inputs[layer], hidden, shared)
-                changed = _equalized(block, tried[layer], shared, moments, direct, structure, layer)
+                factors = _worthwhile(block, shared, moments, least_fall)
+                changed = _equalized(block, tried[layer], factors, direct, structure, layer)
             file = Path(changed_dir) / f"{layer}.safetensors"
             save_file({direct[name].name: value for name, value in changed.items()}, file)
             files.append(file)
-            groups += len(shared)
+            groups += len(factors)
+            possible += len(shared)
             advance((layer + 1) / structure.layers)
+        _log.info("%d of %d groups of channels of %s rescaled", groups, possible, structure.architecture)
         if not groups:
-            _log.warning("no channels of %s can be rescaled; the copy is the model itself", structure.architecture)
+            _log.warning("no channels of %s gain enough by it; the copy is the model itself", structure.architecture)
         write_shards(directory, {**stored.headers, **headers_of(files)}, _SHARD_BYTES)
         copy_companions(model_dir, directory)
         check_opens(directory, sample_logits(StreamedModel.open(directory, structure)), structure)
@@ -136,25 +142,24 @@ def _moments(
 def _equalized(
     block: nn.Module,
     inputs: BlockInputs,
-    shared: Sequence[SharedChannels],
-    moments: Sequence[Sequence[Tensor]],
+    factors: Mapping[SharedChannels, Tensor],
     direct: Mapping[str, StoredTensor],
     structure: ModelStructure,
     layer: int,
 ) -> dict[str, Tensor]:
     """The tensors of a block that rescaling changes, as they are stored, by their names in the block."""
-    names = list(dict.fromkeys(name for channels in shared for name in channels.tensors(block)))
+    names = list(dict.fromkeys(name for channels in factors for name in channels.tensors(block)))
     if not names:
         return {}
     hidden = torch.randn(1, TRIED_TOKENS, structure.hidden_size, generator=torch.Generator().manual_seed(1))
     hidden = hidden.to(inputs.device, inputs.dtype)
     before = inputs.run(block, hidden) - hidden
-    for channels, of_inputs in zip(shared, moments, strict=True):
-        factors = _factors(block, channels, torch.cat([_cost_of_errors(each) for each in of_inputs]))
+    for channels, wanted in factors.items():
+        exact = wanted
         if channels.offset is not None:
             stored_as = FLOAT_TYPES[direct[f"{channels.source}.weight"].dtype]
-            factors = _exact_for_norm(block, channels, factors, stored_as)
-        channels.rescale(block, factors)
+            exact = _exact_for_norm(block, channels, wanted, stored_as)
+        channels.rescale(block, exact)
     changed = {}
     for name in names:
         value = block.get_parameter(name)
@@ -180,22 +185,40 @@ def _cost_of_errors(moments: Tensor) -> Tensor:
     return (1 / torch.cholesky_inverse(torch.linalg.cholesky(damped)).diagonal()).float()
 
 
-def _factors(block: nn.Module, channels: SharedChannels, costs: Tensor) -> Tensor:
-    """s of the source's channels [channels], of geometric mean 1 in every group of inputs."""
-    sizes = [block.get_submodule(taker).get_parameter("weight").square().sum(0) for taker in channels.takers]
+def _worthwhile(
+    block: nn.Module, shared: Sequence[SharedChannels], moments: Sequence[Sequence[Tensor]], least_fall: float
+) -> dict[SharedChannels, Tensor]:
+    """s of those channels whose groups cost less by `least_fall` with it, each looked at by itself."""
+    found = {}
+    for channels, of_inputs in zip(shared, moments, strict=True):
+        costs = torch.cat([_cost_of_errors(each) for each in of_inputs])
+        sizes = [block.get_submodule(taker).get_parameter("weight").square().sum(0) for taker in channels.takers]
+        factors = channels.pooled(_log_factors(sizes, costs)).exp()
+        squares = channels.repeated(factors).square()
+        before = sum((_sum_by_group(size) * costs).sum() for size in sizes)
+        after = sum((_sum_by_group(size * squares) * costs / squares).sum() for size in sizes)
+        if after <= (1 - least_fall) * before:
+            found[channels] = factors
+    return found
+
+
+def _sum_by_group(values: Tensor) -> Tensor:
+    """The sum of each group, in the place of every value in it."""
+    width = math.gcd(len(values), _GROUP_SIZE)
+    return values.view(-1, width).sum(1).repeat_interleave(width)
+
+
+def _log_factors(sizes: Sequence[Tensor], costs: Tensor) -> Tensor:
+    """Logarithms of s by input, of mean 0 in every group, for c² of each matrix and d."""
     width = math.gcd(len(costs), _GROUP_SIZE)
-
-    def of_group(values: Tensor) -> Tensor:
-        return values.view(-1, width).sum(1).repeat_interleave(width)
-
     squares = torch.ones_like(costs)
     for _ in range(_ROUNDS if len(sizes) > 1 else 1):
-        spread = of_group(costs / squares)
-        wanted = costs * sum(of_group(size * squares) for size in sizes)
+        spread = _sum_by_group(costs / squares)
+        wanted = costs * sum(_sum_by_group(size * squares) for size in sizes)
         paid = spread * sum(sizes)
         squares = torch.where((wanted > 0) & (paid > 0), wanted / paid, 1).sqrt()
-        squares = squares / of_group(squares.log() / width).exp()
-    return channels.pooled(squares.log() / 2).exp()
+        squares = squares / _sum_by_group(squares.log() / width).exp()
+    return squares.log() / 2
 
 
 def _exact_for_norm(block: nn.Module, channels: SharedChannels, factors: Tensor, dtype: torch.dtype) -> Tensor:

@@ -21,7 +21,7 @@ def checkpoint(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def _export(checkpoint: Path, output: Path, *options: str) -> int:
-    return main(["export", str(checkpoint), "--output", str(output), *options])
+    return main(["export", str(checkpoint), "-o", str(output), *options])
 
 
 def _refusal(capsys: pytest.CaptureFixture[str], checkpoint: Path, output: Path, *options: str) -> str:

@@ -176,6 +176,19 @@ def test_a_target_is_kept_before_anything_is_made(
     assert prepare_goal(Goal(model=str(tiny_qwen), bits=5.2, target="llama.cpp")).goal.directory.suffix == ".gguf"
 
 
+@pytest.mark.parametrize(
+    ("effort", "asked", "equalized"),
+    [("normal", None, False), ("normal", True, True), ("best", None, True), ("best", False, False)],
+)
+def test_the_best_effort_rescales_channels(
+    effort: str, asked: bool | None, equalized: bool, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = prepare_goal(Goal(model=str(tiny_llama), bits=4.5, effort=effort, equalize=asked)).config
+    assert config.models[0].equalize is equalized
+    assert ("equalized" in config.name) is (asked is not None)
+
+
 def test_tables_that_cannot_be_quantized_stay_as_they_are(tiny_llama, tmp_path):
     """OPT-350M looks rows of another width up."""
     config = OPTConfig(
