@@ -37,7 +37,8 @@ from lmq.measurement.replay import forward_block
 from lmq.measurement.sequence_fisher import sequence_loss_changes
 from lmq.model import streaming
 from lmq.model.discovery import discover
-from lmq.model.streaming import StreamedModel, load_layer_weights
+from lmq.model.stored_matrices import load_layer_weights
+from lmq.model.streaming import StreamedModel
 from lmq.quantizers import quantizer
 
 T = TypeVar("T")

@@ -34,7 +34,8 @@ from lmq.formats.spec import QuantSpec
 from lmq.measurement.quantizer_moments import input_moments
 from lmq.measurement.replay import forward_block
 from lmq.model.discovery import discover
-from lmq.model.streaming import StreamedModel, load_layer_weights
+from lmq.model.stored_matrices import load_layer_weights
+from lmq.model.streaming import StreamedModel
 from lmq.model.structure import ModuleId
 from lmq.quantizers import quantizer
 from lmq.quantizers.calibrated import gguf_types_of

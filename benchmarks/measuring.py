@@ -44,8 +44,10 @@ from lmq.measurement.replay import backward_block, forward_block
 from lmq.measurement.token_fisher import token_fisher
 from lmq.measurement.traces import trace_modules
 from lmq.measurement.weights import weight_statistics
+from lmq.model.block_inputs import BlockInputs
 from lmq.model.discovery import discover
-from lmq.model.streaming import BlockInputs, StreamedModel, load_layer_weights
+from lmq.model.stored_matrices import load_layer_weights
+from lmq.model.streaming import StreamedModel
 from lmq.numerics import fast_matmul_dtype
 from lmq.quantizers import quantizer
 from lmq_tasks.process_memory import keep_freed_memory

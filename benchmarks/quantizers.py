@@ -51,7 +51,8 @@ from lmq.measurement.sequence_fisher import (
 from lmq.measurement.traces import ModuleTrace, trace_modules
 from lmq.measurement.upper_triangle import UpperTriangle
 from lmq.model.discovery import discover
-from lmq.model.streaming import StreamedModel, load_layer_weights
+from lmq.model.stored_matrices import load_layer_weights
+from lmq.model.streaming import StreamedModel
 from lmq.model.structure import ModuleId
 from lmq.numerics import fast_matmul_dtype, fast_products
 from lmq.quantizers import QUANTIZERS, CalibratedQuantizer, Quantizer, quantizer

@@ -11,7 +11,7 @@ from lmq.measurement.frobenius import FROBENIUS
 from lmq.measurement.grids import load_grids, save_grids
 from lmq.measurement.replay import read_gradients, read_hidden_states
 from lmq.measurement.sequence_fisher import SEQUENCE_FISHER
-from lmq.model.streaming import stored_matrix
+from lmq.model.stored_matrices import stored_matrix
 from lmq.quantizers import quantizer
 from lmq.tables import write_rows
 from lmq.text.calibration import read_tokens

@@ -15,7 +15,8 @@ from lmq.images.pairs import PackedPairs, read_packed
 from lmq.images.prepared import SCHEMA as IMAGES_SCHEMA
 from lmq.images.prepared import read_prepared
 from lmq.model.source import ModelSource, locate
-from lmq.model.streaming import StreamedModel, load_layer_weights
+from lmq.model.stored_matrices import load_layer_weights
+from lmq.model.streaming import StreamedModel
 from lmq.model.structure import ModelStructure
 from lmq.text.calibration import read_tokens
 from lmq_storage import ArtifactStore, DamagedArtifact

@@ -22,10 +22,11 @@ from lmq.checkpoint.config import LmqConfig
 from lmq.errors import UnsupportedModel
 from lmq.formats.packed_layer import QuantizedLinear
 from lmq.formats.spec import STOPS, QuantSpec
+from lmq.model.block_inputs import BlockInputs
 from lmq.model.causality import require_causal
 from lmq.model.experts import split_experts
 from lmq.model.skeleton import build_skeleton
-from lmq.model.streaming import BlockInputs, StreamedModel
+from lmq.model.streaming import StreamedModel
 from lmq.model.structure import ModelStructure, ModuleId, ModuleInfo
 
 _log = logging.getLogger(__name__)

@@ -27,10 +27,11 @@ from torch import Tensor, nn
 
 from lmq.checkpoint.reopen import check_opens, sample_logits
 from lmq.errors import LmqError, UnsupportedModel
+from lmq.model.block_inputs import BlockInputs
 from lmq.model.channels import TRIED_TOKENS, SharedChannels, relative_difference, shared_channels
 from lmq.model.directory import complete_directory, copy_companions, write_shards
 from lmq.model.stored import StoredModel, read_stored_model
-from lmq.model.streaming import BlockInputs, StreamedModel
+from lmq.model.streaming import StreamedModel
 from lmq.model.structure import ModelStructure
 from lmq.model.tensors import FLOAT_TYPES, StoredTensor, headers_of
 

@@ -40,7 +40,8 @@ from lmq.measurement.embeddings import fit_rows, quantize_rows
 from lmq.measurement.grids import Allocation, LayerGrids, fit_grids
 from lmq.model.directory import complete_directory, copy_companions, write_json, write_shards
 from lmq.model.stored import StoredModel, read_stored_model
-from lmq.model.streaming import StreamedModel, load_layer_weights, stored_matrix
+from lmq.model.stored_matrices import load_layer_weights, stored_matrix
+from lmq.model.streaming import StreamedModel
 from lmq.model.structure import ModelStructure, ModuleId
 from lmq.model.tensors import StoredTensor, headers_of
 from lmq.quantizers import Quantizer

@@ -32,7 +32,7 @@ from lmq.measurement.base import LayerReplay, Need, Profile, Row
 from lmq.measurement.part_replay import JUDGED_ALONE, ChangeReplay, PartReplay, Pass, judged_with
 from lmq.measurement.pooling import FEWEST_TOKENS
 from lmq.measurement.second_moments import row_errors, second_moments
-from lmq.model.streaming import BlockInputs
+from lmq.model.block_inputs import BlockInputs
 from lmq.model.structure import PARTS, ModuleId, ModuleInfo, without_number
 from lmq.numerics import fast_matmul_dtype
 from lmq.tables import MODULE_FIELDS, SPEC_FIELDS, TableSchema

@@ -20,7 +20,8 @@ from lmq.measurement.grids import LayerGrids
 from lmq.measurement.pooling import pooled_traces
 from lmq.measurement.traces import ModuleTrace, trace_modules
 from lmq.measurement.upper_triangle import UpperTriangle
-from lmq.model.streaming import BlockInputs, StreamedModel
+from lmq.model.block_inputs import BlockInputs
+from lmq.model.streaming import StreamedModel
 from lmq.model.structure import ModelStructure, ModuleInfo
 from lmq.numerics import fast_products
 from lmq.tables import MODULE_FIELDS, SPEC_FIELDS, TableSchema

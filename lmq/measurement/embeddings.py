@@ -37,7 +37,8 @@ from lmq.formats.packing import pack
 from lmq.formats.spec import QuantSpec
 from lmq.measurement.base import Row, cost_row
 from lmq.measurement.sequence_fisher import sequence_fisher
-from lmq.model.streaming import StoredMatrix, StreamedModel
+from lmq.model.stored_matrices import StoredMatrix
+from lmq.model.streaming import StreamedModel
 from lmq.model.structure import ModuleInfo
 from lmq.quantizers import CALIBRATED, CalibratedQuantizer, Quantizer
 from lmq.quantizers.calibrated import fitted_values, gguf_types_of

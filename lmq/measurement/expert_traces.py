@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lmq.measurement.traces import ModuleTrace
+from lmq.model.block_inputs import BlockInputs
 from lmq.model.experts import RoutedExperts
-from lmq.model.streaming import BlockInputs
 from lmq.numerics import OneDnnProducts
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lmq.measurement.copies import Copies
-from lmq.model.streaming import BlockInputs, copied
+from lmq.model.block_inputs import BlockInputs, copied
 from lmq.model.structure import ModuleInfo, expert_number
 from lmq.numerics import OneDnnProducts, linear
 

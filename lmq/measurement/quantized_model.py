@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from lmq.formats.spec import QuantSpec
 from lmq.measurement.grids import Allocation
-from lmq.model.streaming import BlockInputs, StreamedModel
+from lmq.model.block_inputs import BlockInputs
+from lmq.model.streaming import StreamedModel
 from lmq.model.structure import ModuleId
 from lmq.numerics import fast_products, require_finite
 

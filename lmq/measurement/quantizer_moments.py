@@ -27,7 +27,7 @@ from lmq.measurement.pooling import pooled_moments
 from lmq.measurement.second_moments import capture_second_moments
 from lmq.measurement.traces import ModuleTrace, trace_block
 from lmq.measurement.upper_triangle import UpperTriangle
-from lmq.model.streaming import BlockInputs
+from lmq.model.block_inputs import BlockInputs
 from lmq.numerics import fast_products, require_finite
 
 _TOKENS_AT_ONCE = 2048

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lmq.errors import DamagedFile, InputError, NotFiniteError
-from lmq.model.streaming import BlockInputs
+from lmq.model.block_inputs import BlockInputs
 from lmq.numerics import require_finite
 from lmq.tables import TableSchema, read_table
 

@@ -25,7 +25,7 @@ from lmq.errors import InputError
 from lmq.measurement.base import Cost, CostColumn, LayerReplay, Need, Row, cost_row, cost_schema
 from lmq.measurement.pooling import pooled_moments
 from lmq.measurement.traces import ModuleTrace
-from lmq.model.streaming import BlockInputs
+from lmq.model.block_inputs import BlockInputs
 from lmq.model.structure import ModuleInfo
 
 MODULE_ERRORS_SCHEMA = cost_schema(

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lmq.errors import InputError
 from lmq.measurement.base import LayerReplay, Measurement, Need, Row
-from lmq.model.streaming import BlockInputs
+from lmq.model.block_inputs import BlockInputs
 from lmq.model.structure import ModuleId
 from lmq.numerics import require_finite
 from lmq.tables import MODULE_FIELDS, TableSchema

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lmq.measurement.copies import Copies
-from lmq.model.streaming import BlockInputs
+from lmq.model.block_inputs import BlockInputs
 
 
 @dataclass(frozen=True, eq=False)

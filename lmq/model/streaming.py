@@ -11,34 +11,30 @@ import copy
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from lmq.errors import InputError, UnsupportedModel
 from lmq.model.auto_class import loss_of
+from lmq.model.block_inputs import BlockInputs, by_name, copied, equal_inputs, same_tensors
 from lmq.model.discovery import embed_scale, embedding_shape
 from lmq.model.experts import RoutedExperts
 from lmq.model.losses import LOSSES, Loss
 from lmq.model.stored import StoredModel, read_stored_model
 from lmq.model.structure import ModelStructure, ModuleInfo, Tower
 from lmq.model.stubs import BlockStub, StopForward, StubHandler, StubSwitch
-from lmq.model.tensors import StoredTensor, weight_files
 from lmq.numerics import OneDnnProducts, require_finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_MATRIX_ELEMENTS_AT_ONCE = 1 << 22
-"""Weights of an embedding that are held in float32 at a time."""
 _SAMPLE_TOKENS = 12
 _IMAGES_AT_ONCE = 16
 _STATES_AT_ONCE = 2048
@@ -81,30 +77,6 @@ def sample_inputs(
     vocabulary = embedding_shape(model)[0]
     first, end = min(vocabulary // 10, 500), min(vocabulary, 1000)
     return torch.randint(first, end, (1, _SAMPLE_TOKENS), generator=generator)
-
-
-@dataclass(frozen=True, eq=False)
-class BlockInputs:
-    """What one decoder block is called with beside the hidden states: mask, positions and the like.
-
-    Valid for one sequence length; recorded with one sequence, which blocks of all but a few older architectures
-    (BLOOM, XGLM) extend to several. Holds no cache of keys and values.
-    """
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    device: torch.device
-    dtype: torch.dtype
-
-    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """States that leave the block [sequences, sequence_length, hidden] for those that enter it.
-
-        The block works on copies, which it may change in place.
-        """
-        args, kwargs = copied((self.args, self.kwargs))
-        with OneDnnProducts():
-            output = block(hidden.to(self.device, self.dtype, copy=True), *args, **kwargs)
-        return output[0] if isinstance(output, tuple) else output
 
 
 class LossGradient(NamedTuple):
@@ -251,7 +223,7 @@ class StreamedModel:
         for layer, (first, second) in enumerate(zip(*recordings, strict=True)):
             for name, value in {**dict(enumerate(first.args)), **first.kwargs}.items():
                 other = second.kwargs[name] if isinstance(name, str) else second.args[name]
-                if not _same_tensors(value, other):
+                if not same_tensors(value, other):
                     raise UnsupportedModel(
                         f"block {layer} of {self.structure.architecture} takes an input ({name}) that depends on the "
                         "tokens besides the hidden states; such blocks cannot be replayed one by one"
@@ -566,10 +538,10 @@ class StreamedModel:
         entered: list[Tensor] = []
 
         def check(layer: int, entering: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            given = _by_name(args, kwargs)
-            of_text = _by_name(expected[layer].args, expected[layer].kwargs)
+            given = by_name(args, kwargs)
+            of_text = by_name(expected[layer].args, expected[layer].kwargs)
             for name in sorted({*given, *of_text}):
-                if not _equal_inputs(given.get(name), of_text.get(name)):
+                if not equal_inputs(given.get(name), of_text.get(name)):
                     raise self._not_for_pairs(f"it gives block {layer} another {name} than for text")
             entered.append(entering)
             if entering is not entered[0] and not torch.equal(entering, entered[0]):
@@ -630,100 +602,3 @@ class StreamedModel:
     def _as_output(self, hidden: Tensor) -> Any:
         """States in the form in which a block returns them."""
         return hidden if self._extra_outputs is None else (hidden, *self._extra_outputs)
-
-
-def load_layer_weights(
-    model_dir: Path, structure: ModelStructure, layer: int, kinds: Container[str] | None = None
-) -> dict[str, Tensor]:
-    """Weights of one layer's modules, or of those of some `kinds`, kind -> float32 [out_features, in_features].
-
-    Of the kinds of one expert, no other expert is read that is stored apart.
-    Raises NotFiniteError naming layer and module, InputError for a tensor that is not in the checkpoint.
-    """
-    stored = _stored_model(model_dir)
-    modules = [info.id for info in structure.in_layer(layer) if kinds is None or info.id.kind in kinds]
-    names = {module.kind: f"{structure.path(module)}.weight" for module in modules}
-    lacking = [kind for kind, name in names.items() if not stored.holds(name)]
-    if lacking:
-        raise InputError(f"{model_dir} has no weight of layer {layer} {lacking[0]}; is it the model of this structure?")
-    values = stored.read(names.values())
-    for kind, name in names.items():
-        require_finite(values[name], f"the weight of layer {layer} {kind}")
-    return {kind: values[name].float() for kind, name in names.items()}
-
-
-class StoredMatrix:
-    """One matrix of a model directory, read some rows at a time: an embedding may be too large for float32."""
-
-    def __init__(self, tensor: StoredTensor, name: str):
-        self._tensor = tensor
-        self._name = name
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Rows and columns."""
-        rows, columns = self._tensor.shape
-        return rows, columns
-
-    def blocks(self, multiple: int = 1) -> Iterator[tuple[slice, Tensor]]:
-        """The rows and their values, float32 [rows, columns], block by block, each but the last a `multiple` of rows.
-
-        Raises NotFiniteError naming the matrix.
-        """
-        rows, columns = self.shape
-        step = multiple * max(1, _MATRIX_ELEMENTS_AT_ONCE // (columns * multiple))
-        with safe_open(self._tensor.file, framework="pt") as file:
-            stored = file.get_slice(self._tensor.name)
-            for first in range(0, rows, step):
-                block = stored[first : min(first + step, rows)]
-                require_finite(block, self._name)
-                yield slice(first, first + len(block)), block.float()
-
-
-def stored_matrix(model_dir: Path, structure: ModelStructure, module: ModuleInfo) -> StoredMatrix:
-    """The weight of a module as stored. Raises InputError for one that is not in the checkpoint."""
-    name = f"{structure.path(module.id)}.weight"
-    tensors = _stored_model(model_dir).tensors
-    if name not in tensors:
-        raise InputError(f"{model_dir} has no {name}; is it the model of this structure?")
-    return StoredMatrix(tensors[name], f"the weight of {module.id}")
-
-
-def _stored_model(model_dir: Path) -> StoredModel:
-    files = (model_dir / "config.json", *weight_files(model_dir))
-    return _stored_model_of(model_dir, tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
-
-
-@functools.lru_cache(maxsize=2)
-def _stored_model_of(model_dir: Path, _: tuple[tuple[Path, int, int], ...]) -> StoredModel:
-    """Where a model's tensors lie, found once while its files (name, size, modification time) stay as they are."""
-    return read_stored_model(model_dir)
-
-
-def copied(arguments: Any, copy: Callable[[Tensor], Tensor] = torch.clone) -> Any:
-    """Arguments of a call (nested tuples, lists and dicts) with their tensors copied: a block may change its own."""
-    return tree_map(lambda leaf: copy(leaf) if isinstance(leaf, Tensor) else leaf, arguments)
-
-
-def _by_name(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of a call, those without a name by their number."""
-    return {**{str(number): value for number, value in enumerate(args)}, **kwargs}
-
-
-def _equal_inputs(first: Any, second: Any) -> bool:
-    """Whether what two calls of a block are given is the same."""
-    ours, theirs = tree_leaves(first), tree_leaves(second)
-    return len(ours) == len(theirs) and all(map(_is_equal, ours, theirs))
-
-
-def _is_equal(first: Any, second: Any) -> bool:
-    """Tensors and plain values are compared; of other objects, such as a cache, only the type."""
-    if isinstance(first, Tensor) and isinstance(second, Tensor):
-        return torch.equal(first, second)
-    is_plain = isinstance(first, bool | int | float | str)
-    return type(first) is type(second) and (not is_plain or bool(first == second))
-
-
-def _same_tensors(first: Any, second: Any) -> bool:
-    pairs = zip(tree_leaves(first), tree_leaves(second), strict=True)
-    return all(torch.equal(a, b) for a, b in pairs if isinstance(a, Tensor) and a is not b)

@@ -14,7 +14,7 @@ from lmq.measurement.frobenius import FROBENIUS
 from lmq.measurement.grids import load_grids, quantize_modules
 from lmq.measurement.quantizer_moments import load_moments
 from lmq.model.discovery import discover
-from lmq.model.streaming import load_layer_weights
+from lmq.model.stored_matrices import load_layer_weights
 from lmq.model.structure import ModuleId
 from lmq.quantizers import quantizer
 from lmq.tables import read_rows

@@ -10,7 +10,7 @@ from scipy import stats
 
 from lmq.measurement.weights import WEIGHT_STATISTICS_SCHEMA
 from lmq.model.discovery import discover
-from lmq.model.streaming import load_layer_weights
+from lmq.model.stored_matrices import load_layer_weights
 from lmq.tables import read_rows
 from lmq_storage import ArtifactStore
 from lmq_tasks.measure import MEASUREMENT_STAGES

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lmq.errors import UnsupportedModel
-from lmq.model.streaming import BlockInputs, StreamedModel
+from lmq.model.block_inputs import BlockInputs
+from lmq.model.streaming import StreamedModel
 from lmq.model.structure import ModelStructure
 
 SUBLAYERS = ("attention", "mlp")

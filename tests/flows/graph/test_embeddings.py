@@ -17,7 +17,7 @@ from lmq.evaluation.windows import WINDOWS_SCHEMA, summarize
 from lmq.formats.packed_layer import QuantizedEmbedding, QuantizedLinear, TiedHead
 from lmq.measurement.grids import load_grids
 from lmq.measurement.sequence_fisher import SEQUENCE_FISHER
-from lmq.model.streaming import stored_matrix
+from lmq.model.stored_matrices import stored_matrix
 from lmq.model.structure import EMBEDDINGS
 from lmq.tables import read_rows
 from lmq.text.calibration import TextSource, documents, load_tokenizer, token_stream

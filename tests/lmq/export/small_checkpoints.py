@@ -12,7 +12,7 @@ from lmq.checkpoint.write import assemble_checkpoint, quantize_layer, save_layer
 from lmq.export.source import QuantizedCheckpoint
 from lmq.formats.spec import STOPS, QuantSpec
 from lmq.model.discovery import discover
-from lmq.model.streaming import load_layer_weights
+from lmq.model.stored_matrices import load_layer_weights
 from lmq.quantizers import quantizer
 from lmq.quantizers.weighted import Weighted
 

@@ -6,7 +6,7 @@ import torch
 from lmq.errors import InputError
 from lmq.formats.nf4 import NF4_LEVELS, NormalFloat4
 from lmq.measurement.activation import part_sensitivities
-from lmq.model.streaming import BlockInputs
+from lmq.model.block_inputs import BlockInputs
 from lmq.model.structure import ModuleId, ModuleInfo
 
 WEIGHT = torch.randn(96, 160, generator=torch.Generator().manual_seed(4)) * 0.03

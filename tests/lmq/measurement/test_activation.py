@@ -12,8 +12,9 @@ from lmq.errors import NotFiniteError
 from lmq.formats.spec import QuantSpec
 from lmq.measurement.activation import part_sensitivities, part_sensitivity_table
 from lmq.measurement.grids import fit_grids
+from lmq.model.block_inputs import BlockInputs
 from lmq.model.discovery import discover
-from lmq.model.streaming import BlockInputs, StreamedModel
+from lmq.model.streaming import StreamedModel
 from lmq.model.structure import PARTS, ModuleId, ModuleInfo
 from lmq.quantizers import quantizer
 

@@ -13,7 +13,8 @@ from lmq.measurement.base import LayerReplay, Need
 from lmq.measurement.grids import fit_grids
 from lmq.measurement.registry import COSTS, MEASUREMENTS
 from lmq.model.discovery import discover
-from lmq.model.streaming import StreamedModel, load_layer_weights
+from lmq.model.stored_matrices import load_layer_weights
+from lmq.model.streaming import StreamedModel
 from lmq.quantizers import quantizer
 
 MENU = (QuantSpec.parse("b3g64"), QuantSpec.parse("b4g64"))

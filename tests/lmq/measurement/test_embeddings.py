@@ -28,7 +28,8 @@ from lmq.measurement.frobenius import frobenius_errors
 from lmq.measurement.replay import backward_block
 from lmq.model import streaming
 from lmq.model.discovery import discover
-from lmq.model.streaming import StreamedModel, stored_matrix
+from lmq.model.stored_matrices import stored_matrix
+from lmq.model.streaming import StreamedModel
 from lmq.model.structure import ModelStructure, ModuleInfo
 from lmq.quantizers import quantizer
 

@@ -17,7 +17,7 @@ from lmq.measurement.replay import backward_block, forward_block
 from lmq.measurement.second_moments import capture_second_moments
 from lmq.measurement.super_weights import capture_spikes
 from lmq.measurement.traces import trace_modules
-from lmq.model.streaming import BlockInputs
+from lmq.model.block_inputs import BlockInputs
 from lmq.model.structure import ModuleId, ModuleInfo
 from lmq.numerics import OneDnnProducts
 from lmq.quantizers import quantizer

@@ -12,7 +12,8 @@ from lmq.formats.spec import QuantSpec
 from lmq.measurement.grids import Allocation, fit_grids
 from lmq.measurement.quantized_model import QuantizedPoint
 from lmq.model.discovery import discover
-from lmq.model.streaming import StreamedModel, load_layer_weights
+from lmq.model.stored_matrices import load_layer_weights
+from lmq.model.streaming import StreamedModel
 from lmq.model.structure import ModelStructure, ModuleId
 from lmq.quantizers.rtn import RoundToNearest
 

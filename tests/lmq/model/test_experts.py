@@ -17,7 +17,8 @@ from lmq.formats.packed_layer import QuantizedLinear
 from lmq.formats.spec import QuantSpec
 from lmq.model.discovery import discover
 from lmq.model.experts import split_experts
-from lmq.model.streaming import StreamedModel, load_layer_weights
+from lmq.model.stored_matrices import load_layer_weights
+from lmq.model.streaming import StreamedModel
 from lmq.model.structure import ModelStructure, ModuleId
 from lmq.model.tensors import read_tensors
 from lmq.quantizers import quantizer

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from lmq.errors import InputError
 from lmq.model.discovery import discover
 from lmq.model.source import ModelSource, convert_gguf, locate, needs_conversion, source_digest
-from lmq.model.streaming import load_layer_weights
+from lmq.model.stored_matrices import load_layer_weights
 
 VOCABULARY, HIDDEN, INTERMEDIATE = 259, 32, 64
 

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import lmq.model.streaming
 from lmq.errors import InputError, NotFiniteError, UnsupportedModel
 from lmq.model.discovery import discover
-from lmq.model.streaming import StreamedModel, load_layer_weights
+from lmq.model.stored_matrices import load_layer_weights
+from lmq.model.streaming import StreamedModel
 
 SEQUENCES, LENGTH = 3, 24
 

@@ -17,7 +17,8 @@ from lmq.measurement.frobenius import frobenius_errors
 from lmq.measurement.grids import Allocation, fit_grids
 from lmq.measurement.quantized_model import QuantizedPoint
 from lmq.model.discovery import discover
-from lmq.model.streaming import StreamedModel, load_layer_weights
+from lmq.model.stored_matrices import load_layer_weights
+from lmq.model.streaming import StreamedModel
 from lmq.quantizers.rtn import RoundToNearest
 
 MENU = tuple(QuantSpec.parse(name) for name in ("b2g64", "b3g64", "b4g64", "b8g64"))
