@@ -41,7 +41,7 @@ def allocated(path: Callable[[str], Path]) -> str:
     return f"{json.loads(path(SOLUTION_FILE).read_text())['size_bytes'] / 1e6:,.1f} MB"
 
 
-@stage("allocate", version=3, schema=ALLOCATION_SCHEMA.label, result=allocated)
+@stage("allocate", version=4, schema=ALLOCATION_SCHEMA.label, result=allocated)
 def allocate(job: Job) -> None:
     """Choose the configuration of every module under a budget in bytes.
 
@@ -129,7 +129,7 @@ TRIALS_SCHEMA = TableSchema(
 """Every plan that was tried: `divergence` in nats per token on the validation slice, null where it broke the model."""
 
 
-@stage("refine", version=3, schema=ALLOCATION_SCHEMA.label, result=allocated)
+@stage("refine", version=4, schema=ALLOCATION_SCHEMA.label, result=allocated)
 def refine(job: Job) -> None:
     """Choose the configuration of every module by trying plans on the model, under a budget in bytes.
 

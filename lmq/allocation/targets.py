@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from lmq.quantizers.integer_zeros import IntegerZeros
 
 _SCALE_BITS = 16
-_GPTQ_COLUMN_BYTES = 4
-"""The group of every column, an int32 of `g_idx`."""
 _IN_LAYER = re.compile(r"(?:.*\.)?(\d+)\.(.+)")
 
 
@@ -125,7 +123,7 @@ _GPTQ = Target(
     integer_zeros=True,
     out_features_multiple=32,  # zeros of 3 bits are packed 32 to three int32 along the rows
     zero_bits=(2, 3, 4, 8),
-    column_bytes=_GPTQ_COLUMN_BYTES,
+    column_bytes=4,  # its group, an int32 of `g_idx`
 )
 
 TARGETS: Mapping[str, Target] = {
@@ -182,7 +180,6 @@ TARGETS: Mapping[str, Target] = {
             integer_zeros=True,
             out_features_multiple=32,
             zero_bits=(2, 3, 4, 5, 6, 8),
-            column_bytes=_GPTQ_COLUMN_BYTES,
             package="auto-round",
             bits_since={5: "0.16", 6: "0.16"},
         ),

@@ -1,9 +1,10 @@
 """Checkpoints of AutoRound: what transformers opens with the auto-round package, bits and groups by module.
 
-Tensors are those of GPTQ's layout (`lmq.formats.integer_words`). Where the zero of every group is the middle of the
-codes, `packing_format` is `auto_round:auto_gptq`, whose zeros are stored less 1; else `auto_round`, which stores them
-as they are: AutoRound opens other zeros in no other layout of the two. Modules with another configuration than most
-weights are in `extra_config` by their paths; matrices in the blocks that are not quantized have 16 bits there.
+Tensors are those of GPTQ's layout (`lmq.formats.integer_words`) without `g_idx`, as AutoRound writes them. Where the
+zero of every group is the middle of the codes, `packing_format` is `auto_round:auto_gptq`, whose zeros are stored less
+1; else `auto_round`, which stores them as they are: AutoRound opens other zeros in no other layout of the two. Modules
+with another configuration than most weights are in `extra_config` by their paths; matrices in the blocks that are not
+quantized have 16 bits there.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def export(checkpoint: QuantizedCheckpoint, target: Path) -> ExportReport:
         tensors_of=partial(
             integer_tensors,
             checkpoint,
-            layout=partial(gptq_tensors, zero_offset=int(symmetric)),
+            layout=partial(gptq_tensors, zero_offset=int(symmetric), column_groups=False),
             scale_dtype=torch.float16,
         ),
         quantization_config=quantization_config(checkpoint, symmetric=symmetric),

@@ -7,7 +7,8 @@ A matrix [out_features, in_features] with a scale and a whole zero for each grou
 
 - in GPTQ's layout: `qweight` int32 [in_features · b / 32, out_features], `qzeros` int32 [groups of a row,
   out_features · b / 32], `scales` float16 [groups of a row, out_features]; `g_idx` int32 [in_features] is the group of
-  every column. Zeros are stored as they are (`gptq_v2`, `auto_round`), or less 1 (`gptq`, `auto_round:auto_gptq`).
+  every column, which AutoRound leaves out. Zeros are stored as they are (`gptq_v2`, `auto_round`), or less 1 (`gptq`,
+  `auto_round:auto_gptq`).
 - in AWQ's: `qweight` int32 [in_features, out_features / 8], `qzeros` int32 [groups of a row, out_features / 8],
   `scales` as above; 4 bits only, and of 8 rows of the matrix a word holds 0, 2, 4, 6, 1, 3, 5, 7, in this order.
 """
@@ -97,15 +98,20 @@ class IntegerMatrix:
         return weights.view(self.codes.shape)
 
 
-def gptq_tensors(matrix: IntegerMatrix, *, zero_offset: int) -> dict[str, Tensor]:
-    """The tensors of a matrix in GPTQ's layout; stored zeros are less `zero_offset`, 0 or 1, which none is below."""
-    in_features = matrix.codes.shape[1]
-    return {
+def gptq_tensors(matrix: IntegerMatrix, *, zero_offset: int, column_groups: bool = True) -> dict[str, Tensor]:
+    """The tensors of a matrix in GPTQ's layout; stored zeros are less `zero_offset`, 0 or 1, which none is below.
+
+    `column_groups`: with `g_idx`.
+    """
+    tensors = {
         "qweight": pack_words(matrix.codes, matrix.bits).t().contiguous(),
         "qzeros": pack_words(matrix.zero.t() - zero_offset, matrix.bits),
         "scales": matrix.scale.t().contiguous(),
-        "g_idx": torch.arange(in_features, dtype=torch.int32) // matrix.group_size,
     }
+    if column_groups:
+        columns = torch.arange(matrix.codes.shape[1], dtype=torch.int32)
+        tensors["g_idx"] = columns // matrix.group_size
+    return tensors
 
 
 def gptq_weight(tensors: Mapping[str, Tensor], *, zero_offset: int) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 import lmq
 from lmq.export.auto_round import export, problems
 from lmq.model.structure import ModuleId
+from lmq.model.tensors import read_headers
 from tests.lmq.export.other_programs import TRANSFORMERS, opened_by
 from tests.lmq.export.small_checkpoints import TOKENS, logits
 from tests.lmq.export.test_gptq import by_layer, check_opened, config_of, relative
@@ -40,6 +41,9 @@ def test_the_codes_are_kept(specs: tuple[str, ...], layout: str, tiny_qwen: Path
     checkpoint = by_layer(tiny_qwen, tmp_path / "lmq", *specs)
     report = export(checkpoint, tmp_path / "out")
     assert config_of(tmp_path / "out")["packing_format"] == layout
+    names = read_headers(tmp_path / "out")
+    assert {f"{path}.qweight" for path in report.steps} <= set(names)
+    assert not [name for name in names if name.endswith("g_idx")]
     opened = lmq.load(tmp_path / "out", dtype=torch.float32)
     for path, step in report.steps.items():
         assert step.relative_error < 2**-11
