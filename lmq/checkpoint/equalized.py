@@ -60,7 +60,7 @@ def write_equalized(
     device: torch.device | str = "cpu",
     advance: Callable[[float], None] = lambda _: None,
 ) -> int:
-    """Write the model of `model_dir` with its channels rescaled as the model directory `target`; how many are groups.
+    """Write the model of `model_dir` with channels rescaled as the directory `target`; how many groups of them are.
 
     `tokens` int64 [sequences, sequence_length] are what inputs are measured on, block by block. Channels are rescaled
     where what their groups cost falls by the share `least_fall`. The directory appears when it is complete, and opens
