@@ -26,7 +26,7 @@ from lmq.measurement.embeddings import (
 )
 from lmq.measurement.frobenius import frobenius_errors
 from lmq.measurement.replay import backward_block
-from lmq.model import streaming
+from lmq.model import stored_matrices
 from lmq.model.discovery import discover
 from lmq.model.stored_matrices import stored_matrix
 from lmq.model.streaming import StreamedModel
@@ -64,7 +64,7 @@ def _states(model: StreamedModel) -> list[Tensor]:
 @pytest.fixture
 def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 48 rows of 64, or what whole groups need."""
-    monkeypatch.setattr(streaming, "_MATRIX_ELEMENTS_AT_ONCE", 48 * 64)
+    monkeypatch.setattr(stored_matrices, "_MATRIX_ELEMENTS_AT_ONCE", 48 * 64)
 
 
 @pytest.mark.parametrize("model", ["tiny_llama", "tiny_gemma"])  # that of Gemma soft-caps its logits
