@@ -7,7 +7,7 @@ costs once error feedback has done its part (1 over the diagonal of the inverse 
 and c_j² = Σ_o w_oj². What a group of columns costs goes with Σ c_j² s_j² · Σ d_j / s_j², which is least where s_j⁴ is
 proportional to d_j / c_j²; matrices that share their inputs are added up. (AWQ, Lin et al. 2023, arXiv 2306.00978,
 searches a power of the inputs' magnitudes in the place of that.) Channels stay as they are where that sum would fall by
-little: such gains do not carry over to the whole model, whose channels a trained one has balanced (decision 19).
+little, which whole models did not gain by (decision 19).
 
 Every tensor keeps its type. A norm's new weight is rounded to it first and s follows from what it became, so that norms
 are exact; matrices are rounded once more, far below the steps of 8 bits.
