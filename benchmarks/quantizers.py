@@ -3,12 +3,13 @@
 Run `python -m benchmarks.quantizers MODEL … --calibration TEXT --evaluation TEXT --work DIR`. Embedding, head and norms
 stay. First every configuration of `--uniform` for all block matrices, so that nothing but the codes differs; then
 `--menu` is given out within each of `--budgets` (bits per weight) by `loss-aware` on the codes of each quantizer;
-with `--polish 60` each of these plans is polished in 60 steps. With `--equalize` all of that is done on a copy of the
+with `--learn 60` rounding is learned in 60 steps after each of these, with `--polish 60` each plan is polished in 60
+steps after that. With `--equalize` all of that is done on a copy of the
 model with rescaled channels, and compared with the model as it was; with `--for ENGINE` zeros, menu, plans and bits are
 those of a target's file. Second moments and costs are those of a run: states and gradients of the unquantized model,
 with labels that it draws itself. Models are judged in float32.
 
-Grids and costs are kept in `--work`, one folder per model and quantizer, and are not made again.
+Grids, costs and what is learned are kept in `--work`, one folder per model and quantizer, and are not made again.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from lmq.allocation.frontier import within_target
 from lmq.allocation.strategies import Measurements, strategy
 from lmq.allocation.targets import TARGETS, Target, target_named
 from lmq.checkpoint.equalized import write_equalized
+from lmq.checkpoint.learned_rounding import RoundingSchedule, learn_rounding
 from lmq.checkpoint.polish import Polish, PolishSchedule
 from lmq.formats.spec import QuantSpec
 from lmq.measurement.base import cost_row
@@ -82,6 +84,7 @@ def _arguments() -> argparse.Namespace:
     names = [name for name in QUANTIZERS if name != "hqq-package"]
     parser.add_argument("--quantizers", default=",".join(names), help=f"default {','.join(names)}; llama.cpp too")
     parser.add_argument("--budgets", default="", help="bits per weight of plans, as in 3.254,4.254")
+    parser.add_argument("--learn", type=int, default=0, help="steps of learned rounding of a layer (default 0)")
     parser.add_argument("--polish", type=int, default=0, help="steps of polish after that (default 0)")
     parser.add_argument("--for", dest="target", type=target_named, help=f"of {', '.join(TARGETS)}")
     parser.add_argument("--equalize", action="store_true", help="rescale channels first, on the calibration text")
@@ -117,18 +120,28 @@ def _table(directory: Path, options: argparse.Namespace) -> None:
         measure(directory, model, tokens, options.draws, sorted({*uniform, *menu}), missing, target)
     for name, folder in folders.items():
         grids = grids_in(folder)
+        whole = target is not None and bool(target.integer_zeros)
+        schedule = RoundingSchedule(steps=options.learn, integer_zeros=whole) if options.learn else None
         for spec in uniform:
             same = {module.id: spec for module in model.structure.modules}
             bits = bits_per_weight(model, same, target)
             print_row(directory.name, name, spec.name, bits, judge.scores(grids, same))
+            if schedule:
+                learned = _learned(model, grids, same, tokens, schedule, folder / f"{spec}, learned {options.learn}")
+                what = f"{spec}, learned {options.learn} steps"
+                print_row(directory.name, name, what, bits, judge.scores(learned, same))
         for budget in map(float, filter(None, options.budgets.split(","))):
             given = plan_within(model, folder, menu, budget, target)
             what, bits = f"given out within {budget:g}", bits_per_weight(model, given, target)
             print_row(directory.name, name, what, bits, judge.scores(grids, given))
+            start = grids
+            if schedule:
+                what = f"{what}, learned {options.learn} steps"
+                start = _learned(model, grids, given, tokens, schedule, folder / what)
+                print_row(directory.name, name, what, bits, judge.scores(start, given))
             if options.polish:
                 polished = f"{what}, polished {options.polish} steps"
-                whole = target is not None and bool(target.integer_zeros)
-                with _polished(model, grids, given, further, options.polish, integer_zeros=whole) as tuned:
+                with _polished(model, start, given, further, options.polish, integer_zeros=whole) as tuned:
                     print_row(directory.name, name, polished, bits, judge.scores(tuned, given))
 
 
@@ -239,6 +252,28 @@ def plan_within(
 
 def _spec(row: Mapping[str, Any]) -> QuantSpec:
     return QuantSpec.from_row(row)
+
+
+def _learned(
+    model: StreamedModel,
+    grids: GridsOfLayer,
+    allocation: Allocation,
+    tokens: Tensor,
+    schedule: RoundingSchedule,
+    folder: Path,
+) -> GridsOfLayer:
+    """The grids of an allocation after learned rounding on states of the unquantized model, kept in a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    hidden, inputs = model.embed(tokens), model.block_inputs(tokens.shape[1])
+    for layer in range(model.structure.layers):
+        file = folder / f"{layer}.safetensors"
+        with model.block(layer) as block:
+            leaving = forward_block(block, inputs[layer], hidden, layer=layer)
+            if not file.exists():
+                found, _ = learn_rounding(block, inputs[layer], hidden, leaving, grids(layer), allocation, schedule)
+                save_grids(file, found)
+        hidden = leaving
+    return grids_in(folder)
 
 
 @contextmanager

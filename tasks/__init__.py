@@ -1,6 +1,6 @@
 """One task per stage: open inputs from the store, call the library, publish the output."""
 
-from lmq_tasks import allocate, embeddings, evaluate, importance, measure, polish, quantization, report, sources, states
+from lmq_tasks import allocate, embeddings, evaluate, importance, measure, quantization, report, sources, states, tuning
 from lmq_tasks.stage import Stage
 
 STAGES: dict[str, Stage] = {
@@ -34,9 +34,11 @@ STAGES: dict[str, Stage] = {
         importance.measure_removal_importance,
         allocate.allocate,
         allocate.refine,
-        polish.last_states,
-        polish.polish,
-        polish.polished,
+        tuning.learned_rounding,
+        tuning.learned,
+        tuning.last_states,
+        tuning.polish,
+        tuning.polished,
         quantization.quantize,
         quantization.checkpoint,
         evaluate.reference,

@@ -17,8 +17,8 @@ from lmq.report.results import FULL_PRECISION, VariantResult
 from lmq.tables import TableSchema, read_rows
 from lmq_storage import Manifest
 from lmq_tasks.evaluate import PERFORMANCE_FILE, PREDICTIONS_FILE, SCORES_FILE, SIZE_FILE, WINDOWS_FILE
-from lmq_tasks.polish import POLISHED_FILE
 from lmq_tasks.stage import Job, JsonDict
+from lmq_tasks.tuning import KEPT_FILE
 
 _BASELINE_STAGES = ("evaluate-rounded", "evaluate-rounded-images", "evaluate-other")
 
@@ -178,12 +178,12 @@ def _scores(job: Job, inputs: InputsOf, tasks: dict[str, str | None]) -> tuple[T
 
 
 def _quantizer(job: Job, inputs: InputsOf, item: JsonDict) -> str | None:
-    """What made the codes, and whether their grids were polished."""
+    """What made the codes, and how their grids were tuned: `fisher-gptq, learned, polished`."""
     name: str | None = item["quantizer"]
-    if not job.has(inputs.part("polished")):
-        return name
-    summary = json.loads(job.input(inputs.part("polished"), POLISHED_FILE).read_text())
-    return f"{name}, polished" if summary["kept"] else name
+    for part in ("learned", "polished"):
+        if job.has(inputs.part(part)) and json.loads(job.input(inputs.part(part), KEPT_FILE).read_text())["kept"]:
+            name = f"{name}, {part}"
+    return name
 
 
 def _manifest(job: Job, name: str) -> Manifest | None:

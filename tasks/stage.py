@@ -115,14 +115,18 @@ class Job:
         return file
 
     def inputs(self, name: str, file: str) -> list[Path]:
-        """Local paths of the same file in each artifact of a list of inputs."""
-        return [self.store.path(ref, file) for ref in self.refs(name)]
+        """Local paths of the same file in each artifact of a list of inputs, or of the one that an input stands for."""
+        files = [value.get("file") or file for value in self._list(name)]
+        return [self.store.path(ref, own) for ref, own in zip(self.refs(name), files, strict=True)]
 
     def refs(self, name: str) -> list[ArtifactRef]:
         """References of a list of inputs."""
+        return [ArtifactRef.from_json(value["artifact"]) for value in self._list(name)]
+
+    def _list(self, name: str) -> list[Input]:
         values = self._inputs[name]
         assert isinstance(values, list), f"input {name!r} is not a list"
-        return [ArtifactRef.from_json(value["artifact"]) for value in values]
+        return values
 
     def has(self, name: str) -> bool:
         """Whether the input was given."""

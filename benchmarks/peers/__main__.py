@@ -59,6 +59,7 @@ def _groups(*widths: int, **more: Any) -> dict[str, dict[str, Any]]:
 
 
 _ROUNDED = {"iterations": 50, "group_size": 64}
+_MIXED = (2, 3, 4, 8)
 PEERS = (
     Peer(name="hqq", module="hqq", packages=(), configurations=_groups(3, 4)),
     Peer(
@@ -99,6 +100,10 @@ PEERS = (
             "4 bits, symmetric groups of 64, 50 steps": {**_ROUNDED, "bits": 4, "symmetric": True},
             "3 bits, groups of 64, 50 steps": {**_ROUNDED, "bits": 3, "symmetric": False},
             "2 bits, groups of 64, 50 steps": {**_ROUNDED, "bits": 2, "symmetric": False},
+            **{
+                f"AutoScheme within {bits} bits": {**_ROUNDED, "average_bits": bits, "menu": _MIXED, "symmetric": False}
+                for bits in (3.3, 4.3)
+            },
         },
     ),
 )

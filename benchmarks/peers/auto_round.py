@@ -3,32 +3,39 @@
 Its packing stores a float16 scale and a zero of the code's bits per group, also where the grid is symmetric.
 """
 
+import json
+from pathlib import Path
+
 import torch
 from auto_round import AutoRound, AutoScheme
+from auto_round.schemes import QuantizationScheme
 
 from benchmarks.peers.job import Job, Quantized, effective_weights, run
+
+_SPARE = 32
+"""More tokens of a sample: text may be fewer tokens than it was made of, and AutoRound leaves out short ones."""
 
 
 def quantize(job: Job) -> Quantized:
     options = job.options
     tokens = job.token_ids()
-    text = torch.utils.data.DataLoader([{"input_ids": ids} for ids in tokens], batch_size=8)
     common = {
         "tokenizer": job.tokenizer(),
         "iters": options["iterations"],
         "nsamples": len(tokens),
         "seqlen": tokens.shape[1],
-        "dataset": text,
         "device_map": "cpu",
         "enable_torch_compile": False,
         "amp": False,
     }
     grid = {"group_size": options["group_size"], "sym": options["symmetric"]}
     if "average_bits" in options:
-        scheme = AutoScheme(avg_bits=options["average_bits"], options=options["schemes"])
-        program = AutoRound(job.load(), scheme=scheme, **common)
+        menu = [QuantizationScheme(bits=bits, act_bits=16, **grid) for bits in options["menu"]]
+        scheme = AutoScheme(avg_bits=options["average_bits"], options=menu)
+        program = AutoRound(job.load(), scheme=scheme, dataset=str(_text_file(job, tokens)), **common)
     else:
-        program = AutoRound(job.load(), bits=options["bits"], **grid, **common)
+        text = torch.utils.data.DataLoader([{"input_ids": ids} for ids in tokens], batch_size=8)
+        program = AutoRound(job.load(), bits=options["bits"], dataset=text, **grid, **common)
     model, layers = program.quantize()
     stored = weights = 0.0
     for name in job.matrices:
@@ -37,6 +44,15 @@ def quantize(job: Job) -> Quantized:
         stored += parameters * (bits + (16 + bits) / group_size)
         weights += parameters
     return Quantized(effective_weights(model, job.matrices), stored / weights)
+
+
+def _text_file(job: Job, tokens: torch.Tensor) -> Path:
+    """The calibration text as AutoScheme takes it, a sample a sequence, each with some tokens to spare."""
+    ids, length = tokens.flatten(), tokens.shape[1]
+    samples = [job.tokenizer().decode(ids[start : start + length + _SPARE]) for start in range(0, len(ids), length)]
+    path = Path(job.out).with_suffix(".text.json")
+    path.write_text(json.dumps(samples))
+    return path
 
 
 if __name__ == "__main__":

@@ -57,8 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=_EFFORTS,
         default="normal",
         help="quick: measured on 16 sequences of 512 tokens and judged on 2,048 tokens; normal: 32 and 8,192; best: 32 "
-        "and 16,384, channels are rescaled, plans tried on the model itself and the best is polished (default: "
-        "%(default)s)",
+        "and 16,384, channels are rescaled, plans tried on the model itself, and of the best rounding is learned and "
+        "scales are polished (default: %(default)s)",
     )
     parser.add_argument(
         "--equalize",

@@ -29,6 +29,7 @@ from lmq_flows.config.sections import (
     ConstraintsConfig,
     EvaluationConfig,
     ImagesConfig,
+    LearnedRoundingConfig,
     MeasureConfig,
     ModelConfig,
     PolishConfig,
@@ -149,8 +150,11 @@ class RunConfig(MeasurementRequest):
         None, description=f"What will serve the checkpoints: plan within what it holds ({', '.join(TARGETS)})"
     )
     constraints: ConstraintsConfig = ConstraintsConfig()
+    learned_rounding: LearnedRoundingConfig | None = Field(
+        None, description="Move the codes of every variant but those of the papers' strategies: {steps: 60}"
+    )
     polish: PolishConfig | None = Field(
-        None, description="Tune scales and zeros of every variant but those of the papers' strategies: {steps: 60}"
+        None, description="Tune scales and zeros of these variants for the whole model, after that: {steps: 60}"
     )
     evaluation: EvaluationConfig = EvaluationConfig()
     runs_dir: str = Field("runs", min_length=1, description="Where results are written")
@@ -173,9 +177,14 @@ class RunConfig(MeasurementRequest):
         without_repeats(tuple(item.label for item in strategies))
         return strategies
 
-    def polish_of(self, item: StrategyConfig) -> PolishConfig | None:
-        """How the grids of a strategy are polished; those of the papers are left as published."""
-        return self.polish if STRATEGIES[item.name].quantizer is None else None
+    @property
+    def tuning(self) -> tuple[str, ...]:
+        """Keys of what tunes the grids of an allocation."""
+        return tuple(key for key in ("learned_rounding", "polish") if getattr(self, key) is not None)
+
+    def tunes(self, item: StrategyConfig) -> bool:
+        """Whether the grids of a strategy are tuned; those of the papers are left as published."""
+        return bool(self.tuning) and STRATEGIES[item.name].quantizer is None
 
     @property
     def variants_of_strategies(self) -> tuple[StrategyConfig, ...]:
@@ -193,15 +202,16 @@ class RunConfig(MeasurementRequest):
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether anything is measured or polished on calibration text, or a quantizer looks at it."""
-        return self.polish is not None or super().needs_calibration
+        """Whether anything is measured or tuned on calibration text, or a quantizer looks at it."""
+        return bool(self.tuning) or super().needs_calibration
 
     @property
     def calibration_sequences(self) -> int:
-        """With those that are polished on."""
-        if self.polish is None:
+        """With those that tuned grids are judged and polished on."""
+        if not self.tuning:
             return super().calibration_sequences
-        return self.calibration.sequences + self.calibration.validation_sequences + self.polish.sequences
+        polished_on = self.polish.sequences if self.polish is not None else 0
+        return self.calibration.sequences + self.calibration.validation_sequences + polished_on
 
     @property
     def used_quantizers(self) -> tuple[dict[str, Any], ...]:
@@ -272,8 +282,8 @@ class RunConfig(MeasurementRequest):
             return self
         if self.measure.axis != 1:
             raise ValueError(f"{types[0]} groups weights along in_features; set measure.axis to 1")
-        if self.polish is not None:
-            raise ValueError(f"polish tunes scales and zeros of lmq's own grids, not those of {types[0]}; leave it out")
+        if self.tuning:
+            raise ValueError(f"{self.tuning[0]} tunes lmq's own grids, not those of {types[0]}; leave it out")
         for item in self.variants_of_strategies:
             name = self.quantizer_of(item)["name"]
             if name not in CALIBRATED:
@@ -394,6 +404,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "strategies": StrategyConfig,
     "baselines": BaselineConfig,
     "constraints": ConstraintsConfig,
+    "learned_rounding": LearnedRoundingConfig,
     "polish": PolishConfig,
     "calibration": CalibrationConfig,
     "images": ImagesConfig,

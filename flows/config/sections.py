@@ -228,6 +228,13 @@ class MeasureConfig(Section):
         return self
 
 
+class LearnedRoundingConfig(Section):
+    """Codes, scales and zeros of every layer moved for what leaves its block, after bits were given out."""
+
+    steps: int = Field(60, ge=1, description="Steps for every layer; two seconds each for 3.5 million weights")
+    sequences_per_step: int = Field(4, ge=1, description="Of those that are measured on, in turn")
+
+
 class PolishConfig(Section):
     """Scales and zeros tuned together for the divergence of the whole model, after bits were given out."""
 

@@ -22,7 +22,7 @@ from lmq.model.structure import EMBEDDINGS
 from lmq.quantizers import CalibratedQuantizer
 from lmq.quantizers import quantizer as quantizer_named
 from lmq_flows.config.run import RunConfig
-from lmq_flows.config.sections import BaselineConfig, PolishConfig, StrategyConfig
+from lmq_flows.config.sections import BaselineConfig, LearnedRoundingConfig, PolishConfig, StrategyConfig
 from lmq_flows.graph.judging import PERFORMANCE_TOKENS, Subject, baseline_subject, evaluation_tasks
 from lmq_flows.graph.model_nodes import (
     CapturedText,
@@ -32,7 +32,7 @@ from lmq_flows.graph.model_nodes import (
 )
 from lmq_flows.graph.node import FileOf, Graph, Input, Node
 from lmq_tasks.allocate import ALLOCATION_FILE, layer_file
-from lmq_tasks.polish import polished_grids_file
+from lmq_tasks.tuning import tuned_grids_file
 
 FULL_PRECISION = "full-precision"
 POLISH_STEPS_PER_NODE = 10
@@ -55,6 +55,7 @@ class Variant:
     quantizer: str | None = None
     error: str | None = None
     allocation: Node | None = None
+    learned: Node | None = None
     polished: Node | None = None
     checkpoint: Node | None = None
     evaluation: Node | None = None
@@ -234,23 +235,46 @@ class _ModelGraph(ModelNodes):
             self._validation = self.calibration_examples(calibration, count, self._measured_examples, "validation")
         return self._validation
 
-    def _polish(
-        self,
-        polish: PolishConfig,
-        allocation: Node,
-        grids: list[Node],
-        what: str,
-        own: dict[str, Any],
-        integer_zeros: bool,
+    def _tuned(self, variant: Variant, grids: list[Input], integer_zeros: bool) -> list[Input]:
+        """Grids of every layer after what the run tunes them with, one after the other; the measured ones first."""
+        learned_rounding, polish = self._config.learned_rounding, self._config.polish
+        if learned_rounding is not None:
+            variant.learned = self._learned(learned_rounding, variant, grids, integer_zeros)
+            grids = self._tuned_grids(variant.learned)
+        if polish is not None:
+            variant.polished = self._polish(polish, variant, grids, integer_zeros)
+            grids = self._tuned_grids(variant.polished)
+        return grids
+
+    def _tuned_grids(self, node: Node) -> list[Input]:
+        return [FileOf(node, tuned_grids_file(layer)) for layer in range(self.model.structure.layers)]
+
+    def _learned(
+        self, learned_rounding: LearnedRoundingConfig, variant: Variant, grids: list[Input], integer_zeros: bool
     ) -> Node:
+        """The grids of an allocation with learned rounding, every layer by itself, where that helps the model."""
+        assert variant.allocation is not None
+        what, own = variant.what, {"variant": variant.label}
+        schedule = learned_rounding.model_dump() | {"integer_zeros": integer_zeros}
+        nodes: list[Input] = []
+        for layer, of_layer in enumerate(grids):
+            inputs: dict[str, Input | list[Input]] = {
+                "allocation": FileOf(variant.allocation, layer_file(layer)),
+                "grids": of_layer,
+                "hidden": self._captured.entering[layer],
+                "leaving": self._captured.leaving[layer],
+            }
+            config = {"schedule": schedule}
+            nodes.append(self.add_layer("learned-rounding", layer, config, inputs, what=what, **own))
+        inputs = {"allocation": FileOf(variant.allocation, ALLOCATION_FILE), "grids": list(grids), "learned": nodes}
+        return self.add("learned", what, {}, inputs | {"validation": self._validation_tokens()}, **own)
+
+    def _polish(self, polish: PolishConfig, variant: Variant, grids: list[Input], integer_zeros: bool) -> Node:
         """The grids of an allocation, polished some steps a node, so that a run that was stopped goes on between."""
-        schedule = {
-            "steps": polish.steps,
-            "sequences_per_step": polish.sequences_per_step,
-            "rate": polish.rate,
-            "integer_zeros": integer_zeros,
-        }
-        chosen: dict[str, Input | list[Input]] = {"allocation": FileOf(allocation, ALLOCATION_FILE)}
+        assert variant.allocation is not None
+        what, own = variant.what, {"variant": variant.label}
+        schedule = polish.model_dump(exclude={"sequences"}) | {"integer_zeros": integer_zeros}
+        chosen: dict[str, Input | list[Input]] = {"allocation": FileOf(variant.allocation, ALLOCATION_FILE)}
         tokens, hidden = self._polish_text(polish)
         state: dict[str, Input | list[Input]] = {"grids": list(grids)}
         for first in range(0, polish.steps, POLISH_STEPS_PER_NODE):
@@ -364,14 +388,12 @@ class _ModelGraph(ModelNodes):
             stage = "refine"
             inputs |= measured.trials
         variant.allocation = self.add(stage, what, config, inputs, **own)
-        polish = self._config.polish_of(variant.strategy)
-        if polish is not None:
-            whole_zeros = bool(quantizer.get("integer_zeros"))
-            variant.polished = self._polish(polish, variant.allocation, measured.grids, what, own, whole_zeros)
         layers = self.model.structure.layers
-        for layer, grids in enumerate(measured.grids[:layers]):
-            polished = variant.polished and FileOf(variant.polished, polished_grids_file(layer))
-            inputs = {"allocation": FileOf(variant.allocation, layer_file(layer)), "grids": polished or grids}
+        of_layers: list[Input] = list(measured.grids[:layers])
+        if self._config.tunes(variant.strategy):
+            of_layers = self._tuned(variant, of_layers, bool(quantizer.get("integer_zeros")))
+        for layer, grids in enumerate(of_layers):
+            inputs = {"allocation": FileOf(variant.allocation, layer_file(layer)), "grids": grids}
             expected = (variant.budget_bytes or 0) // layers
             node = self.add_layer("quantize", layer, {}, inputs, what=what, expected_bytes=expected, **own)
             variant.quantized.append(node)

@@ -68,6 +68,8 @@ _LOGITS_COPIES = 8
 """Of the logits that a stage holds at a time, while two models' predictions are compared or labels drawn from them."""
 _WEIGHT_COPIES = 5
 """Of a matrix in float32 while its codes are found: weights, errors, what is left to round, and the like."""
+_LEARNED_RATE = 84.0
+"""Picoseconds per weight of a block and token of a step of learned rounding: forward, and backward to the weights."""
 _TRIALS = 60
 """Plans that `refine` tries, about."""
 
@@ -132,6 +134,10 @@ def _reference_seconds(node: Node, config: RunConfig, structure: ModelStructure)
     if stage in ("reference", "evaluate"):
         windows = 1 + max(0, config.evaluation.tokens - config.evaluation.window) // config.evaluation.stride
         return 1e-12 * _MODEL_RATE * (_block_weights(structure) + 2 * head) * windows * config.evaluation.window
+    if stage == "learned-rounding" and config.learned_rounding is not None:
+        seen = config.learned_rounding.sequences_per_step * config.calibration.sequence_length
+        per_step = 1e-9 * _BLOCK_RATES["quantize"][0] + 1e-12 * _LEARNED_RATE * seen
+        return config.learned_rounding.steps * _block_weights(structure) / structure.layers * per_step
     if stage == "polish" and config.polish is not None:
         seen = config.polish.sequences_per_step * config.calibration.sequence_length
         there_and_back = 1e-12 * (2 * _BLOCK_RATES["forward"][1] + _BLOCK_RATES["backward"][1])

@@ -37,14 +37,15 @@ _log = logging.getLogger(__name__)
 @dataclass(frozen=True, kw_only=True)
 class Effort:
     """How much is measured for one checkpoint: on how many calibration sequences of 512 tokens, with how many draws of
-    labels each, whether channels are rescaled first, in how many steps the result is polished, and on how many tokens
-    it is judged.
+    labels each, whether channels are rescaled first, in how many steps rounding is learned and the result polished, and
+    on how many tokens it is judged.
     """
 
     strategy: str
     sequences: int
     label_draws: int
     equalize: bool = False
+    rounding_steps: int = 0
     polish_steps: int = 0
     evaluation_tokens: int
 
@@ -53,7 +54,13 @@ EFFORTS = {
     "quick": Effort(strategy="loss-aware", sequences=16, label_draws=1, evaluation_tokens=2048),
     "normal": Effort(strategy="loss-aware", sequences=32, label_draws=2, evaluation_tokens=8192),
     "best": Effort(
-        strategy="auto", sequences=32, label_draws=4, equalize=True, polish_steps=60, evaluation_tokens=16384
+        strategy="auto",
+        sequences=32,
+        label_draws=4,
+        equalize=True,
+        rounding_steps=60,
+        polish_steps=60,
+        evaluation_tokens=16384,
     ),
 }
 
@@ -266,7 +273,7 @@ def prepare_goal(goal: Goal) -> PreparedGoal:
             },
             "constraints": {"fixed": plan.fixed} if plan is not None else {},
             "target": goal.target,
-            "polish": {"steps": effort.polish_steps} if effort.polish_steps and not _has_types(menu) else None,
+            **({} if _has_types(menu) else _tuning(effort)),
             "store": goal.store,
             "runs_dir": goal.runs_dir,
             "runner": {"workers": 2, "threads_per_worker": max(1, (os.cpu_count() or 1) // 2)},
@@ -286,8 +293,13 @@ def prepare_goal(goal: Goal) -> PreparedGoal:
 
 
 def _has_types(menu: Iterable[QuantSpec]) -> bool:
-    """Whether grids of a type of GGUF are among them, which polish does not tune."""
+    """Whether grids of a type of GGUF are among them, which nothing tunes."""
     return any(spec.gguf is not None for spec in menu)
+
+
+def _tuning(effort: Effort) -> dict[str, dict[str, int]]:
+    steps = {"learned_rounding": effort.rounding_steps, "polish": effort.polish_steps}
+    return {key: {"steps": count} for key, count in steps.items() if count}
 
 
 def _export(checkpoint: Path, path: Path, format_name: str) -> None:

@@ -373,10 +373,11 @@ def _check_needs(config: MeasurementRequest, reason: str) -> None:
     """Refuse what runs a model from its inputs to its end."""
     of_whole = {Need.TEXT_GRADIENTS, Need.LAST_STATES, Need.TOKENS}
     whole = {name for name in config.needs if name == TRIALS or MEASUREMENTS[name].needs & of_whole}
-    if whole or getattr(config, "polish", None) is not None:
+    tuning = getattr(config, "tuning", ())
+    if whole or tuning:
         raise InputError(
-            f"{reason} {min(whole, default='polish')} is not measured; take out strategies and measurements that need "
-            "it (auto, kl), and polish"
+            f"{reason} {min(whole or tuning)} is not measured; take out strategies and measurements that need it "
+            "(auto, kl), learned_rounding and polish"
         )
 
 

@@ -111,7 +111,7 @@ def _report_inputs(models: Sequence[ModelOutcome]) -> dict[str, Input | list[Inp
     for number, (model, variant) in enumerate(pairs):
         parts = {
             part: getattr(variant, part)
-            for part in ("allocation", "polished", "checkpoint", "evaluation", "performance")
+            for part in ("allocation", "learned", "polished", "checkpoint", "evaluation", "performance")
         }
         own = InputsOf.variant(number)
         named = {own.part(part): node for part, node in parts.items()}

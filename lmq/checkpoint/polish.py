@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lmq.errors import DamagedFile, InputError
-from lmq.formats.coded_grid import CodedGrid, EncodedMatrix
+from lmq.formats.coded_grid import CodedGrid, EncodedMatrix, grid_of_codes
 from lmq.formats.gguf_types import GgufMatrix
-from lmq.formats.groups import Grid, encode, from_groups, to_groups
+from lmq.formats.groups import Grid, from_groups, to_groups
 from lmq.formats.packing import pack, unpack
 from lmq.formats.spec import QuantSpec
 from lmq.measurement.grids import Allocation, LayerGrids
@@ -100,10 +100,7 @@ class TunedGrid:
 
     def round_trip(self, weight: Tensor) -> Tensor:
         """The weight with these scales and zeros, float32 [out_features, in_features]."""
-        return self._weight(self.fixed_codes)
-
-    def _weight(self, codes: Tensor) -> Tensor:
-        steps = codes.float().sub_(self.state["zero"][:, None]).mul_(self.state["scale"][:, None])
+        steps = self.fixed_codes.float().sub_(self.state["zero"][:, None]).mul_(self.state["scale"][:, None])
         return from_groups(steps, self.shape, self.axis)
 
     def step(self, gradient: Tensor, number: int, rate: float, *, tune_zeros: bool) -> None:
@@ -133,11 +130,10 @@ class TunedGrid:
 
     def stored(self, *, integer_zeros: bool) -> CodedGrid:
         """Scales and zeros in 8 bits again, before the same codes."""
-        whole = self.fixed_codes.clone()
-        whole[:, 0], whole[:, 1] = 0, 2**self.spec.bits - 1  # `encode` widens grids that their weights do not fill
         scale, zero = self.state["scale"], self.state["zero"]
-        grid = encode(self._weight(whole), scale, zero, self.spec, self.axis, integer_zeros=integer_zeros)
-        return CodedGrid.from_grid(grid, pack(self.fixed_codes, self.spec.bits))
+        return grid_of_codes(
+            self.fixed_codes, scale, zero, self.spec, self.shape, self.axis, integer_zeros=integer_zeros
+        )
 
 
 class Polish:

@@ -8,8 +8,9 @@ import torch
 
 from lmq.errors import InputError
 from lmq.formats.gguf_types import GgufMatrix
-from lmq.formats.groups import Grid, to_groups
+from lmq.formats.groups import Grid, encode, from_groups, to_groups
 from lmq.formats.packing import pack, unpack
+from lmq.formats.spec import QuantSpec
 
 CODES_TENSOR = "codes"
 
@@ -62,3 +63,21 @@ class CodedGrid(Grid):
     def round_trip(self, weight: torch.Tensor) -> torch.Tensor:
         """The weight as the checkpoint will have it, float32 [out_features, in_features]."""
         return self.dequantize(self.codes(weight))
+
+
+def grid_of_codes(
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+    spec: QuantSpec,
+    shape: tuple[int, int],
+    axis: int,
+    *,
+    integer_zeros: bool = False,
+) -> CodedGrid:
+    """Codes uint8 [groups, group_size] with scales and zeros float32 [groups] as a checkpoint stores them."""
+    whole = codes.clone()
+    whole[:, 0], whole[:, 1] = 0, 2**spec.bits - 1  # `encode` widens grids that their weights do not fill
+    covered = whole.float().sub_(zero[:, None]).mul_(scale[:, None])
+    grid = encode(from_groups(covered, shape, axis), scale, zero, spec, axis, integer_zeros=integer_zeros)
+    return CodedGrid.from_grid(grid, pack(codes, spec.bits))

@@ -134,7 +134,7 @@ def test_what_is_made_of_several_quantizers_is_told_apart(tiny_qwen: Path, tmp_p
 
 
 @pytest.mark.slow
-def test_polished_grids_are_stored_where_they_help(tiny_qwen: Path, tmp_path: Path) -> None:
+def test_tuned_grids_are_stored_where_they_help(tiny_qwen: Path, tmp_path: Path) -> None:
     config = tiny_config(
         tiny_qwen,
         tmp_path,
@@ -142,20 +142,26 @@ def test_polished_grids_are_stored_where_they_help(tiny_qwen: Path, tmp_path: Pa
         budgets=["uniform b2g64"],
         measure__menu=["b2g64"],
         measure__quantizer="gptq",
+        learned_rounding={"steps": 20},
         polish={"steps": 12, "sequences": 8, "rate": 0.01},
     )
     graph, checkpoints = _graph(config)
     refs = execute_directly(graph, checkpoints)
     store = ArtifactStore(config.store)
     stages = [node.stage.name for node in refs]
-    assert stages.count("polish") == 2  # ten steps, and two more; mxq stays as published
-    (polished,) = (node for node in refs if node.stage.name == "polished")
-    summary = json.loads(store.path(refs[polished], "polished.json").read_text())
-    assert summary["kept"] == (summary["divergence_before"] - summary["divergence_after"] > summary["fall_stderr"])
+    assert stages.count("learned-rounding") == 4  # layers; mxq stays as published
+    assert stages.count("polish") == 2  # ten steps, and two more
+    tuned = {node.stage.name: refs[node] for node in refs if node.stage.name in ("learned", "polished")}
+    learned, polished = (json.loads(store.path(ref, "kept.json").read_text()) for ref in tuned.values())
+    for summary in (learned, polished):
+        assert summary["kept"] == (summary["divergence_before"] - summary["divergence_after"] > summary["fall_stderr"])
+    assert learned["kept"]
+    assert polished["divergence_before"] == pytest.approx(learned["divergence_after"], rel=1e-4)
     uniform, _ = checkpoints
     model = lmq.load(store.materialize(refs[uniform], tmp_path / "opened"), dtype=torch.float32)
     for layer in range(4):
-        for module, by_spec in load_grids(store.path(refs[polished], f"grids-{layer:03d}.safetensors")).items():
+        file = f"grids-{layer:03d}.safetensors"
+        for module, by_spec in load_grids(store.path(tuned["polished"], file)).items():
             ((_, grid),) = by_spec.items()
             linear = model.get_submodule(f"model.layers.{layer}.{module.kind}")
             assert torch.equal(linear.dequantize(), grid.round_trip(linear.dequantize()))

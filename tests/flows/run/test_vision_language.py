@@ -141,6 +141,7 @@ def test_blocks_are_measured_on_images_with_text(server, tiny_llama: Path, tmp_p
         ({"strategies": ["auto"]}, r"tiny is measured on images with text .*, on which trials is not measured"),
         ({"embeddings": True}, "embeddings = true is measured on text"),
         ({"polish": {"steps": 1}}, "polish is not measured"),
+        ({"learned_rounding": {"steps": 1}}, "learned_rounding is not measured"),
         ({"measure": {"also": ["module_errors"]}}, "module_errors is not measured"),
         ({"calibration": {"sequence_length": 500}}, "sequence_length = 500 is more than the 256 tokens"),
         ({"calibration": {"sequence_length": 8}}, None),

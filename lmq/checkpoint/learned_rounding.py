@@ -1,0 +1,170 @@
+"""Learned rounding: codes, scales and zeros of a block move together, for what leaves the block; layer by layer.
+
+As AutoRound (arXiv 2309.05516) and the first phase of EfficientQAT (arXiv 2407.11062), but from the codes of a
+calibrated quantizer: what is learned is where in its cell every weight lies, so that a code moves on when its weight
+comes to the next cell. Every value moves by the sign of its gradient, in steps that shrink to 0 along a line. A layer
+is learned on states of the unquantized model and needs no other layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lmq.errors import InputError
+from lmq.formats.coded_grid import CodedGrid, EncodedMatrix, grid_of_codes
+from lmq.formats.gguf_types import GgufMatrix
+from lmq.formats.groups import from_groups, to_groups
+from lmq.formats.spec import QuantSpec
+from lmq.measurement.grids import Allocation, LayerGrids
+from lmq.model.block_inputs import BlockInputs
+from lmq.model.structure import ModuleId
+from lmq.numerics import fast_products, require_finite
+
+_INSIDE = 0.499
+"""How far from the middle of its cell a weight may begin, in codes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundingSchedule:
+    """`steps` in all, of `sequences_per_step` each; with `integer_zeros` zeros stay as they are.
+
+    The rates are those of the first step: of a weight and of a zero in codes, of a scale as a share of it.
+    """
+
+    steps: int = 60
+    sequences_per_step: int = 4
+    weight_rate: float = 0.005
+    scale_rate: float = 0.001
+    zero_rate: float = 0.008
+    integer_zeros: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "sequences_per_step"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} = {getattr(self, name)} of learned rounding is not allowed; give 1 or more")
+        for name in ("weight_rate", "scale_rate", "zero_rate"):
+            if not 0 <= getattr(self, name) < 0.5:
+                raise InputError(
+                    f"{name} = {getattr(self, name)} of learned rounding is not allowed; give 0 to less than 0.5"
+                )
+
+    def sequences_of(self, step: int, available: int) -> Tensor:
+        """Which of `available` sequences a step sees, int64 [sequences_per_step]: all of them in turn."""
+        return torch.arange(step * self.sequences_per_step, (step + 1) * self.sequences_per_step) % available
+
+
+class LearnedMatrix:
+    """Where the weights of one matrix lie between its codes, with the scales and zeros of its groups.
+
+    `position` float32 [groups, group_size] in codes; `scale`, `zero` float32 [groups].
+    """
+
+    def __init__(self, grid: EncodedMatrix, weight: Tensor):
+        """Begin at the codes of `weight` [out_features, in_features]: a weight lies where it is, or at the edge of the
+        cell of its code where that is not the nearest. Raises InputError for a type of GGUF.
+        """
+        if isinstance(grid, GgufMatrix):
+            raise InputError(f"rounding is learned on lmq's own grids, not on those of {grid.kind.name}")
+        self.spec, self._shape, self._axis = grid.spec, grid.shape, grid.axis
+        self.scale, self.zero = grid.decode()
+        codes = grid.codes(weight).float()
+        groups = to_groups(weight.detach().float().reshape(grid.shape), grid.spec.group_size, grid.axis)
+        exact = torch.where(self.scale > 0, 1 / self.scale, 0)[:, None] * groups + self.zero[:, None]
+        self.position = exact.clamp(codes - _INSIDE, codes + _INSIDE)
+
+    @property
+    def codes(self) -> Tensor:
+        """The nearest codes, float32 [groups, group_size]."""
+        return self.position.round().clamp_(0, 2**self.spec.bits - 1)
+
+    def weight(self) -> Tensor:
+        """The weight that these stand for, float32 [out_features, in_features]."""
+        return from_groups((self.codes - self.zero[:, None]) * self.scale[:, None], self._shape, self._axis)
+
+    def step(self, gradient: Tensor, schedule: RoundingSchedule, share: float) -> None:
+        """Move against the signs of a gradient by the weight [out_features, in_features], by a share of the rates."""
+        by_group = to_groups(gradient, self.spec.group_size, self._axis)
+        by_scale = (by_group * (self.codes - self.zero[:, None])).sum(1)
+        top = 2**self.spec.bits - 1
+        self.position.sub_(by_group.sign(), alpha=share * schedule.weight_rate).clamp_(-0.5, top + 0.5)
+        if not schedule.integer_zeros:
+            moved = self.zero + share * schedule.zero_rate * by_group.sum(1).sign()
+            self.zero = moved.clamp_(-top, 2 * top)
+        self.scale = self.scale * (1 - share * schedule.scale_rate * by_scale.sign())
+
+    def stored(self, *, integer_zeros: bool) -> CodedGrid:
+        """Scales and zeros in 8 bits again, before these codes."""
+        return grid_of_codes(
+            self.codes.to(torch.uint8),
+            self.scale,
+            self.zero,
+            self.spec,
+            self._shape,
+            self._axis,
+            integer_zeros=integer_zeros,
+        )
+
+
+def learn_rounding(
+    block: nn.Module,
+    inputs: BlockInputs,
+    entering: Tensor,
+    leaving: Tensor,
+    grids: LayerGrids,
+    allocation: Allocation,
+    schedule: RoundingSchedule,
+    advance: Callable[[float], None] = lambda _: None,
+) -> tuple[dict[ModuleId, dict[QuantSpec, CodedGrid]], list[float]]:
+    """Grids of a layer whose rounding was learned, and the mean squared error of what leaves it at every step.
+
+    `block` holds the unquantized weights, which are replaced; `entering`, `leaving` are states of the unquantized model
+    [sequences, sequence_length, hidden], `grids` those of the layer, of which the allocation's are taken. `advance` is
+    told how far this is, from 0 to 1. Raises NotFiniteError.
+    """
+    linears = {module: block.get_submodule(module.kind) for module in grids}
+    learned = {
+        module: LearnedMatrix(by_spec[allocation[module]].to(inputs.device), linears[module].get_parameter("weight"))
+        for module, by_spec in grids.items()
+    }
+    errors = []
+    for number in range(schedule.steps):
+        for module, matrix in learned.items():
+            linears[module].weight = nn.Parameter(matrix.weight())
+        chosen = schedule.sequences_of(number, len(entering))
+        weights = {module: linear.get_parameter("weight") for module, linear in linears.items()}
+        error, gradients = _gradients(block, inputs, weights, entering[chosen], leaving[chosen])
+        errors.append(error)
+        for module, gradient in gradients.items():
+            require_finite(gradient, f"the gradient of learned rounding at {module}")
+            learned[module].step(gradient, schedule, 1 - number / schedule.steps)
+        advance((number + 1) / schedule.steps)
+    whole = schedule.integer_zeros
+    return {module: {matrix.spec: matrix.stored(integer_zeros=whole)} for module, matrix in learned.items()}, errors
+
+
+def _gradients(
+    block: nn.Module,
+    inputs: BlockInputs,
+    weights: Mapping[ModuleId, Tensor],
+    entering: Tensor,
+    leaving: Tensor,
+) -> tuple[float, dict[ModuleId, Tensor]]:
+    """Mean squared error of what leaves the block, and its gradients by the weights, sequence by sequence."""
+    sums = {module: torch.zeros_like(weight, dtype=torch.float32) for module, weight in weights.items()}
+    total = 0.0
+    for sequence in range(len(entering)):
+        piece = slice(sequence, sequence + 1)
+        with torch.enable_grad(), fast_products(inputs.device):
+            off = inputs.run(block, entering[piece]).float() - leaving[piece].to(inputs.device)
+            error = off.square().mean()
+        for found, gradient in zip(
+            sums.values(), torch.autograd.grad(error, list(weights.values()), allow_unused=True), strict=True
+        ):
+            if gradient is not None:  # an expert that no token of the sequence was routed to has none
+                found += gradient
+        total += error.item()
+    return total / len(entering), sums
