@@ -282,8 +282,8 @@ class RunConfig(MeasurementRequest):
             return self
         if self.measure.axis != 1:
             raise ValueError(f"{types[0]} groups weights along in_features; set measure.axis to 1")
-        if self.tuning:
-            raise ValueError(f"{self.tuning[0]} tunes lmq's own grids, not those of {types[0]}; leave it out")
+        if self.polish is not None:
+            raise ValueError(f"polish tunes scales and zeros of lmq's own grids, not those of {types[0]}; leave it out")
         for item in self.variants_of_strategies:
             name = self.quantizer_of(item)["name"]
             if name not in CALIBRATED:

@@ -273,7 +273,8 @@ def prepare_goal(goal: Goal) -> PreparedGoal:
             },
             "constraints": {"fixed": plan.fixed} if plan is not None else {},
             "target": goal.target,
-            **({} if _has_types(menu) else _tuning(effort)),
+            "learned_rounding": {"steps": effort.rounding_steps} if effort.rounding_steps else None,
+            "polish": {"steps": effort.polish_steps} if effort.polish_steps and not _has_types(menu) else None,
             "store": goal.store,
             "runs_dir": goal.runs_dir,
             "runner": {"workers": 2, "threads_per_worker": max(1, (os.cpu_count() or 1) // 2)},
@@ -293,13 +294,8 @@ def prepare_goal(goal: Goal) -> PreparedGoal:
 
 
 def _has_types(menu: Iterable[QuantSpec]) -> bool:
-    """Whether grids of a type of GGUF are among them, which nothing tunes."""
+    """Whether grids of a type of GGUF are among them, which polish does not tune."""
     return any(spec.gguf is not None for spec in menu)
-
-
-def _tuning(effort: Effort) -> dict[str, dict[str, int]]:
-    steps = {"learned_rounding": effort.rounding_steps, "polish": effort.polish_steps}
-    return {key: {"steps": count} for key, count in steps.items() if count}
 
 
 def _export(checkpoint: Path, path: Path, format_name: str) -> None:

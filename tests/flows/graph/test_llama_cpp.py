@@ -141,7 +141,7 @@ def test_a_model_that_llama_cpp_computes_otherwise_is_refused_before_work(tiny_g
         ),
         (
             {"polish": {"steps": 2}, "measure": {"quantizer": "gptq"}},
-            "polish tunes lmq's own grids, not those of q2_k",
+            "polish tunes scales and zeros of lmq's own grids, not those of q2_k",
         ),
         ({"measure": {"axis": 0, "quantizer": "gptq"}}, "q2_k groups weights along in_features; set measure.axis to 1"),
         ({"target": None, "measure": {"menu": ["q4_k"]}, "strategies": ["mxq"]}, "finds no codes of q4_k"),

@@ -9,10 +9,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lmq.checkpoint.learned_rounding import LearnedMatrix, RoundingSchedule, learn_rounding
+from lmq.checkpoint.learned_rounding import (
+    LearnedBlocks,
+    LearnedGrid,
+    RoundingSchedule,
+    learn_rounding,
+    learned_matrix,
+)
 from lmq.errors import InputError, NotFiniteError
 from lmq.formats.coded_grid import CodedGrid
-from lmq.formats.gguf_types import GGUF_TYPES
+from lmq.formats.gguf_types import GGUF_TYPES, GgufMatrix
 from lmq.formats.groups import from_groups, to_groups
 from lmq.formats.spec import QuantSpec
 from lmq.measurement.grids import LayerGrids, fit_grids
@@ -30,15 +36,16 @@ PLAIN = BlockInputs((), {}, torch.device("cpu"), torch.float32)
 
 
 class Block(nn.Module):
-    """A linear layer behind a nonlinear one."""
+    """A linear layer and what comes after it."""
 
-    def __init__(self, weight: Tensor):
+    def __init__(self, weight: Tensor, after: nn.Module):
         super().__init__()
+        self.after = after
         self.linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
         self.linear.weight = nn.Parameter(weight.clone())
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return torch.tanh(self.linear(hidden))
+        return self.after(self.linear(hidden))  # type: ignore[no-any-return]
 
 
 def _normal(*shape: int, seed: int = 0) -> Tensor:
@@ -62,7 +69,7 @@ def test_a_step_is_that_of_signs_of_autograd(columns: int, axis: int, monkeypatc
     """Also where groups straddle rows, and run along the outputs."""
     monkeypatch.setattr("lmq.numerics.fast_matmul_dtype", lambda _: torch.float32)
     weight, hidden = _normal(columns, columns), _normal(3, 8, columns, seed=1)
-    leaving = forward_block(Block(weight), PLAIN, hidden, layer=0)
+    leaving = forward_block(Block(weight, nn.Tanh()), PLAIN, hidden, layer=0)
     grid = fit_grids(weight, [SPEC], quantizer("rtn", axis=axis))[SPEC]
     schedule = RoundingSchedule(steps=1, sequences_per_step=2)
 
@@ -74,9 +81,10 @@ def test_a_step_is_that_of_signs_of_autograd(columns: int, axis: int, monkeypatc
     outputs = torch.tanh(hidden[:2].double() @ from_groups(rounded, grid.shape, axis).T)
     sum((outputs[each] - leaving[each].double()).square().mean() for each in range(2)).backward()  # type: ignore[union-attr]
 
-    learned = LearnedMatrix(grid, weight)
-    block = Block(weight)
-    monkeypatch.setattr("lmq.checkpoint.learned_rounding.LearnedMatrix", lambda *_: learned)
+    learned = learned_matrix(grid, weight)
+    assert isinstance(learned, LearnedGrid)
+    block = Block(weight, nn.Tanh())
+    monkeypatch.setattr("lmq.checkpoint.learned_rounding.learned_matrix", lambda *_, integer_zeros: learned)
     learn_rounding(block, PLAIN, hidden, leaving, {MODULE: {SPEC: grid}}, {MODULE: SPEC}, schedule)
     for moved, start, rate in (
         (learned.position, position, 0.005),
@@ -96,10 +104,11 @@ def test_codes_begin_as_they_are_stored() -> None:
     grid = fit_grids(weight, [SPEC], quantizer("rtn"))[SPEC]
     codes = torch.randint(0, 4, grid.codes(weight).shape, generator=torch.Generator().manual_seed(2))
     coded = CodedGrid.of(grid, from_groups(codes.to(torch.uint8), grid.shape, 1))
-    learned = LearnedMatrix(coded, weight)
+    learned = learned_matrix(coded, weight)
     assert torch.equal(learned.codes, codes.float())
     torch.testing.assert_close(learned.weight(), coded.round_trip(weight))
-    stored = learned.stored(integer_zeros=False)
+    stored = learned.stored()
+    assert isinstance(stored, CodedGrid)
     assert torch.equal(stored.codes(weight), codes)
     assert not stored.round_trip(weight)[1].any()
     torch.testing.assert_close(stored.round_trip(weight), coded.round_trip(weight), rtol=0.02, atol=0.02)
@@ -171,8 +180,57 @@ def test_bad_values_are_refused(layer: tuple[nn.Module, BlockInputs, Tensor, Ten
         learn_rounding(block, inputs, entering, leaving, grids, dict.fromkeys(grids, SPEC), RoundingSchedule(steps=1))
 
 
-def test_types_of_gguf_are_refused() -> None:
-    weight = _normal(8, 256)
-    matrix = nearest_matrix(weight, torch.ones(256), GGUF_TYPES["q4_k"])
-    with pytest.raises(InputError, match="rounding is learned on lmq's own grids, not on those of q4_k"):
-        LearnedMatrix(matrix, weight)
+@pytest.mark.parametrize("name", GGUF_TYPES)
+def test_a_step_on_a_type_is_that_of_signs_of_autograd(name: str) -> None:
+    """Positions lie between the levels on both sides, which are not even in some types."""
+    weight, gradient = _normal(16, 256), _normal(16, 256, seed=1)
+    matrix = nearest_matrix(weight, torch.ones(256), GGUF_TYPES[name].of_rows(256))
+    learned = learned_matrix(matrix, weight)
+    assert isinstance(learned, LearnedBlocks)
+    kind, start, position = matrix.kind, learned.grid, learned.position.clone()
+    torch.testing.assert_close(learned.weight(), matrix.round_trip(weight))
+
+    levels = torch.tensor(kind.levels, dtype=torch.float64)
+    whole = position.double().requires_grad_()
+    below = whole.detach().floor().clamp(0, len(levels) - 2).long()
+    between = levels[below] + (whole - below) * (levels[below + 1] - levels[below])
+    nearest = levels[position.round().clamp(0, len(levels) - 1).long()]
+    unit = start.unit.double().requires_grad_()
+    minimum_unit = None if start.minimum_unit is None else start.minimum_unit.double().requires_grad_()
+    scale = (unit[:, None] * start.scales).view(-1, 1)
+    made = (between + (nearest - between).detach()) * scale
+    if minimum_unit is not None:
+        made = made - (minimum_unit[:, None] * start.minima).view(-1, 1)
+    assert torch.equal(made.detach().float().view(16, 256), matrix.round_trip(weight)) or kind.unit is None
+    (made.view(16, 256) * gradient).sum().backward()
+
+    learned.step(gradient, RoundingSchedule(), 0.5)
+    assert whole.grad is not None
+    expected = (position - 0.0025 * whole.grad.sign()).clamp(-0.5, len(levels) - 0.5)
+    torch.testing.assert_close(learned.position, expected.float())
+    for moved, first in ((learned.grid.unit, unit), (learned.grid.minimum_unit, minimum_unit)):
+        if moved is not None and first is not None and first.grad is not None:
+            rate = 0.0005 * (kind.unit is None)
+            torch.testing.assert_close(
+                moved, (first.detach() - rate * first.detach().abs() * first.grad.sign()).float()
+            )
+
+
+@pytest.mark.parametrize("name", ["q4_k", "iq4_nl", "nvfp4", "q3_k", "fp8"])
+def test_what_leaves_a_block_is_nearer_in_a_type(name: str) -> None:
+    """Inputs hang together, so that what one weight is off another can make up for."""
+    weight = _normal(64, 256)
+    hidden = _normal(32, 64, 32, seed=1) @ _normal(32, 256, seed=2) + 0.1 * _normal(32, 64, 256, seed=3)
+    kind = GGUF_TYPES[name].of_rows(256)
+    matrix = nearest_matrix(weight, torch.ones(256), kind)
+    spec, block = QuantSpec.parse(name), Block(weight, nn.Identity())
+    leaving = hidden @ weight.T
+    grids: LayerGrids = {MODULE: {spec: matrix}}
+    found, _ = learn_rounding(block, PLAIN, hidden[:24], leaving[:24], grids, {MODULE: spec}, RoundingSchedule())
+    stored = found[MODULE][spec]
+    assert isinstance(stored, GgufMatrix)
+    assert stored.kind == kind
+    learned, nearest = (
+        float((hidden[24:] @ each.round_trip(weight).T - leaving[24:]).square().mean()) for each in (stored, matrix)
+    )
+    assert learned < 0.7 * nearest
