@@ -37,7 +37,7 @@ class RoundingSchedule:
     """
 
     steps: int = 60
-    sequences_per_step: int = 4
+    sequences_per_step: int = 2
     weight_rate: float = 0.005
     scale_rate: float = 0.001
     zero_rate: float = 0.008

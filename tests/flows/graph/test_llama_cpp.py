@@ -52,7 +52,7 @@ def two_widths(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture(scope="module")
 def planned(two_widths: Path, tmp_path_factory: pytest.TempPathFactory) -> QuantizedCheckpoint:
-    """The checkpoint of a solved plan, embeddings included."""
+    """The checkpoint of a solved plan with learned rounding, embeddings included."""
     place = tmp_path_factory.mktemp("planned")
     config = tiny_config(
         two_widths,
@@ -62,6 +62,7 @@ def planned(two_widths: Path, tmp_path_factory: pytest.TempPathFactory) -> Quant
         strategies=["loss-aware"],
         budgets=["4.9"],
         measure={"quantizer": "fisher-gptq"},
+        learned_rounding={"steps": 8},
     )
     preparation, nodes = preparation_graph(config, identify_models(config))
     node = nodes["tiny"]
