@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import itertools
+import json
 import math
 import os
 import pickle
@@ -11,6 +12,7 @@ import re
 import shutil
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -32,7 +34,8 @@ from lmq.model.tensors import read_headers, size_bytes
 from lmq.report.results import format_measured, read_results
 from lmq_flows.cli import main
 from lmq_flows.run.given_plan import read_plan
-from lmq_flows.run.one_model import GPU_SET_ASIDE_BYTES, CheckpointPath, Goal, prepare_goal
+from lmq_flows.run.one_model import EFFORTS, GPU_SET_ASIDE_BYTES, CheckpointPath, Goal, prepare_goal
+from lmq_storage import ArtifactStore
 from tests.flows.cli.conftest import refusal
 from tests.flows.processes import Runner, finished_work, forking_runner, save_small_llama, wait_until
 
@@ -93,6 +96,25 @@ def test_python_gives_the_path_of_what_the_command_makes(server, tiny_llama, tmp
     assert html.unescape(shown[1]) == report.read_text()
     assert str(path) in path._repr_html_()
     assert quantized_bytes(path) * 8 <= 4.5 * prepare_goal(Goal(model=str(tiny_llama), bits=4.5)).structure.parameters
+
+
+@pytest.mark.slow
+def test_the_best_effort_tunes_what_it_planned_and_says_what_it_kept(
+    server: None, tiny_qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = {"sequences": 8, "label_draws": 1, "rounding_steps": 20, "polish_steps": 4, "evaluation_tokens": 2048}
+    monkeypatch.setitem(EFFORTS, "best", replace(EFFORTS["best"], **short))
+    assert main(["quantize", str(tiny_qwen), "--bits", "2.6", "--effort", "best", "-o", "small", "--yes"]) == 0
+    store, kept = ArtifactStore("store"), set()
+    for stage in ("learned", "polished"):
+        for manifest in store.manifests(stage):
+            if json.loads(store.path(manifest.ref, "kept.json").read_text())["kept"]:
+                kept.add(stage)
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    results = {result.strategy: result for result in read_results(run_dir / "results.json")}
+    said = [results[name].quantizer.split(", ") for name in ("uniform", "auto")]
+    assert {names[0] for names in said} == {"fisher-gptq"}
+    assert {name for names in said for name in names[1:]} == kept
 
 
 @pytest.fixture(scope="module")
@@ -180,12 +202,13 @@ def test_a_target_is_kept_before_anything_is_made(
     ("effort", "asked", "equalized"),
     [("normal", None, False), ("normal", True, True), ("best", None, True), ("best", False, False)],
 )
-def test_the_best_effort_rescales_channels(
+def test_the_best_effort_rescales_channels_and_tunes(
     effort: str, asked: bool | None, equalized: bool, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     config = prepare_goal(Goal(model=str(tiny_llama), bits=4.5, effort=effort, equalize=asked)).config
     assert config.models[0].equalize is equalized
+    assert config.tuning == (("learned_rounding", "polish") if effort == "best" else ())
     assert ("equalized" in config.name) is (asked is not None)
 
 
