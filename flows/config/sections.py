@@ -231,7 +231,7 @@ class MeasureConfig(Section):
 class LearnedRoundingConfig(Section):
     """Codes, scales and zeros of every layer moved for what leaves its block, after bits were given out."""
 
-    steps: int = Field(60, ge=1, description="Steps for every layer; a third of a second each for 3.5 million weights")
+    steps: int = Field(60, ge=1, description="Steps for every layer; about half a second each for 3.5 million weights")
     sequences_per_step: int = Field(2, ge=1, description="Of those that are measured on, in turn")
 
 
