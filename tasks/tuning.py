@@ -63,7 +63,7 @@ def last_states(job: Job) -> None:
 
 @stage("polish", version=2, schema="polish/1")
 def polish(job: Job) -> None:
-    """Some steps of polish: from the measured grids, or from the state that earlier steps left."""
+    """Some steps of polish: from the grids that are given, or from the state that earlier steps left."""
     model = open_model(job)
     tuning = Polish(model, _allocation(job), job.output, _schedule(job))
     if job.has("state"):
@@ -85,20 +85,20 @@ def polished(job: Job) -> None:
 
 
 def _keep_better(job: Job, tuned: Callable[[int], LayerGrids]) -> None:
-    """Keep tuned grids where the divergence on held-out text falls by more than its standard error.
+    """Keep tuned grids, not those given, where the divergence on held-out text falls by more than its standard error.
 
     Files: the grids of every layer (`tuned_grids_file`), and kept.json with both divergences.
     """
-    model, allocation, measured = open_model(job), _allocation(job), grids_by_layer(job)
+    model, allocation, given = open_model(job), _allocation(job), grids_by_layer(job)
     tokens = read_examples(job, "validation").inputs
     reference = _unquantized(job, tokens)
-    before = QuantizedPoint(model, measured).divergences(tokens, reference, allocation)
+    before = QuantizedPoint(model, given).divergences(tokens, reference, allocation)
     after = QuantizedPoint(model, tuned).divergences(tokens, reference, allocation)
     falls = before - after
     error = float(falls.std() / len(falls) ** 0.5) if len(falls) > 1 else 0.0
     kept = bool(falls.mean() > error)
     for layer in range(model.structure.layers):
-        grids = tuned(layer) if kept else _chosen(measured(layer), allocation)
+        grids = tuned(layer) if kept else _chosen(given(layer), allocation)
         save_grids(job.output / tuned_grids_file(layer), grids)
     summary = {"divergence_before": before.mean().item(), "divergence_after": after.mean().item()}
     (job.output / KEPT_FILE).write_text(json.dumps({**summary, "fall_stderr": error, "kept": kept}))

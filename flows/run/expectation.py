@@ -69,7 +69,8 @@ _LOGITS_COPIES = 8
 _WEIGHT_COPIES = 5
 """Of a matrix in float32 while its codes are found: weights, errors, what is left to round, and the like."""
 _LEARNED_RATE = 84.0
-"""Picoseconds per weight of a block and token of a step of learned rounding: forward, and backward to the weights."""
+"""Picoseconds per weight of a block and token of a step of learned rounding: the rates of `forward` and `backward`
+together; not measured by itself, and too low by what the gradients of the weights take."""
 _TRIALS = 60
 """Plans that `refine` tries, about."""
 
