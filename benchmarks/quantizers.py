@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -35,7 +36,7 @@ from lmq.allocation.frontier import within_target
 from lmq.allocation.strategies import Measurements, strategy
 from lmq.allocation.targets import TARGETS, Target, target_named
 from lmq.checkpoint.equalized import write_equalized
-from lmq.checkpoint.learned_rounding import RoundingSchedule, learn_rounding
+from lmq.checkpoint.learned_rounding import RoundingSchedule, channel_importance, learn_rounding
 from lmq.checkpoint.polish import Polish, PolishSchedule
 from lmq.formats.spec import QuantSpec
 from lmq.measurement.base import cost_row
@@ -61,6 +62,7 @@ from lmq.quantizers import QUANTIZERS, CalibratedQuantizer, Quantizer, quantizer
 
 SEQUENCE_LENGTH, WINDOW = 512, 1024
 COSTS_FILE = "costs.json"
+IMPORTANCE_FILE = "importance.safetensors"
 
 
 def main() -> None:
@@ -127,7 +129,7 @@ def _table(directory: Path, options: argparse.Namespace) -> None:
             bits = bits_per_weight(model, same, target)
             print_row(directory.name, name, spec.name, bits, judge.scores(grids, same))
             if schedule:
-                learned = _learned(model, grids, same, tokens, schedule, folder / f"{spec}, learned {options.learn}")
+                learned = _learned(model, folder, same, tokens, schedule, f"{spec}, learned {options.learn}")
                 what = f"{spec}, learned {options.learn} steps"
                 print_row(directory.name, name, what, bits, judge.scores(learned, same))
         for budget in map(float, filter(None, options.budgets.split(","))):
@@ -137,7 +139,7 @@ def _table(directory: Path, options: argparse.Namespace) -> None:
             start = grids
             if schedule:
                 what = f"{what}, learned {options.learn} steps"
-                start = _learned(model, grids, given, tokens, schedule, folder / what)
+                start = _learned(model, folder, given, tokens, schedule, what)
                 print_row(directory.name, name, what, bits, judge.scores(start, given))
             if options.polish:
                 polished = f"{what}, polished {options.polish} steps"
@@ -154,7 +156,7 @@ def measure(
     folders: Mapping[str, Path],
     target: Target | None = None,
 ) -> None:
-    """Keep grids of every layer and quantizer, and the rows of their costs, in a folder per quantizer.
+    """Keep grids of every layer and quantizer, the rows of their costs and what channels cost, a folder per quantizer.
 
     One pass forward and one back: what a block's modules see and the gradients at their outputs serve every quantizer.
     """
@@ -165,11 +167,13 @@ def measure(
             hidden.append(forward_block(block, inputs[layer], hidden[-1], layer=layer))
     with fast_products(model.device):
         gradient = sampled_loss_gradient(model, hidden.pop(), draws=draws, seed=0)
+    importance = {}
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in folders}
     for folder in folders.values():
         folder.mkdir(parents=True, exist_ok=True)
     for layer in reversed(range(layers)):
         entering = hidden.pop()
+        importance[str(layer)] = channel_importance(gradient)
         kinds = [module.id.kind for module in model.structure.in_layer(layer)]
         with model.block(layer) as block, fast_products(model.device):
             dtype = fast_matmul_dtype(model.device)
@@ -184,6 +188,7 @@ def measure(
             save_grids(folder / f"{layer}.safetensors", grids)
             rows[name] += _costs(model, weights, grids, traces, fisher)
     for name, folder in folders.items():
+        save_file(importance, folder / IMPORTANCE_FILE)
         (folder / COSTS_FILE).write_text(json.dumps(rows[name]))
 
 
@@ -256,21 +261,23 @@ def _spec(row: Mapping[str, Any]) -> QuantSpec:
 
 def _learned(
     model: StreamedModel,
-    grids: GridsOfLayer,
+    measured: Path,
     allocation: Allocation,
     tokens: Tensor,
     schedule: RoundingSchedule,
-    folder: Path,
+    name: str,
 ) -> GridsOfLayer:
-    """The grids of an allocation after learned rounding on states of the unquantized model, kept in a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """The measured grids of an allocation after learned rounding on states of the unquantized model, kept by name."""
+    grids, importance, folder = grids_in(measured), load_file(measured / IMPORTANCE_FILE), measured / name
+    folder.mkdir(exist_ok=True)
     hidden, inputs = model.embed(tokens), model.block_inputs(tokens.shape[1])
     for layer in range(model.structure.layers):
         file = folder / f"{layer}.safetensors"
         with model.block(layer) as block:
             leaving = forward_block(block, inputs[layer], hidden, layer=layer)
             if not file.exists():
-                found, _ = learn_rounding(block, inputs[layer], hidden, leaving, grids(layer), allocation, schedule)
+                states = hidden, leaving, importance[str(layer)]
+                found, _ = learn_rounding(block, inputs[layer], *states, grids(layer), allocation, schedule)
                 save_grids(file, found)
         hidden = leaving
     return grids_in(folder)

@@ -12,37 +12,40 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from lmq.checkpoint.learned_rounding import RoundingSchedule, learn_rounding
+from lmq.checkpoint.learned_rounding import RoundingSchedule, channel_importance, learn_rounding
 from lmq.checkpoint.polish import Polish, PolishSchedule, polish_file
 from lmq.formats.coded_grid import EncodedMatrix
 from lmq.formats.spec import QuantSpec
 from lmq.measurement.grids import Allocation, LayerGrids, load_grids, save_grids
 from lmq.measurement.quantized_model import QuantizedPoint
-from lmq.measurement.replay import read_hidden_states, write_hidden_states
+from lmq.measurement.replay import read_gradients, read_hidden_states, write_hidden_states
 from lmq.model.structure import ModuleId
 from lmq_tasks.allocate import ALLOCATION_FILE, layer_file, read_configurations
 from lmq_tasks.inputs import materialized, open_model, read_examples
 from lmq_tasks.measure import GRIDS_FILE, grids_by_layer
 from lmq_tasks.stage import Job, stage
-from lmq_tasks.states import HIDDEN_STATES_FILE
+from lmq_tasks.states import GRADIENTS_FILE, HIDDEN_STATES_FILE
 
 KEPT_FILE = "kept.json"
 
 
-@stage("learned-rounding", version=1, schema="learned-rounding/1")
+@stage("learned-rounding", version=2, schema="learned-rounding/1")
 def learned_rounding(job: Job) -> None:
     """Grids of one layer at its configurations, whose rounding was learned from the measured ones.
 
-    Files: the grids, and errors.json with the mean squared error of what leaves the block at every step.
+    Files: the grids, and errors.json with the mean weighted squared error of what leaves the block at every step.
     """
     model, layer = open_model(job), job.config["layer"]
     allocation = read_configurations(job.input("allocation", layer_file(layer)))
     entering, leaving = (read_hidden_states(job.input(name, HIDDEN_STATES_FILE)) for name in ("hidden", "leaving"))
+    importance = channel_importance(read_gradients(job.input("drawn_gradients", GRADIENTS_FILE)))
     inputs = model.block_inputs(entering.shape[1])[layer]
     schedule = RoundingSchedule(**job.config["schedule"])
     with model.block(layer) as block:
         grids = load_grids(job.input("grids", GRIDS_FILE))
-        found, errors = learn_rounding(block, inputs, entering, leaving, grids, allocation, schedule, job.advance)
+        found, errors = learn_rounding(
+            block, inputs, entering, leaving, importance, grids, allocation, schedule, job.advance
+        )
     save_grids(job.output / GRIDS_FILE, found)
     (job.output / "errors.json").write_text(json.dumps(errors))
 

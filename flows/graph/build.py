@@ -263,6 +263,7 @@ class _ModelGraph(ModelNodes):
                 "grids": of_layer,
                 "hidden": self._captured.entering[layer],
                 "leaving": self._captured.leaving[layer],
+                Need.DRAWN_GRADIENTS.value: self._captured.drawn_gradients[layer],
             }
             config = {"schedule": schedule}
             nodes.append(self.add_layer("learned-rounding", layer, config, inputs, what=what, **own))

@@ -3,7 +3,8 @@
 As AutoRound (arXiv 2309.05516) and the first phase of EfficientQAT (arXiv 2407.11062), but from the codes of a
 calibrated quantizer: what is learned is where in its cell every weight lies, so that a code moves on when its weight
 comes to the next cell. Every value moves by the sign of its gradient, in steps that shrink to 0 along a line. A layer
-is learned on states of the unquantized model and needs no other layer.
+is learned on states of the unquantized model and needs no other layer. What is lowered is the squared error of every
+channel times the mean square of the loss gradient there, which is what the error costs where channels are independent.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from lmq.checkpoint.tuning_schedule import TuningSchedule
 from lmq.errors import InputError
 from lmq.formats.coded_grid import CodedGrid, EncodedMatrix, grid_of_codes
 from lmq.formats.gguf_types import GgufMatrix, as_float16, levels_of, unpack_blocks
@@ -30,32 +32,22 @@ _INSIDE = 0.499
 
 
 @dataclass(frozen=True, kw_only=True)
-class RoundingSchedule:
-    """`steps` in all, of `sequences_per_step` each; with `integer_zeros` zeros stay as they are.
+class RoundingSchedule(TuningSchedule):
+    """The rates are those of the first step: of a weight and of a zero in codes, of a scale as a share of it."""
 
-    The rates are those of the first step: of a weight and of a zero in codes, of a scale as a share of it.
-    """
+    what = "learned rounding"
 
-    steps: int = 60
-    sequences_per_step: int = 2
     weight_rate: float = 0.005
     scale_rate: float = 0.001
     zero_rate: float = 0.008
-    integer_zeros: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("steps", "sequences_per_step"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} = {getattr(self, name)} of learned rounding is not allowed; give 1 or more")
+        super().__post_init__()
         for name in ("weight_rate", "scale_rate", "zero_rate"):
             if not 0 <= getattr(self, name) < 0.5:
                 raise InputError(
                     f"{name} = {getattr(self, name)} of learned rounding is not allowed; give 0 to less than 0.5"
                 )
-
-    def sequences_of(self, step: int, available: int) -> Tensor:
-        """Which of `available` sequences a step sees, int64 [sequences_per_step]: all of them in turn."""
-        return torch.arange(step * self.sequences_per_step, (step + 1) * self.sequences_per_step) % available
 
 
 class LearnedMatrix(ABC):
@@ -173,21 +165,34 @@ def learned_matrix(matrix: EncodedMatrix, weight: Tensor, *, integer_zeros: bool
     return LearnedGrid(matrix, weight, integer_zeros=integer_zeros)
 
 
+def channel_importance(gradient: Tensor) -> Tensor:
+    """What a squared error of every channel costs, float32 [hidden], 1 on average.
+
+    `gradient` [draws · sequences, sequence_length, hidden] is that of the loss at the states. Where it is 0 throughout,
+    every channel counts alike.
+    """
+    importance = torch.linalg.vector_norm(gradient.float(), dim=(0, 1)).square()
+    mean = importance.mean()
+    return importance / mean if mean > 0 else torch.ones_like(importance)
+
+
 def learn_rounding(
     block: nn.Module,
     inputs: BlockInputs,
     entering: Tensor,
     leaving: Tensor,
+    importance: Tensor,
     grids: LayerGrids,
     allocation: Allocation,
     schedule: RoundingSchedule,
     advance: Callable[[float], None] = lambda _: None,
 ) -> tuple[dict[ModuleId, dict[QuantSpec, EncodedMatrix]], list[float]]:
-    """Grids of a layer whose rounding was learned, and the mean squared error of what leaves it at every step.
+    """Grids of a layer whose rounding was learned, and the mean weighted squared error of what leaves it at every step.
 
     `block` holds the unquantized weights, which are replaced; `entering`, `leaving` are states of the unquantized model
-    [sequences, sequence_length, hidden], `grids` those of the layer, of which the allocation's are taken. `advance` is
-    told how far this is, from 0 to 1. Raises NotFiniteError.
+    [sequences, sequence_length, hidden], `importance` [hidden] is that of `channel_importance`; `grids` are those of
+    the layer, of which the allocation's are taken. `advance` is told how far this is, from 0 to 1. Raises
+    NotFiniteError.
     """
     linears = {module: block.get_submodule(module.kind) for module in grids}
     learned = {
@@ -204,7 +209,7 @@ def learn_rounding(
             linears[module].weight = nn.Parameter(matrix.weight())
         chosen = schedule.sequences_of(number, len(entering))
         weights = {module: linear.get_parameter("weight") for module, linear in linears.items()}
-        error, gradients = _gradients(block, inputs, weights, entering[chosen], leaving[chosen])
+        error, gradients = _gradients(block, inputs, weights, entering[chosen], leaving[chosen], importance)
         errors.append(error)
         for module, gradient in gradients.items():
             require_finite(gradient, f"the gradient of learned rounding at {module}")
@@ -219,15 +224,16 @@ def _gradients(
     weights: Mapping[ModuleId, Tensor],
     entering: Tensor,
     leaving: Tensor,
+    importance: Tensor,
 ) -> tuple[float, dict[ModuleId, Tensor]]:
-    """Mean squared error of what leaves the block, and its gradients by the weights, sequence by sequence."""
+    """Mean weighted squared error of what leaves the block, and its gradients by the weights, sequence by sequence."""
     sums = {module: torch.zeros_like(weight, dtype=torch.float32) for module, weight in weights.items()}
     total = 0.0
     for sequence in range(len(entering)):
         piece = slice(sequence, sequence + 1)
         with torch.enable_grad(), fast_products(inputs.device):
             off = inputs.run(block, entering[piece]).float() - leaving[piece].to(inputs.device)
-            error = off.square().mean()
+            error = (off.square() * importance.to(inputs.device)).mean()
         for found, gradient in zip(
             sums.values(), torch.autograd.grad(error, list(weights.values()), allow_unused=True), strict=True
         ):

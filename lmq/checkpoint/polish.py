@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lmq.checkpoint.tuning_schedule import TuningSchedule
 from lmq.errors import DamagedFile, InputError
 from lmq.formats.coded_grid import CodedGrid, EncodedMatrix, grid_of_codes
 from lmq.formats.gguf_types import GgufMatrix
@@ -39,32 +40,21 @@ _STATE = ("scale", "zero", "scale_mean", "scale_square", "zero_mean", "zero_squa
 
 
 @dataclass(frozen=True, kw_only=True)
-class PolishSchedule:
-    """`steps` in all, of `sequences_per_step` each; with `integer_zeros` zeros stay as they are.
+class PolishSchedule(TuningSchedule):
+    """`rate` is the largest step of a scale, as a share of the median scale."""
 
-    `rate` is the largest step of a scale, as a share of the median scale.
-    """
+    what = "polish"
 
-    steps: int = 60
-    sequences_per_step: int = 2
     rate: float = 0.001
-    integer_zeros: bool = False
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.sequences_per_step < 1:
-            raise InputError(
-                f"steps = {self.steps} and sequences_per_step = {self.sequences_per_step} of polish must be 1 or more"
-            )
+        super().__post_init__()
         if not 0 < self.rate < 1:
             raise InputError(f"rate = {self.rate} of polish is not allowed; give a share of a scale, such as 0.001")
 
     def rate_at(self, step: int) -> float:
         """Rate of a step, counted from 0."""
         return self.rate * min(1.0, (step + 1) / _WARM_STEPS) * 0.5 * (1 + math.cos(math.pi * step / self.steps))
-
-    def sequences_of(self, step: int, available: int) -> Tensor:
-        """Which of `available` sequences a step sees, int64 [sequences_per_step]: all of them in turn."""
-        return torch.arange(step * self.sequences_per_step, (step + 1) * self.sequences_per_step) % available
 
 
 @dataclass(frozen=True, eq=False)

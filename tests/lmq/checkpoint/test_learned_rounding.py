@@ -13,6 +13,7 @@ from lmq.checkpoint.learned_rounding import (
     LearnedBlocks,
     LearnedGrid,
     RoundingSchedule,
+    channel_importance,
     learn_rounding,
     learned_matrix,
 )
@@ -71,6 +72,7 @@ def test_a_step_is_that_of_signs_of_autograd(columns: int, axis: int, monkeypatc
     weight, hidden = _normal(columns, columns), _normal(3, 8, columns, seed=1)
     leaving = forward_block(Block(weight, nn.Tanh()), PLAIN, hidden, layer=0)
     grid = fit_grids(weight, [SPEC], quantizer("rtn", axis=axis))[SPEC]
+    importance = _normal(columns, seed=2).square()
     schedule = RoundingSchedule(steps=1, sequences_per_step=2)
 
     scale, zero = (values.double().requires_grad_() for values in grid.decode())
@@ -79,13 +81,14 @@ def test_a_step_is_that_of_signs_of_autograd(columns: int, axis: int, monkeypatc
     position = torch.minimum(torch.maximum(exact, codes - 0.499), codes + 0.499).requires_grad_()
     rounded = (Rounded.apply(position, 3) - zero[:, None]) * scale[:, None]  # type: ignore[no-untyped-call]
     outputs = torch.tanh(hidden[:2].double() @ from_groups(rounded, grid.shape, axis).T)
-    sum((outputs[each] - leaving[each].double()).square().mean() for each in range(2)).backward()  # type: ignore[union-attr]
+    off = outputs - leaving[:2].double()
+    sum((off[each].square() * importance.double()).mean() for each in range(2)).backward()  # type: ignore[union-attr]
 
     learned = learned_matrix(grid, weight)
     assert isinstance(learned, LearnedGrid)
     block = Block(weight, nn.Tanh())
     monkeypatch.setattr("lmq.checkpoint.learned_rounding.learned_matrix", lambda *_, integer_zeros: learned)
-    learn_rounding(block, PLAIN, hidden, leaving, {MODULE: {SPEC: grid}}, {MODULE: SPEC}, schedule)
+    learn_rounding(block, PLAIN, hidden, leaving, importance, {MODULE: {SPEC: grid}}, {MODULE: SPEC}, schedule)
     for moved, start, rate in (
         (learned.position, position, 0.005),
         (learned.zero, zero, 0.008),
@@ -95,6 +98,13 @@ def test_a_step_is_that_of_signs_of_autograd(columns: int, axis: int, monkeypatc
         expected = start.detach() - rate * start.grad.sign()
         same = (moved - expected).abs() < 1e-5
         assert float(same.double().mean()) > 0.999  # the sign of what is next to 0 may be another
+
+
+def test_channels_count_by_the_loss_gradient() -> None:
+    gradient = _normal(6, 8, 4) * torch.tensor([1.0, 2, 4, 0])
+    expected = gradient.double().square().mean((0, 1))
+    torch.testing.assert_close(channel_importance(gradient), (expected / expected.mean()).float())
+    assert channel_importance(torch.zeros(2, 3, 4)).tolist() == [1] * 4
 
 
 def test_codes_begin_as_they_are_stored() -> None:
@@ -128,7 +138,14 @@ def layer(tiny_llama: Path) -> Iterator[tuple[nn.Module, BlockInputs, Tensor, Te
         yield block, inputs, entering, leaving, grids
 
 
-def _off(block: nn.Module, inputs: BlockInputs, entering: Tensor, leaving: Tensor, grids: LayerGrids) -> float:
+def _off(
+    block: nn.Module,
+    inputs: BlockInputs,
+    entering: Tensor,
+    leaving: Tensor,
+    grids: LayerGrids,
+    channels: slice = slice(None),
+) -> float:
     weights = {module: block.get_submodule(module.kind).get_parameter("weight").detach() for module in grids}
     rounded = {f"{module.kind}.weight": by_spec[SPEC].round_trip(weights[module]) for module, by_spec in grids.items()}
     with torch.no_grad():
@@ -136,18 +153,20 @@ def _off(block: nn.Module, inputs: BlockInputs, entering: Tensor, leaving: Tenso
             torch.func.functional_call(block, rounded, (hidden[None], *inputs.args), inputs.kwargs)
             for hidden in entering
         ]
-    return float((torch.cat(found) - leaving).square().mean())
+    return float((torch.cat(found) - leaving)[..., channels].square().mean())
 
 
 def test_what_leaves_a_block_is_nearer_on_other_text_as_stored(
     layer: tuple[nn.Module, BlockInputs, Tensor, Tensor, LayerGrids],
 ) -> None:
     block, inputs, entering, leaving, grids = layer
-    allocation = dict.fromkeys(grids, SPEC)
+    allocation, alike = dict.fromkeys(grids, SPEC), torch.ones(leaving.shape[-1])
     schedule = RoundingSchedule(steps=40, weight_rate=0.02, sequences_per_step=4)
     before = _off(block, inputs, entering[8:], leaving[8:], grids)
     shares: list[float] = []
-    found, errors = learn_rounding(block, inputs, entering[:8], leaving[:8], grids, allocation, schedule, shares.append)
+    found, errors = learn_rounding(
+        block, inputs, entering[:8], leaving[:8], alike, grids, allocation, schedule, shares.append
+    )
     assert len(errors) == 40
     assert shares[-1] == 1
     assert sorted(shares) == shares
@@ -156,13 +175,34 @@ def test_what_leaves_a_block_is_nearer_on_other_text_as_stored(
         assert by_spec[SPEC].shape == grids[module][SPEC].shape
 
 
+def test_channels_that_count_more_get_nearer(
+    layer: tuple[nn.Module, BlockInputs, Tensor, Tensor, LayerGrids],
+) -> None:
+    block, inputs, entering, leaving, grids = layer
+    channels, width = slice(0, leaving.shape[-1] // 4), leaving.shape[-1]
+    uneven = torch.full((width,), 0.01)
+    uneven[channels] = 1
+    exact = {module: block.get_submodule(module.kind).get_parameter("weight").detach().clone() for module in grids}
+    schedule = RoundingSchedule(steps=40, weight_rate=0.02, sequences_per_step=4)
+    found = []
+    for importance in (torch.ones(width), uneven):
+        for module, weight in exact.items():
+            block.get_submodule(module.kind).weight = nn.Parameter(weight.clone())
+        allocation = dict.fromkeys(grids, SPEC)
+        learned, _ = learn_rounding(block, inputs, entering, leaving, importance, grids, allocation, schedule)
+        found.append(_off(block, inputs, entering, leaving, learned, channels))
+    assert found[1] < 0.9 * found[0]
+
+
 def test_whole_zeros_stay_whole(layer: tuple[nn.Module, BlockInputs, Tensor, Tensor, LayerGrids]) -> None:
     block, inputs, entering, leaving, _ = layer
     module = ModuleId(0, "self_attn.q_proj")
     weight = block.get_submodule(module.kind).get_parameter("weight").detach()
     grids = {module: fit_grids(weight, [SPEC], quantizer("rtn", integer_zeros=True))}
     schedule = RoundingSchedule(steps=10, weight_rate=0.05, integer_zeros=True)
-    found, _ = learn_rounding(block, inputs, entering, leaving, grids, {module: SPEC}, schedule)
+    found, _ = learn_rounding(
+        block, inputs, entering, leaving, torch.ones(leaving.shape[-1]), grids, {module: SPEC}, schedule
+    )
     assert torch.equal(found[module][SPEC].decode()[1], grids[module][SPEC].decode()[1])
     assert not torch.equal(found[module][SPEC].codes(weight), grids[module][SPEC].codes(weight))
 
@@ -176,8 +216,9 @@ def test_bad_values_are_refused(layer: tuple[nn.Module, BlockInputs, Tensor, Ten
         RoundingSchedule(scale_rate=0.5)
     block, inputs, entering, leaving, grids = layer
     leaving[0, 0, 0] = torch.nan
+    allocation, alike = dict.fromkeys(grids, SPEC), torch.ones(leaving.shape[-1])
     with pytest.raises(NotFiniteError, match="learned rounding at layer 0"):
-        learn_rounding(block, inputs, entering, leaving, grids, dict.fromkeys(grids, SPEC), RoundingSchedule(steps=1))
+        learn_rounding(block, inputs, entering, leaving, alike, grids, allocation, RoundingSchedule(steps=1))
 
 
 @pytest.mark.parametrize("name", GGUF_TYPES)
@@ -226,7 +267,9 @@ def test_what_leaves_a_block_is_nearer_in_a_type(name: str) -> None:
     spec, block = QuantSpec.parse(name), Block(weight, nn.Identity())
     leaving = hidden @ weight.T
     grids: LayerGrids = {MODULE: {spec: matrix}}
-    found, _ = learn_rounding(block, PLAIN, hidden[:24], leaving[:24], grids, {MODULE: spec}, RoundingSchedule())
+    found, _ = learn_rounding(
+        block, PLAIN, hidden[:24], leaving[:24], torch.ones(64), grids, {MODULE: spec}, RoundingSchedule()
+    )
     stored = found[MODULE][spec]
     assert isinstance(stored, GgufMatrix)
     assert stored.kind == kind
