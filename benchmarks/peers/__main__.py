@@ -269,7 +269,8 @@ def _draw(path: Path, points: Sequence[tuple[str, float, Scores]], line: Sequenc
     axes.grid(visible=True, which="both", alpha=0.2)
     axes.legend(frameon=False, fontsize=8)
     figure.tight_layout()
-    figure.savefig(path)
+    with plt.rc_context({"svg.hashsalt": "lmq"}):  # the same figure is the same file
+        figure.savefig(path, metadata={"Date": None})
 
 
 if __name__ == "__main__":
