@@ -158,9 +158,10 @@ def _print_result(made: MadeModel, prepared: PreparedGoal) -> None:
     """The checkpoint between full precision and uniform bits of the same size."""
     from lmq.report.results import format_bytes, format_measured
 
+    uniform = f"uniform at this size{', not tuned' if prepared.config.tuning else ''}"
     rows = {
         "full precision": (made.full_precision, made.full_precision.checkpoint_bytes),
-        "uniform at this size": (made.uniform, made.uniform.checkpoint_bytes if made.uniform else None),
+        uniform: (made.uniform, made.uniform.checkpoint_bytes if made.uniform else None),
         f"{made.path}": (made.result, made.size_bytes),
     }
     table = Table("", "Whole size", "Bits per weight", "Perplexity", "KL to full precision")

@@ -184,7 +184,7 @@ class RunConfig(MeasurementRequest):
 
     def tunes(self, item: StrategyConfig) -> bool:
         """Whether the grids of a strategy are tuned; those of the papers are left as published."""
-        return bool(self.tuning) and STRATEGIES[item.name].quantizer is None
+        return bool(self.tuning) and item.tuned and STRATEGIES[item.name].quantizer is None
 
     @property
     def variants_of_strategies(self) -> tuple[StrategyConfig, ...]:

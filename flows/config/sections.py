@@ -252,6 +252,7 @@ class StrategyConfig(Section):
     quantizer: QuantizerName | None = Field(
         None, description="How its codes are found; default: hqq for the papers' strategies, else measure.quantizer"
     )
+    tuned: bool = Field(True, description="Whether learned_rounding and polish of the run go on from its plans")
 
     @model_validator(mode="after")
     def _is_known(self) -> StrategyConfig:

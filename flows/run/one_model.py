@@ -264,7 +264,7 @@ def prepare_goal(goal: Goal) -> PreparedGoal:
         {
             "name": f"{goal.title}-{goal.effort}{_EQUALIZED[goal.equalize]}",
             "models": [{"name": goal.name, "source": goal.model, "dtype": dtype, "equalize": equalize}],
-            "strategies": [UNIFORM, strategy],
+            "strategies": [{"name": UNIFORM, "tuned": False}, strategy],
             "budgets": [budget],
             "embeddings": bool(inspected.structure.embeddings),
             "measure": {
