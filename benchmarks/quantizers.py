@@ -156,7 +156,7 @@ def measure(
     folders: Mapping[str, Path],
     target: Target | None = None,
 ) -> None:
-    """Keep grids of every layer and quantizer, the rows of their costs and what channels cost, a folder per quantizer.
+    """Keep grids, rows of costs and the importance of channels of every layer, in a folder per quantizer.
 
     One pass forward and one back: what a block's modules see and the gradients at their outputs serve every quantizer.
     """
