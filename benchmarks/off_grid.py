@@ -47,6 +47,7 @@ def rescale(model: Any, amount: float, normal: Callable[..., Tensor]) -> None:
     config = model.config
     groups = config.num_key_value_heads
     heads_per_group = config.num_attention_heads // groups
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     for layer in model.model.layers:
         attention, mlp = layer.self_attn, layer.mlp
         for norm, linears in (
@@ -57,13 +58,19 @@ def rescale(model: Any, amount: float, normal: Callable[..., Tensor]) -> None:
             norm.weight /= factors
             for linear in linears:
                 linear.weight *= factors
-        values = (amount * normal(groups * config.head_dim)).exp()
-        attention.v_proj.weight *= values[:, None]
-        by_head = values.view(groups, 1, config.head_dim).expand(groups, heads_per_group, config.head_dim)
+        values = (amount * normal(groups * head_dim)).exp()
+        _scale_outputs(attention.v_proj, values)
+        by_head = values.view(groups, 1, head_dim).expand(groups, heads_per_group, head_dim)
         attention.o_proj.weight /= by_head.reshape(-1)
         inside = (amount * normal(config.intermediate_size)).exp()
-        mlp.up_proj.weight *= inside[:, None]
+        _scale_outputs(mlp.up_proj, inside)
         mlp.down_proj.weight /= inside
+
+
+def _scale_outputs(linear: torch.nn.Linear, factors: Tensor) -> None:
+    linear.weight *= factors[:, None]
+    if linear.bias is not None:
+        linear.bias *= factors
 
 
 def add_noise(model: Any, amount: float, normal: Callable[..., Tensor]) -> None:
