@@ -60,9 +60,8 @@ def test_a_checkpoint_holds_them_packed_and_computes_what_was_judged(
         for row in read_rows(_file(store, refs, node, SEQUENCE_FISHER.file), SEQUENCE_FISHER.schema)
     }
     for module in structure.embeddings:
-        by_bits = [costs[EMBEDDINGS, module.id.kind, bits] for bits in (3, 4, 6)]
-        assert by_bits == sorted(by_bits, reverse=True)
-        assert by_bits[-1] > 0
+        *coarser, finest = (costs[EMBEDDINGS, module.id.kind, bits] for bits in (3, 4, 6))
+        assert 0 < finest < min(coarser)  # an estimate by three sequences: 3 and 4 bits may change places
     found = {}
     for variant in variants[1:]:
         checkpoint = store.materialize(refs[variant.checkpoint], tmp_path / variant.strategy_label)
