@@ -47,7 +47,9 @@ def _file(store: ArtifactStore, refs: dict[Node, ArtifactRef], node: Node | None
 def test_a_checkpoint_holds_them_packed_and_computes_what_was_judged(
     model: str, parts: list[str], request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    config = _config(request.getfixturevalue(model), tmp_path)
+    # of 3 sequences the costs of 3 and 4 bits are too uncertain to compare
+    text = {"sequences": 16, "sequence_length": 32}
+    config = _config(request.getfixturevalue(model), tmp_path, calibration=text)
     (prepared,), texts = ready_models(config)
     structure = prepared.structure
     assert [module.part for module in structure.embeddings] == parts
@@ -60,8 +62,9 @@ def test_a_checkpoint_holds_them_packed_and_computes_what_was_judged(
         for row in read_rows(_file(store, refs, node, SEQUENCE_FISHER.file), SEQUENCE_FISHER.schema)
     }
     for module in structure.embeddings:
-        *coarser, finest = (costs[EMBEDDINGS, module.id.kind, bits] for bits in (3, 4, 6))
-        assert 0 < finest < min(coarser)  # an estimate by three sequences: 3 and 4 bits may change places
+        by_bits = [costs[EMBEDDINGS, module.id.kind, bits] for bits in (3, 4, 6)]
+        assert by_bits == sorted(by_bits, reverse=True)
+        assert by_bits[-1] > 0
     found = {}
     for variant in variants[1:]:
         checkpoint = store.materialize(refs[variant.checkpoint], tmp_path / variant.strategy_label)
